@@ -4,6 +4,9 @@ An event table is a pyarrow table of `EVENT_SCHEMA`; a single event that arrives
 through the same rules, and whatever breaks a rule is counted by its reason, never dropped in silence.
 """
 
+# pyarrow.compute makes its functions as it is imported, so a type checker cannot see them.
+# pyright: reportAttributeAccessIssue=false
+
 from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
