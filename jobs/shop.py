@@ -14,6 +14,8 @@ Nothing in it is measured from a real shop. What is synthetic, exactly:
 - Reactions: a visitor looks at a list from the top, less and less likely with the position, and clicks at most one
   item, the likelier the better it suits the taste, the item before and the trends.
 
+- Newcomers: who has met 120 items leaves, and somebody new with another taste takes the place.
+
 One `Shop` is the world after its 30 days of history; time goes on from there by `advance`, `next_choice` and `react`.
 The same seed and the same calls give the same shop, event for event.
 """
@@ -32,6 +34,7 @@ HISTORY_START = 1_577_836_800_000  # 2020-01-01: far enough back that simulated 
 HISTORY_DAYS = 30
 HISTORY_EVENTS_PER_VISITOR = 30
 SECONDS_PER_DAY = 86_400
+HOUR = 3_600_000  # milliseconds
 SMALLEST_SHOP = 100  # visitors, and items
 
 STYLES = ("Classic", "Nordic", "Vintage", "Compact", "Eco", "Bold", "Premium", "Everyday")
@@ -75,7 +78,7 @@ class Behaviour:
     category_spread: float = 1.5  # standard deviation of the liking for a category
     style_spread: float = 1.0
     drift: float = 0.03  # the part of a taste that is renewed in a day
-    change_hours: float = 12.0  # simulated hours between new trends, and between shifts
+    change_hours: int = 12  # simulated hours between new trends, and between shifts
     trend_items: int = 4
     trend_half_life_hours: float = 24.0
     history_shifts: int = 1  # popular items with a new best partner at each change, in the history
@@ -94,6 +97,8 @@ class Trend:
 
 class Shop:
     """The shop after its history: `history` and `items` are its tables, `now` is simulated time in milliseconds.
+
+    `category_taste` is every visitor's liking for each category, float (visitors, categories).
 
     Args:
         seed: the same seed gives the same shop.
@@ -127,14 +132,11 @@ class Shop:
 
     def advance(self, seconds: float) -> None:
         """Move simulated time on: tastes drift day by day, trends start and fade, pairs shift."""
-        before, self.now = self.now, self.now + max(1, round(seconds * 1000))
-        for _ in range(_periods(before, self.now, SECONDS_PER_DAY)):
-            self._drift()
-        for _ in range(_periods(before, self.now, self.behaviour.change_hours * 3600)):
-            self._start_trend()
-            self._shift_pairs(self.behaviour.live_shifts if self._live else self.behaviour.history_shifts)
-        if _periods(before, self.now, 3600):
-            self._fade_trends()
+        end = self.now + max(1, round(seconds * 1000))
+        while self.now < end:
+            self.now = min(end, (self.now // HOUR + 1) * HOUR)
+            if self.now % HOUR == 0:
+                self._strike(self.now // HOUR)
 
     def next_visitor(self, busy: Collection[str] = ()) -> str:
         """Who acts next: one of those inside who is not `busy`, or an arrival when a session is over.
@@ -228,7 +230,7 @@ class Shop:
 
     def _open(self, visitors: int) -> None:
         behaviour = self.behaviour
-        self._category_taste = self.random.normal(0, behaviour.category_spread, (visitors, len(CATEGORIES)))
+        self.category_taste = self.random.normal(0, behaviour.category_spread, (visitors, len(CATEGORIES)))
         self._style_taste = self.random.normal(0, behaviour.style_spread, (visitors, len(STYLES)))
         self._activity = np.exp(self.random.normal(0, 0.7, visitors))  # a few come often, many seldom
         self.visitor_ids = [f"visitor-{number:05d}" for number in range(visitors)]
@@ -275,12 +277,12 @@ class Shop:
         self._visitor_rows[self.visitor_ids[visitor]] = visitor
         self._next_number += 1
         self._met[visitor] = set()
-        self._category_taste[visitor] = self.random.normal(0, self.behaviour.category_spread, len(CATEGORIES))
+        self.category_taste[visitor] = self.random.normal(0, self.behaviour.category_spread, len(CATEGORIES))
         self._style_taste[visitor] = self.random.normal(0, self.behaviour.style_spread, len(STYLES))
 
     def _start_session(self, visitor: int) -> None:
         self._events_left[visitor] = int(self.random.geometric(1.0 / self.behaviour.session_events))
-        category = self._draw(np.exp(self._category_taste[visitor]))
+        category = self._draw(np.exp(self.category_taste[visitor]))
         self._interest[visitor] = (category, self._draw(np.exp(self._style_taste[visitor])))
         self._last[visitor] = None
 
@@ -305,7 +307,7 @@ class Shop:
         trending = [row for row in self._pull.nonzero()[0].tolist() if row not in self._met[visitor]]
         if not trending:
             return None
-        liking = np.exp(0.5 * self._category_taste[visitor, self._category[trending]])
+        liking = np.exp(0.5 * self.category_taste[visitor, self._category[trending]])
         return trending[self._draw(self._pull[trending] * liking)]
 
     def _choose_partner(self, visitor: int, item: int) -> int | None:
@@ -332,15 +334,23 @@ class Shop:
     def _appeal(self, visitor: int, items: np.ndarray) -> np.ndarray:
         last = self._last[visitor]
         goes_with_last = np.isin(items, self._partners[last[0]]) if last else np.zeros(len(items), dtype=bool)
-        taste = 0.5 * self._category_taste[visitor, self._category[items]]
+        taste = 0.5 * self.category_taste[visitor, self._category[items]]
         taste = taste + 0.5 * self._style_taste[visitor, self._style[items]]
         return self.behaviour.click_ease + taste + 2.0 * goes_with_last + self._pull[items]
+
+    def _strike(self, hour: int) -> None:
+        if hour % 24 == 0:
+            self._drift()
+        if hour % self.behaviour.change_hours == 0:
+            self._start_trend()
+            self._shift_pairs(self.behaviour.live_shifts if self._live else self.behaviour.history_shifts)
+        self._fade_trends()
 
     def _drift(self) -> None:
         keep = 1.0 - self.behaviour.drift
         renew = np.sqrt(1.0 - keep**2)  # keeps the spread of the tastes as it is
         for taste, spread in (
-            (self._category_taste, self.behaviour.category_spread),
+            (self.category_taste, self.behaviour.category_spread),
             (self._style_taste, self.behaviour.style_spread),
         ):
             taste *= keep
@@ -350,13 +360,12 @@ class Shop:
         unpopular = np.flatnonzero((self._popularity < np.median(self._popularity)) & (self._pull == 0))
         items = self.random.choice(unpopular, self.behaviour.trend_items, replace=False)
         self._trends.append(Trend(items, self.now))
-        self._fade_trends()
 
     def _fade_trends(self) -> None:
         self._pull[:] = 0.0
         going_on = []
         for trend in self._trends:
-            hours = (self.now - trend.start) / 3_600_000
+            hours = (self.now - trend.start) / HOUR
             pull = 0.5 ** (hours / self.behaviour.trend_half_life_hours)
             if pull > 0.1:
                 self._pull[trend.items] = pull
@@ -390,9 +399,3 @@ class Shop:
     def _draw(self, weights: np.ndarray) -> int:
         cumulative = weights.cumsum()
         return int(cumulative.searchsorted(self.random.random() * cumulative[-1], side="right"))
-
-
-def _periods(before: int, now: int, seconds: float) -> int:
-    """How many boundaries of a period of so many seconds lie between two times in milliseconds."""
-    period = round(seconds * 1000)
-    return now // period - before // period

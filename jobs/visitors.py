@@ -115,6 +115,7 @@ class Tally:
     A trial is one own choice of one user that both models were asked for under the same history.
     """
 
+    k: int = 10  # how many items both models recommend
     requests: int = 0
     failed_requests: int = 0
     last_error: str | None = None
@@ -230,6 +231,7 @@ async def run_visitors(
     for name, number in (("concurrency", concurrency), ("events_per_second", events_per_second), ("k", k)):
         if number <= 0:
             raise InputError(f"{name}: must be above 0, got {number}")
+    tally.k = k
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     async with httpx.AsyncClient(base_url=base_url, timeout=REQUEST_TIMEOUT_SECONDS, limits=limits) as client:
         drive = _Drive(client, source, _FrozenBatches(frozen, k), tally, _Pace(events_per_second), k, histories or {})
