@@ -28,6 +28,7 @@ _SUFFIXES = {
 }
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 _EVENT_STEMS = ("events", "interactions", "ratings", "clicks", "transactions")
+_NO_DATA_STEMS = ("readme", "license", "licence", "changelog", "requirements")
 _ITEM_STEMS = ("items", "movies", "products", "catalog")
 _MOVIELENS_NAMES = ("user_id", "item_id", "rating", "timestamp")
 
@@ -92,7 +93,11 @@ def _event_files(files: Sequence[Path], format: str) -> list[Path]:
         if "ratings.csv" in by_name and "movies.csv" in by_name:
             return [by_name["ratings.csv"]]
         return [by_name[name] for name in ("u.data", "ratings.dat") if name in by_name][:1]
-    suited = [file for file in files if _suffix(file) in _SUFFIXES[format] and _stem(file) not in _ITEM_STEMS]
+    suited = [
+        file
+        for file in files
+        if _suffix(file) in _SUFFIXES[format] and _stem(file) not in (*_ITEM_STEMS, *_NO_DATA_STEMS)
+    ]
     if format == "jsonl":
         suited = [file for file in suited if _suffix(file) != ".json" or _file_format(file, certain=False) == "jsonl"]
     if format == "sequences":
@@ -140,7 +145,8 @@ def _file_format(path: Path, certain: bool = True) -> str:
             return "csv"
         widths = [len(line.split()) for line in lines]
         named = _suffix(path) in _SUFFIXES["sequences"] or len(set(widths)) > 1
-        if named and min(widths) > 1 and max(widths) > 2 and not any(mark in start for mark in b",;|"):
+        mostly = sum(width > 1 for width in widths) > len(widths) / 2
+        if named and mostly and max(widths) > 2 and not any(mark in start for mark in b",;|"):
             return "sequences"
     if not certain:
         return ""
@@ -200,7 +206,7 @@ def layout_of(
     rows = [lines[0].split(delimiter)] if len(delimiter) > 1 else list(csv.reader(lines[:1], delimiter=delimiter))
     names = tuple(name.strip() for name in rows[0])
     numbered = tuple(str(place) for place in range(len(names)))
-    if columns and set(columns.values()) <= set(numbered) - set(names):
+    if columns and names != numbered and set(columns.values()) <= set(numbered):
         return Layout("delimited", numbered, delimiter, quoted=True)
     return Layout("delimited", names, delimiter, header=True, quoted=True)
 

@@ -1,0 +1,164 @@
+"""Make a dataset folder of event files: `afterclick ingest --source PATH --out DIR`, or `python -m jobs.ingest`."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lib.datasets import IngestReport, ingest
+from lib.datasets import Progress as ProgressFunction
+from lib.events import EVENT_KINDS, EVENT_SCHEMA, InputError
+from lib.source_files import FORMATS
+
+_KINDS = ", ".join(EVENT_KINDS)
+_DELIMITERS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " "}
+
+
+def ingest_command(
+    source: Annotated[Path, typer.Option("--source", help="File or folder with events.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the dataset.")],
+    format: Annotated[str, typer.Option("--format", help=f"auto, or {', '.join(FORMATS)}.")] = "auto",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column",
+            metavar="FIELD=NAME",
+            help=f"The column that holds a field ({', '.join(EVENT_SCHEMA.names)}); its number, from 0, in a CSV file "
+            "without a header. Repeat for more.",
+        ),
+    ] = None,
+    event_kind: Annotated[
+        list[str] | None,
+        typer.Option("--event-kind", metavar="THEIRS=OURS", help=f"Their word for one of {_KINDS}. Repeat for more."),
+    ] = None,
+    default_kind: Annotated[
+        str | None,
+        typer.Option(
+            "--default-kind", help="The kind of events that have none: rating if they have a value, or click."
+        ),
+    ] = None,
+    delimiter: Annotated[
+        str | None, typer.Option("--delimiter", help="Between columns, or 'tab'; otherwise told from the file.")
+    ] = None,
+    items: Annotated[
+        Path | None, typer.Option("--items", help="Descriptions of the items: a CSV, JSON lines or Parquet file.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the dataset that --out holds.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report to this file, too.")] = None,
+) -> None:
+    """Read event files of any common format, clean them and write a dataset folder."""
+    columns = _pairs("--column", column or [])
+    kinds = _pairs("--event-kind", event_kind or [])
+    console = Console()
+    with _progress(Console(stderr=True)) as progress:
+        report = ingest(
+            source,
+            out,
+            format=format,
+            columns=columns,
+            kinds=kinds,
+            default_kind=default_kind,
+            delimiter=_delimiter(delimiter),
+            items=items,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(asdict(report), indent=2) + "\n")
+    _print_report(console, report, out)
+
+
+def _pairs(option: str, pairs: Sequence[str]) -> dict[str, str]:
+    split = {}
+    for pair in pairs:
+        # Their word for a kind may hold an equals sign; ours, and the fields, never do.
+        left, equals, right = pair.partition("=") if option == "--column" else pair.rpartition("=")
+        if not (equals and left and right):
+            raise InputError(
+                f"{option} {pair!r}: write it as {'FIELD=NAME' if option == '--column' else 'THEIRS=OURS'}"
+            )
+        if left in split:
+            raise InputError(f"{option} {pair!r}: {left!r} is given more than once; leave one of them out")
+        split[left] = right
+    return split
+
+
+def _delimiter(text: str | None) -> str | None:
+    if text is None:
+        return None
+    text = _DELIMITERS.get(text, text)
+    if text != "::" and (len(text) != 1 or text in '"\n\r'):
+        raise InputError(f"--delimiter {text!r}: it must be one character, '::' or one of {', '.join(_DELIMITERS)}")
+    return text
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[ProgressFunction]:
+    # A bar on a terminal, a line for each tenth elsewhere.
+    if not console.is_terminal:
+        tenths: dict[str, int] = {}
+
+        def line(stage: str, done: int, total: int) -> None:
+            tenth = 10 * done // max(total, 1)
+            if tenth > tenths.get(stage, 0):
+                tenths[stage] = tenth
+                print(f"{stage}: {tenth * 10}%", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=console
+    )
+    with bar:
+        tasks = {stage: bar.add_task(stage, start=False) for stage in ("reading", "cleaning")}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            bar.start_task(tasks[stage])
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield advance
+
+
+def _print_report(console: Console, report: IngestReport, out: Path) -> None:
+    rows = [
+        ("source", f"{report.source} ({report.format})"),
+        ("dataset", str(out)),
+        ("events read", f"{report.read:,}"),
+        ("events kept", f"{report.kept:,}"),
+        *((f"rejected: {reason}", f"{count:,}") for reason, count in report.rejected.items()),
+        ("users", f"{report.users:,}"),
+        ("items", f"{report.items:,}"),
+        ("items described", f"{report.described_items:,}"),
+        *((f"descriptions rejected: {reason}", f"{count:,}") for reason, count in report.rejected_items.items()),
+        ("period", report.period),
+        *(
+            (f"unknown kind {kind!r}", f"{count:,} (map it with --event-kind)")
+            for kind, count in report.unknown_kinds.items()
+        ),
+    ]
+    if not console.is_terminal:
+        for name, value in rows:
+            print(f"{name}: {value}")
+        return
+    table = Table(show_header=False, title="Ingested")
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in rows:
+        table.add_row(escape(name), escape(value))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    from jobs.command_line import run_command
+
+    run_command(ingest_command)
