@@ -53,6 +53,7 @@ def start_process():
 
 def hold_the_writer(log: FeedbackLog) -> sqlite3.Connection:
     """Take SQLite's write lock from outside, so that the writer thread waits inside its next transaction."""
+    log._connection.execute("PRAGMA busy_timeout = 120000")
     connection = sqlite3.connect(log.path, isolation_level=None)
     connection.execute("BEGIN IMMEDIATE")
     return connection
@@ -183,18 +184,19 @@ def test_waiting_requests_share_one_commit(log):
     def call(number: int) -> None:
         results[number] = log.append([make_event(number)]).result()
 
+    first = log.append([make_event(100)])
+    wait_until(first.running)
     threads = [threading.Thread(target=call, args=(number,)) for number in range(100)]
     for thread in threads:
         thread.start()
-    # The writer took whatever had come when it woke; all the others wait for the next group.
-    wait_until(lambda: len(log._waiting) >= 90)
+    wait_until(lambda: len(log._waiting) == 100)
     assert not results
     outside.execute("ROLLBACK")
     outside.close()
     for thread in threads:
         thread.join()
-    assert log.commits <= 11
-    assert sorted(offset for result in results.values() for offset in result.offsets if offset) == list(range(1, 101))
+    assert log.commits == 2
+    assert sorted(offset for result in results.values() for offset in result.offsets if offset) == list(range(2, 102))
 
 
 def test_a_batch_of_duplicates_needs_no_commit(log):
@@ -260,6 +262,16 @@ def test_a_full_disk_fails_the_group_and_leaves_the_log_usable(log):
     assert (log.count(), log.last_offset(), log.commits) == (1, 1, 1)
     log._connection.execute("PRAGMA max_page_count = 100000")
     assert log.append([make_event(2), make_event(3)]).result() == AppendResult([2, 3])
+
+
+def test_a_group_that_fails_midway_leaves_nothing_behind(log):
+    with sqlite3.connect(log.path) as outside:  # another program took the place of the third event
+        outside.execute("INSERT INTO events VALUES(3, x'00', 'other', 'item', 'click', NULL, 1, NULL, NULL, 1)")
+    outside.close()
+    with pytest.raises(LogWriteError, match="UNIQUE constraint failed"):
+        log.append([make_event(number) for number in range(5)]).result()
+    assert (log.count(), log.last_offset()) == (1, 0)
+    assert log.append([make_event(1), make_event(2)]).result() == AppendResult([1, 2])
 
 
 def test_every_request_of_a_failed_group_hears_of_it(log):
