@@ -72,7 +72,8 @@ class LiveView:
         top.add_column(ratio=1)
         top.add_row(self._model(tally, status), self._traffic(tally, status))
         title = f"[b]Afterclick[/b]  model version {_number(_version(tally, status))}"
-        body = Group(top, Text(), _hit_rates(tally), Text(), self._latest(tally))
+        points = 30 if self.console.width >= 100 else 9
+        body = Group(top, Text(), _hit_rates(tally, points), Text(), self._latest(tally))
         return Panel(body, title=title, border_style="cyan", padding=(1, 2))
 
     def line(self, tally: Tally, status: Status) -> str:
@@ -180,20 +181,20 @@ def sparkline(numbers: list[float]) -> str:
     return "".join(BARS[round((number - low) * scale)] for number in numbers)
 
 
-def _hit_rates(tally: Tally) -> Table:
+def _hit_rates(tally: Tally, points: int) -> Table:
     table = Table(
-        box=None, padding=(0, 2), title=f"Hit rate@{tally.k}: was the visitor's next choice among the {tally.k} shown?"
+        box=None, padding=(0, 1), title=f"Hit rate@{tally.k}: was the visitor's next choice among the {tally.k} shown?"
     )
     table.title_justify, table.title_style = "left", "bold"
-    table.add_column()
+    table.add_column(no_wrap=True)
     for name in ("live", "frozen", "difference", "trials"):
-        table.add_column(name, justify="right")
-    table.add_column("difference over time")
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("over time", no_wrap=True)
     live, frozen = tally.rates()
     window_live, window_frozen, count = tally.window_rates()
     table.add_row("all", _rate(live), _rate(frozen), _interval(tally), _number(tally.trials), "")
     gain = _signed(window_live - window_frozen)
-    spark = sparkline(list(tally.differences))
+    spark = sparkline(list(tally.differences)[-points:])
     table.add_row(f"last {WINDOW:,}", _rate(window_live), _rate(window_frozen), gain, _number(count), spark)
     return table
 

@@ -10,7 +10,8 @@ Nothing in it is measured from a real shop. What is synthetic, exactly:
   categories, one similar), two in ten are an item on trend, the rest is browsing in the session's category.
 - Trends: twice a simulated day four unpopular items surge, then lose half of their pull every day.
 - Shifts: twice a simulated day some popular items get a new best partner: one in the history, `live_shifts` after it.
-  The live phase changes faster than the history did, on purpose, so that a minute shows what a week would.
+  The live phase begins with a trend and a shift, and its pairs change faster than those of the history did, on
+  purpose: so that a minute shows what learning live is worth where a real shop would take weeks.
 - Reactions: a visitor looks at a list from the top, less and less likely with the position, and clicks at most one
   item, the likelier the better it suits the taste, the item before and the trends.
 
@@ -123,6 +124,8 @@ class Shop:
         self._live = False
         self.history = self._visit(visitors * HISTORY_EVENTS_PER_VISITOR)
         self._live = True
+        self._change()
+        self._fade_trends()
 
     def write_dataset(self, out: Path) -> None:
         """Write the history as an ingested dataset: out/events.parquet and out/items.parquet."""
@@ -342,9 +345,12 @@ class Shop:
         if hour % 24 == 0:
             self._drift()
         if hour % self.behaviour.change_hours == 0:
-            self._start_trend()
-            self._shift_pairs(self.behaviour.live_shifts if self._live else self.behaviour.history_shifts)
+            self._change()
         self._fade_trends()
+
+    def _change(self) -> None:
+        self._start_trend()
+        self._shift_pairs(self.behaviour.live_shifts if self._live else self.behaviour.history_shifts)
 
     def _drift(self) -> None:
         keep = 1.0 - self.behaviour.drift

@@ -112,7 +112,7 @@ def test_the_item_before_tells_far_more_about_the_next_than_popularity_does(hist
 
 
 def test_counts_that_go_on_learning_live_beat_the_same_counts_frozen():
-    shop = Shop(seed=2)
+    shop = Shop(seed=2, visitors=1000)
     live, frozen, before, seen = CooccurrenceCounts(), CooccurrenceCounts(), {}, defaultdict(set)
     for visitor, item, _ in in_time_order(shop.history):
         live.learn(before.get(visitor), item)
@@ -121,7 +121,7 @@ def test_counts_that_go_on_learning_live_beat_the_same_counts_frozen():
         seen[visitor].add(item)
     recent = deque(maxlen=1000)
     trials = live_hits = frozen_hits = 0
-    for visitor, item, kind in take_steps(shop, 6000):
+    for visitor, item, kind in take_steps(shop, 4000):
         if item not in seen[visitor] and kind != "dislike":
             trials += 1
             trending = [other for other, _ in Counter(recent).most_common(40) if other not in seen[visitor]][:4]
@@ -135,7 +135,7 @@ def test_counts_that_go_on_learning_live_beat_the_same_counts_frozen():
 
 
 def test_items_on_trend_surge_and_then_fade():
-    shop = Shop(seed=4, visitors=2000)
+    shop = Shop(seed=4, visitors=500)
     shop.advance(DAY / 2)
     surging = set(shop.trending[: shop.behaviour.trend_items])
     usual = Counter(shop.history["item_id"].to_pylist())
