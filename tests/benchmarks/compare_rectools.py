@@ -3,7 +3,7 @@
     python -m tests.benchmarks.compare_rectools --data DIR [--json FILE] [--peer-python PYTHON]
 
 Notable features:
-- the targets are taken out of the data before Afterclick's training sees it, so no default of `pretrain` can leak them
+- Afterclick pretrains with its defaults; `jobs.evaluate` refuses a model that was trained on its targets
 - the peer trains for as long as Afterclick did, at the same width, depth and length (or for `--seconds`), on all cores,
   with the settings that were found to serve it best and with a memory allocator setting that makes it faster
 - the peer lives in a virtual environment of its own in the user's cache; nothing is installed beside Afterclick
@@ -17,7 +17,6 @@ all of them, RecTools takes each user's newest events once an epoch. Run it on a
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,14 +25,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from lib.datasets import EVENTS_FILE, ITEMS_FILE, read_events
+from lib.datasets import EVENTS_FILE
 from lib.events import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -48,7 +44,8 @@ PEER_ALLOCATOR = {
 }
 BUSY_LOAD = 0.5  # above this, something else is at work and both sides' timings suffer, not to the same extent
 METRICS = ("recall@10", "ndcg@10")
-TRAINING_KEYS = ("seconds", "sequences_per_second", "width", "layers", "max_length")
+PEER_SHAPE = {"factors": "hidden_size", "blocks": "num_hidden_layers", "length": "max_length"}
+TRAINING_KEYS = ("seconds", "sequences_per_second", *PEER_SHAPE.values())
 
 
 def available_cores() -> int:
@@ -79,24 +76,6 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def before_last_event(events: pa.Table) -> pa.Table:
-    """Without each user's last event; `events` are as `read_events` gives them, users contiguous and in time order."""
-    users = events["user_id"].combine_chunks().dictionary_encode().indices.to_numpy()
-    is_last = np.append(users[1:] != users[:-1], True)
-    return events.filter(pa.array(~is_last))
-
-
-def write_training_data(data: Path, folder: Path) -> None:
-    """Write the dataset that both may train on: no targets, no users with a single event, the items as described."""
-    training = before_last_event(read_events(data))
-    if training.num_rows == 0:
-        raise InputError(f"data: no user in {data} has two events or more; give data with longer histories")
-    folder.mkdir()
-    pq.write_table(training, folder / EVENTS_FILE)
-    if (data / ITEMS_FILE).is_file():
-        shutil.copy(data / ITEMS_FILE, folder / ITEMS_FILE)
-
-
 def run(name: str, command: list[str], environment: dict[str, str] | None = None) -> None:
     """Run a command in the repository, its output passed through; a failure ends the comparison with status 1."""
     finished = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **(environment or {})}, check=False)
@@ -115,18 +94,18 @@ def read_object(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     return content
 
 
-def run_afterclick(data: Path, training_data: Path, folder: Path) -> dict[str, Any]:
+def run_afterclick(data: Path, folder: Path) -> dict[str, Any]:
     """Pretrain with the defaults and evaluate; metrics with `training`, what the manifest says of the training."""
     model, evaluation = folder / "model", folder / "afterclick.json"
     module = [sys.executable, "-m"]
-    run("pretraining", [*module, "jobs.pretrain", "--data", str(training_data), "--out", str(model)])
+    run("pretraining", [*module, "jobs.pretrain", "--data", str(data), "--out", str(model)])
     training = read_object(model / "manifest.json", ("training",))["training"]
     missing = [key for key in TRAINING_KEYS if key not in training]
     if missing:
         raise RuntimeError(f"{model / 'manifest.json'}: training lacks {', '.join(missing)}")
     arguments = ["--data", str(data), "--model", str(model), "--protocol", "leave-one-out", "--json", str(evaluation)]
     run("evaluation", [*module, "jobs.evaluate", *arguments])
-    return {**read_object(evaluation, METRICS), "training": training}
+    return {**read_object(evaluation, (*METRICS, "cases")), "training": training}
 
 
 def has_peer(python: Path) -> bool:
@@ -168,18 +147,18 @@ def peer_settings(assignments: list[str]) -> list[str]:
 def run_peer(python: Path, data: Path, folder: Path, training: dict[str, Any], options: list[str]) -> dict[str, Any]:
     """Train and evaluate the peer at Afterclick's width, depth and length; `options` name the budget and the rest."""
     result = folder / "rectools.json"
-    shape = {"factors": training["width"], "blocks": training["layers"], "length": training["max_length"]}
+    shape = {option: training[key] for option, key in PEER_SHAPE.items()}
     command = [str(python), str(PEER_PROGRAM), "--data", str(data / EVENTS_FILE), "--json", str(result)]
     for name, value in {**shape, "threads": available_cores()}.items():
         command += [f"--{name}", str(value)]
     run("the peer", [*command, *options], PEER_ALLOCATOR)
-    return read_object(result, (*METRICS, "seconds", "epochs", "sequences_per_second"))
+    return read_object(result, (*METRICS, "seconds", "epochs", "sequences_per_second", "users"))
 
 
 def compare(afterclick: dict[str, Any], peer: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Both values and their ratio (Afterclick / RecTools) by quantity; a ratio by zero is left out."""
-    if "users" in afterclick and afterclick["users"] != peer["users"]:
-        raise RuntimeError(f"Afterclick was evaluated on {afterclick['users']} users, RecTools on {peer['users']}")
+    if afterclick["cases"] != peer["users"]:
+        raise RuntimeError(f"Afterclick was evaluated on {afterclick['cases']} users, RecTools on {peer['users']}")
     ours = {name: afterclick[name] for name in METRICS} | afterclick["training"]
     names = (*METRICS, "seconds", "epochs", "sequences_per_second", "targets_per_second")
     rows = {name: {"afterclick": ours[name], "rectools": peer[name]} for name in names if name in ours and name in peer}
@@ -215,6 +194,10 @@ def benchmark(
     if peer_epochs is not None and seconds is not None:
         raise InputError("seconds: it excludes --peer-epochs; give one of the two")
     data = data.resolve()
+    if not (data / EVENTS_FILE).is_file():
+        raise InputError(
+            f"data: no {EVENTS_FILE} in {data}; make it with `afterclick ingest --source PATH --out {data}`"
+        )
     extra = peer_settings(peer_set or [])
     if peer_python is not None and not has_peer(peer_python):
         raise InputError(
@@ -227,10 +210,9 @@ def benchmark(
         )
     with tempfile.TemporaryDirectory(prefix="compare-rectools-") as name:
         folder = Path(name)
-        write_training_data(data, folder / "training")
         # Not resolved: the link is what makes an interpreter that of its virtual environment.
         python = peer_python.absolute() if peer_python else peer_environment()
-        afterclick = run_afterclick(data, folder / "training", folder)
+        afterclick = run_afterclick(data, folder)
         training = afterclick["training"]
         budget = ["--seconds", str(seconds or training["seconds"])]
         if peer_epochs is not None:

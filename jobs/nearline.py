@@ -1,0 +1,244 @@
+"""The near-line learner as a long-lived actor: pull a micro-batch, learn, publish, push; again.
+
+    python -m jobs.nearline --model MODEL     joins the running cluster and keeps a learner there
+
+It yields to the replicas: lowest priority, one thread, short steps. Whatever goes wrong that it cannot handle ends the
+process; Ray starts it again, and it continues from the registry, where weights, optimiser and log offset moved as one.
+"""
+
+import logging
+import os
+import queue
+import threading
+import time
+import traceback
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import ray
+import torch
+import typer
+from ray.actor import ActorHandle
+
+from lib.events import InputError
+from lib.learner import LearnerConfig, NearlineLearner, Rejection
+from lib.registry import Registry
+from lib.user_histories import MicroBatch
+from lib.weights import Delta
+from serving.aggregator import NAMESPACE, aggregator_handle
+from serving.recommendations import LEARNER
+from serving.rollout import Acknowledgements, Rollout
+
+logger = logging.getLogger(__name__)
+ANNOUNCE_SECONDS = 1.0
+RETRY_SECONDS = 0.05
+
+
+@dataclass
+class Progress:
+    """What the status says of the learner, besides its version."""
+
+    pushes: int = 0
+    rejected_updates: int = 0
+    last_rejection: dict[str, Any] | None = None
+    loss: float | None = None  # of new events before they were learned, a running mean
+    unreached: int = 0  # replicas that the newest push or announcement did not reach
+    delays: deque[float] = field(default_factory=lambda: deque(maxlen=2000))  # ms, acknowledged to live everywhere
+    delayed: int = 0
+    steps: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=200))  # ms of each part of an update
+
+    def freshness(self) -> dict[str, Any] | None:
+        """Delay from an event's acknowledgement to its version live on all replicas, in milliseconds."""
+        if not self.delays:
+            return None
+        delays = np.array(self.delays)
+        return {
+            "last_ms": float(delays[-1]),
+            "p50_ms": float(np.quantile(delays, 0.5)),
+            "p99_ms": float(np.quantile(delays, 0.99)),
+            "count": self.delayed,
+        }
+
+    def step_times(self) -> dict[str, float]:
+        """Median milliseconds of learning and pushing, and bytes of a push, over the latest updates."""
+        if not self.steps:
+            return {}
+        return {name: float(np.median([step[name] for step in self.steps])) for name in self.steps[-1]}
+
+
+class Learner:
+    """The actor: one thread learns, the others answer what it is asked."""
+
+    def __init__(self, state: str, config: LearnerConfig):
+        os.nice(19)
+        torch.set_num_threads(1)
+        self.config = config
+        self.learner = NearlineLearner(Registry(state), config)
+        self.rollout = Rollout()
+        self.progress = Progress()
+        self.rollbacks: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
+        self.announced = 0.0
+        self.stopping = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="learning", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self.stopping.is_set():
+                self._step()
+        except Exception:
+            logger.error("the learner ends and is started again:\n%s", traceback.format_exc())
+            os._exit(1)
+
+    def _step(self) -> None:
+        self._roll_back()
+        batch = self._next_batch()
+        if batch is not None:
+            self._update(batch)
+        if time.monotonic() - self.announced > ANNOUNCE_SECONDS:
+            self._acknowledge(self.rollout.announce(self.learner.version))
+
+    def _next_batch(self) -> MicroBatch | None:
+        call = aggregator_handle().next_batch.remote(
+            self.learner.log_offset,
+            self.learner.encoder.config.max_length,
+            self.config.replay_users,
+            self.config.held_out_users,
+        )
+        return ray.get(call)
+
+    def _update(self, batch: MicroBatch) -> None:
+        start = time.perf_counter()
+        outcome = self.learner.learn(batch)
+        if isinstance(outcome, Rejection):
+            self._reject(outcome)
+            return
+        learned = time.perf_counter()
+        size = self._push(outcome)
+        now = time.time_ns() / 1e6
+        pushed = time.perf_counter()
+        self.progress.steps.append(
+            {"learn_ms": (learned - start) * 1e3, "push_ms": (pushed - learned) * 1e3, "push_bytes": float(size)}
+        )
+        self.progress.delays.extend(now - received for received in batch.received_at)
+        self.progress.delayed += len(batch.received_at)
+        loss = outcome.facts["loss"]
+        if loss is not None:
+            previous = self.progress.loss
+            self.progress.loss = loss if previous is None else 0.95 * previous + 0.05 * loss
+
+    def _push(self, delta: Delta) -> int:
+        """Send a delta and see it live on every replica; returns its bytes."""
+        acknowledgements, size = self.rollout.push(delta)
+        self._acknowledge(acknowledgements)
+        while not acknowledgements.all_at(delta.version) and acknowledgements.replicas:
+            # one that died is soon no longer counted among the live; one that was busy catches up
+            time.sleep(RETRY_SECONDS)
+            acknowledgements = self.rollout.announce(delta.version)
+            self._acknowledge(acknowledgements)
+        self.progress.pushes += 1
+        return size
+
+    def _acknowledge(self, acknowledgements: Acknowledgements) -> None:
+        self.progress.unreached = acknowledgements.unreached
+        self.announced = time.monotonic()
+
+    def _reject(self, rejection: Rejection) -> None:
+        logger.warning("update with %d events rejected: %s", rejection.events, rejection.reason)
+        self.progress.rejected_updates += 1
+        self.progress.last_rejection = {
+            "log_offset": rejection.last_offset,
+            "events": rejection.events,
+            "reason": rejection.reason,
+            "time": time.time_ns() // 1_000_000,
+        }
+
+    def _roll_back(self) -> None:
+        while not self.rollbacks.empty():
+            version, outcome = self.rollbacks.get()
+            try:
+                delta = self.learner.restore(version)
+            except InputError as error:
+                outcome.set_result({"error": str(error)})
+                continue
+            self._push(delta)
+            outcome.set_result({"model_version": delta.version, "restored": version})
+
+    def rollback(self, version: int) -> dict[str, Any]:
+        """Bring a stored version's weights back; answers when every replica has them."""
+        outcome: Future = Future()
+        self.rollbacks.put((version, outcome))
+        return outcome.result()
+
+    def status(self) -> dict[str, Any]:
+        """Version, counts, delays."""
+        return {
+            "state": "running",
+            "version": self.learner.version,
+            "checksum": self.learner.checksum,
+            "log_offset": self.learner.log_offset,
+            "events_trained": self.learner.events_trained,
+            "events_rejected": self.learner.events_rejected,
+            "pushes": self.progress.pushes,
+            "rejected_updates": self.progress.rejected_updates,
+            "last_rejection": self.progress.last_rejection,
+            "loss": self.progress.loss,
+            "unreached_replicas": self.progress.unreached,
+            "freshness": self.progress.freshness(),
+            **self.progress.step_times(),
+            "process": os.getpid(),
+        }
+
+    def stop(self) -> None:
+        """Finish the update at hand, then learn no more."""
+        self.stopping.set()
+        self.thread.join(timeout=10)
+
+
+def start_learner(state: str, config: LearnerConfig | None = None) -> ActorHandle:
+    """The running learner, started if need be; Ray restarts it whenever its process dies."""
+    actor = ray.remote(Learner).options(
+        name=LEARNER,
+        namespace=NAMESPACE,
+        get_if_exists=True,
+        lifetime="detached",
+        max_restarts=-1,
+        max_task_retries=-1,
+        max_concurrency=8,
+        num_cpus=0.5,
+    )
+    return actor.remote(state, config or LearnerConfig())
+
+
+def nearline_command(
+    model: Annotated[Path, typer.Option(help="Model folder that is being served.")],
+    state: Annotated[str | None, typer.Option(help="Where log and versions live; MODEL/live if absent.")] = None,
+) -> None:
+    """Keep a near-line learner running on the cluster that serves this model; the job lasts as long as it does."""
+    from cluster.local import running_ray
+
+    with running_ray():
+        learner = start_learner(state or f"{model}/live")
+        print(f"learner at version {ray.get(learner.status.remote())['version']}; Ctrl-C stops it", flush=True)
+        try:
+            while True:
+                time.sleep(10)
+                status = ray.get(learner.status.remote())
+                print(
+                    f"version {status['version']}  pushes {status['pushes']}  rejected {status['rejected_updates']}"
+                    f"  events {status['events_trained']}",
+                    flush=True,
+                )
+        finally:
+            ray.get(learner.stop.remote())
+            ray.kill(learner)
+
+
+if __name__ == "__main__":
+    from jobs.command_line import run_command
+
+    run_command(nearline_command)

@@ -1,0 +1,48 @@
+"""Look at a running service: versions per replica, freshness, log offsets, pushes.
+
+python -m jobs.status [--url URL] [--json FILE]
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jobs.serve import get_json
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def status_command(
+    url: Annotated[str, typer.Option(help="Address of the service.")] = DEFAULT_URL,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the whole status there.")] = None,
+) -> None:
+    """Show what a running service says of itself."""
+    status = get_json(url, "/v1/status")
+    if json_ is not None:
+        json_.write_text(json.dumps(status, indent=2) + "\n")
+    console = Console()
+    replicas = Table("replica", "version", "checksum", "answers", "deltas", "catch-ups", title="replicas")
+    for replica in status["replicas"]:
+        columns = ("replica_id", "version", "checksum", "answers", "deltas", "catch_ups")
+        replicas.add_row(*(str(replica[name]) for name in columns))
+    console.print(f"model version {status['model_version']}")
+    console.print(replicas)
+    for part in ("learner", "aggregator"):
+        console.print(_facts(part, status[part]))
+
+
+def _facts(title: str, facts: dict[str, Any]) -> Table:
+    table = Table("fact", "value", title=title)
+    for name, value in facts.items():
+        table.add_row(name, f"{value:.1f}" if isinstance(value, float) else str(value))
+    return table
+
+
+if __name__ == "__main__":
+    from jobs.command_line import run_command
+
+    run_command(status_command)

@@ -1,0 +1,61 @@
+"""List the versions that are stored for a served model.
+
+python -m jobs.versions --model MODEL [--json FILE]
+"""
+
+import json
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lib.model_folder import read_manifest
+from lib.registry import Registry, VersionInfo
+
+
+def stored_versions(model: Path, state: str | None = None) -> list[VersionInfo]:
+    """The versions of a model folder: those of its live state, or its own alone if it was never served.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    manifest = read_manifest(model)
+    versions = Registry(state or f"{model}/live").versions()
+    size = sum(path.stat().st_size for path in model.iterdir() if path.is_file())
+    own = VersionInfo(manifest.version, "snapshot", manifest.created, manifest.log_offset, size, {"kind": "base"})
+    return versions or [own]
+
+
+def versions_command(
+    model: Annotated[Path, typer.Option(help="Model folder.")],
+    state: Annotated[str | None, typer.Option(help="Where versions live; MODEL/live if absent.")] = None,
+    last: Annotated[int, typer.Option(min=1, help="How many of the newest to show.")] = 20,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write all of them there.")] = None,
+) -> None:
+    """List stored versions, newest last."""
+    versions = stored_versions(model, state)
+    if json_ is not None:
+        json_.write_text(json.dumps([asdict(version) for version in versions], indent=2) + "\n")
+    table = Table("version", "stored as", "made by", "created", "log offset", "events", "bytes")
+    for version in versions[-last:]:
+        made_by = version.facts.get("kind", "base")
+        if "restored" in version.facts:
+            made_by += f" to {version.facts['restored']}"
+        created = datetime.fromtimestamp(version.created / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        events = str(version.facts.get("events", ""))
+        table.add_row(
+            str(version.version), version.kind, made_by, created, str(version.log_offset), events, f"{version.size:,}"
+        )
+    Console().print(table)
+    if len(versions) > last:
+        print(f"{len(versions) - last} older versions; show more with --last")
+
+
+if __name__ == "__main__":
+    from jobs.command_line import run_command
+
+    run_command(versions_command)

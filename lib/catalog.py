@@ -1,0 +1,135 @@
+"""The catalog: item ids and their rows, with the attributes that filters and titles need.
+
+Row 0 is padding; items get rows 1, 2, 3, ... in the order in which they came, and keep them for good, so that a row
+means the same item in every version of the weights.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lib.events import InputError
+
+TITLE_COLUMNS = ("title", "name")
+
+
+class Catalog:
+    """Item ids <-> rows, and a table of attributes; it only ever grows."""
+
+    def __init__(self, item_ids: Iterable[str] = (), attributes: pa.Table | None = None):
+        self.item_ids: list[str] = [""]
+        self.row_of: dict[str, int] = {}
+        self.attributes = attributes  # one line per item that has any, keyed by item_id
+        self._masks: dict[str, np.ndarray] = {}
+        self.extend(item_ids)
+        self.titles = _titles(attributes)
+
+    def __len__(self) -> int:
+        """Number of items; rows 1..len(catalog) are in use."""
+        return len(self.row_of)
+
+    def extend(self, item_ids: Iterable[str]) -> list[str]:
+        """Give the unknown ones among these items a row; returns those that were new, in order."""
+        new = []
+        for item_id in item_ids:
+            if item_id in self.row_of:
+                continue
+            self.row_of[item_id] = len(self.item_ids)
+            self.item_ids.append(item_id)
+            new.append(item_id)
+        if new:
+            self._masks.clear()
+        return new
+
+    def mask(self, conditions: Mapping[str, Any]) -> np.ndarray:
+        """(len + 1,) bool: the rows whose item meets every condition of a filter.
+
+        A condition is a value, a list of admissible values, or {"min": x, "max": y}. Text matches as a whole or by one
+        of its words (so {"genres": "Comedy"} finds "Comedy Drama"); a list attribute matches by one of its members.
+
+        Raises:
+            InputError: an attribute that the catalog does not have, or a condition of another form.
+        """
+        key = repr(sorted(conditions.items(), key=lambda condition: condition[0]))
+        if key not in self._masks:
+            if len(self._masks) >= 256:
+                self._masks.pop(next(iter(self._masks)))
+            self._masks[key] = self._mask(conditions)
+        return self._masks[key]
+
+    def _mask(self, conditions: Mapping[str, Any]) -> np.ndarray:
+        if self.attributes is None:
+            raise InputError("filter: the catalog has no attributes; ingest the dataset with an items table")
+        keep = np.ones(len(self.attributes), dtype=bool)
+        for column, condition in conditions.items():
+            if column not in self.attributes.column_names:
+                known = ", ".join(self.attributes.column_names)
+                raise InputError(f"filter.{column}: no such attribute; the catalog has {known}")
+            keep &= _meets(self.attributes[column], column, condition)
+        mask = np.zeros(len(self.item_ids), dtype=bool)
+        matching = self.attributes["item_id"].to_numpy()[keep]
+        mask[[self.row_of[item_id] for item_id in matching if item_id in self.row_of]] = True
+        return mask
+
+    def save(self, path: Path) -> None:
+        """Write catalog.parquet: one line per item in the order of its row, attributes beside it."""
+        table = pa.table({"item_id": pa.array(self.item_ids[1:], pa.string())})
+        if self.attributes is not None:
+            places = pc.index_in(table["item_id"], self.attributes["item_id"].combine_chunks())
+            columns = self.attributes.drop_columns(["item_id"]).take(places)
+            for name in columns.column_names:
+                table = table.append_column(name, columns[name])
+        pq.write_table(table, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Catalog":
+        """Read catalog.parquet."""
+        table = pq.read_table(path)
+        return cls(table["item_id"].to_pylist(), table if table.num_columns > 1 else None)
+
+
+def _titles(attributes: pa.Table | None) -> dict[str, str]:
+    if attributes is None:
+        return {}
+    for column in TITLE_COLUMNS:
+        if column in attributes.column_names:
+            pairs = zip(attributes["item_id"].to_pylist(), attributes[column].to_pylist(), strict=True)
+            return {item_id: str(title) for item_id, title in pairs if title is not None}
+    return {}
+
+
+def _meets(values: pa.ChunkedArray, column: str, condition: Any) -> np.ndarray:
+    """(items,) bool: which values meet one condition."""
+    if isinstance(condition, Mapping):
+        if not condition or not set(condition) <= {"min", "max"}:
+            raise InputError(f'filter.{column}: a range is written {{"min": x, "max": y}}')
+        numbers = _numbers(values, column)
+        low, high = condition.get("min", -np.inf), condition.get("max", np.inf)
+        if not all(isinstance(bound, int | float) for bound in (low, high)):
+            raise InputError(f"filter.{column}: min and max are numbers")
+        return (numbers >= low) & (numbers <= high)
+    wanted = condition if isinstance(condition, list) else [condition]
+    if not wanted or not all(isinstance(value, str | int | float | bool) for value in wanted):
+        raise InputError(f"filter.{column}: give a value, a list of values, or a range with min and max")
+    keep = np.zeros(len(values), dtype=bool)
+    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        texts = {str(value) for value in wanted}
+        return np.array([bool(texts & {str(member) for member in members or ()}) for members in values.to_pylist()])
+    text = pc.cast(values, pa.string())
+    for value in wanted:
+        word = rf"(^|[\s|,;]){re.escape(str(value))}($|[\s|,;])"
+        keep |= pc.fill_null(pc.match_substring_regex(text, word), False).to_numpy(zero_copy_only=False)
+    return keep
+
+
+def _numbers(values: pa.ChunkedArray, column: str) -> np.ndarray:
+    try:
+        return pc.cast(values, pa.float64()).to_numpy(zero_copy_only=False)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"filter.{column}: a range needs numbers, and this attribute holds text") from error

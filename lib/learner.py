@@ -1,0 +1,314 @@
+"""The near-line learner: a micro-batch of feedback in, a delta of the weights out.
+
+One update reads: extend the catalog, train on the new events with a replay sample, count popularity, gate, and either
+publish the delta with the optimiser's state and the log offset in one atomic step, or go back to the live state.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.catalog import Catalog
+from lib.encoder import BehaviourEncoder
+from lib.metrics import ndcg_at
+from lib.model_folder import Manifest
+from lib.popularity import DAY, event_counts, moved_reference
+from lib.registry import LoadedVersion, Registry
+from lib.sequences import Batch, SequenceBatches
+from lib.training import Trainer, TrainingConfig
+from lib.user_histories import History, MicroBatch, to_histories
+from lib.weights import ROW_TENSORS, Delta, Fingerprint, difference, grow_items, state_of
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """How the weights follow the feedback."""
+
+    learning_rate: float = 1e-3
+    replay_users: int = 64
+    replay_weight: float = 0.5  # of a replayed target, where a new event's is 1
+    negatives: int = 512
+    popularity_half_life: float = 7 * DAY  # milliseconds
+    held_out_users: int = 64
+    held_out_candidates: int = 1000  # a held-out target is ranked among so many random items
+    loss_tolerance: float = 0.25  # the held-out loss may rise by this share
+    quality_tolerance: float = 0.05  # the held-out NDCG@10 may fall by so much
+    snapshot_every: int = 200  # versions
+    keep_snapshots: int = 10
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """An update that failed its gate: nothing of it is left in the weights."""
+
+    last_offset: int
+    events: int
+    reason: str
+
+
+class UndoJournal:
+    """What the weights and the optimiser were before an update, of just those rows that it changes."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.dense = {name: t.clone() for name, t in state_of(trainer.encoder).items() if name not in ROW_TENSORS}
+        self.optimizer = {n: v.copy() for n, v in trainer.optimizer_state(np.zeros(0, dtype=np.int64)).items()}
+        self.rows: list[Tensor] = []
+        self.saved: list[tuple[Tensor, ...]] = []
+
+    def record(self, rows: Tensor) -> None:
+        """Remember rows that are about to change."""
+        row = self.trainer.row_optimizer
+        encoder = self.trainer.encoder
+        tensors = (encoder.item_embeddings.weight, encoder.item_popularity, row.first, row.second, row.steps)
+        self.rows.append(rows)
+        self.saved.append(tuple(tensor.detach()[rows].clone() for tensor in tensors))
+
+    def changed_rows(self) -> Tensor:
+        """(R,) all recorded rows, ascending."""
+        return torch.unique(torch.cat(self.rows)) if self.rows else torch.zeros(0, dtype=torch.long)
+
+    def undo(self) -> None:
+        """Put everything back, the newest record first."""
+        row = self.trainer.row_optimizer
+        encoder = self.trainer.encoder
+        state = state_of(encoder)
+        for rows, saved in zip(reversed(self.rows), reversed(self.saved), strict=True):
+            targets = (state[ROW_TENSORS[0]], encoder.item_popularity, row.first, row.second, row.steps)
+            for target, values in zip(targets, saved, strict=True):
+                target[rows] = values
+        for name, values in self.dense.items():
+            state[name].copy_(values)
+        self.trainer.load_optimizer_state(self.optimizer, np.zeros(0, dtype=np.int64))
+
+
+class NearlineLearner:
+    """Owns the newest version of the weights and moves it on; a restarted one continues from the registry."""
+
+    def __init__(self, registry: Registry, config: LearnerConfig):
+        self.registry = registry
+        self.config = config
+        self._take(registry.load())
+
+    def _take(self, loaded: LoadedVersion) -> None:
+        self.encoder: BehaviourEncoder = loaded.encoder
+        self.catalog: Catalog = loaded.catalog
+        self.version = loaded.version
+        self.log_offset = loaded.log_offset
+        self.events_trained = int(loaded.facts.get("events_trained", 0))
+        self.events_rejected = int(loaded.facts.get("events_rejected", 0))
+        training = TrainingConfig(
+            learning_rate=self.config.learning_rate, negatives=self.config.negatives, seed=self.config.seed
+        )
+        self.trainer = _trainer_of(loaded, training)
+        self.fingerprint = Fingerprint(self.encoder)
+        assert self.encoder.config.event_kinds is not None
+        self.kind_codes = {kind: place + 1 for place, kind in enumerate(self.encoder.config.event_kinds)}
+
+    @property
+    def checksum(self) -> str:
+        """Fingerprint of the newest version."""
+        return self.fingerprint.checksum
+
+    def learn(self, batch: MicroBatch) -> Delta | Rejection:
+        """Train on a micro-batch; the result is published already when it is a delta."""
+        journal = UndoJournal(self.trainer)
+        first_new = len(self.catalog) + 1
+        new_items = self._extend_catalog(batch)
+        self.trainer.before_update = journal.record
+        before = self._held_out_quality(batch.held_out)
+        training = self._training_batch(batch)
+        loss = float("nan") if training is None else self.trainer.step(training).loss
+        self._count_popularity(batch, journal)
+        after = self._held_out_quality(batch.held_out)
+        rows = torch.unique(torch.cat([journal.changed_rows(), torch.arange(first_new, len(self.catalog) + 1)]))
+        reason = self._objection(training is not None, loss, before, after, rows)
+        events = sum(batch.new_counts)
+        if reason is not None:
+            journal.undo()
+            self.events_rejected += events
+            self.log_offset = batch.last_offset
+            return Rejection(batch.last_offset, events, reason)
+        self.events_trained += events
+        facts = {"kind": "nearline", "events": events, "loss": None if training is None else loss, "ndcg": after[1]}
+        return self._publish(self._changes(journal, rows), batch.last_offset, new_items, facts)
+
+    def restore(self, version: int) -> Delta:
+        """Publish a new version whose weights are those of a stored one; the log offset stays where it is.
+
+        Raises:
+            InputError: the version is not stored.
+        """
+        loaded = self.registry.load(version)
+        rows_now = self.encoder.config.item_rows
+        known = loaded.encoder.config.item_rows
+        grow_items(loaded.encoder, rows_now)
+        target = state_of(loaded.encoder)
+        for name in ROW_TENSORS:  # items that came after that version keep what they have
+            target[name][known:] = state_of(self.encoder)[name][known:]
+            target[name][len(loaded.catalog) + 1 : known] = state_of(self.encoder)[name][
+                len(loaded.catalog) + 1 : known
+            ]
+        rows, tensors = difference(self.encoder, target)
+        changes = (torch.from_numpy(rows), {name: np.array(value) for name, value in tensors.items()})
+        trainer = _trainer_of(loaded, self.trainer.config)
+        offset = self.log_offset
+        for name, tensor in state_of(self.encoder).items():
+            tensor.copy_(target[name])
+        self.trainer.load_optimizer_state(trainer.optimizer_state())
+        return self._publish(changes, offset, [], {"kind": "rollback", "restored": version})
+
+    def _extend_catalog(self, batch: MicroBatch) -> list[str]:
+        """Give rows to items that feedback names for the first time: the mean of all items, a little apart."""
+        arrived = [
+            item_id
+            for history, count in zip(batch.histories, batch.new_counts, strict=True)
+            for item_id in history.item_ids[len(history) - count :]
+        ]
+        known = len(self.catalog)
+        new_items = self.catalog.extend(arrived)
+        needed = len(self.catalog) + 1
+        if not new_items:
+            return []
+        if needed > self.encoder.config.item_rows:
+            grow_items(self.encoder, needed + needed // 10)
+            self.trainer.row_optimizer.grow(self.encoder.config.item_rows)
+        generator = torch.Generator().manual_seed(self.config.seed + needed)
+        table = self.encoder.item_embeddings.weight.detach()
+        mean = table[1 : known + 1].mean(dim=0) if known else torch.zeros(table.shape[1])
+        deviation = self.encoder.config.initializer_range
+        noise = torch.randn(len(new_items), table.shape[1], generator=generator) * deviation
+        table[known + 1 : needed] = mean + noise
+        self.trainer.items = len(self.catalog)
+        return new_items
+
+    def _training_batch(self, batch: MicroBatch) -> Batch | None:
+        """New events as targets with their context, and the replayed histories at a lower weight."""
+        limit = self.encoder.config.max_length + 1
+        histories = [h.newest(limit - 1 + n) for h, n in zip(batch.histories, batch.new_counts, strict=True)]
+        replay = [history.newest(limit) for history in batch.replay]
+        flat = to_histories([*histories, *replay], self.catalog, self.kind_codes)
+        sequences = SequenceBatches(flat, self.encoder.config)
+        share = np.zeros(len(flat.rows), dtype=np.float32)
+        share[flat.offsets[len(histories)] :] = self.config.replay_weight
+        for stop, count in zip(flat.offsets[1:], batch.new_counts, strict=False):
+            share[stop - count : stop] = 1.0
+        sequences.weights = sequences.weights * share
+        starts, lengths = sequences.windows()
+        useful = np.array([sequences.weights[s + 1 : s + n].any() for s, n in zip(starts, lengths, strict=True)], bool)
+        if not useful.any():
+            return None
+        return sequences.training_batch(starts[useful], lengths[useful])
+
+    def _count_popularity(self, batch: MicroBatch, journal: UndoJournal) -> None:
+        rows, timestamps = [], []
+        for history, count in zip(batch.histories, batch.new_counts, strict=True):
+            rows += [self.catalog.row_of[item_id] for item_id in history.item_ids[len(history) - count :]]
+            timestamps += history.timestamps[len(history) - count :]
+        encoder, half_life = self.encoder, self.config.popularity_half_life
+        reference, factor = moved_reference(max(timestamps), int(encoder.popularity_reference), half_life)
+        counts = torch.from_numpy(event_counts(np.array(timestamps), reference, half_life)).float()
+        if factor == 1.0:
+            journal.record(torch.unique(torch.tensor(rows)))
+        else:
+            journal.record(torch.arange(len(encoder.item_popularity)))
+            encoder.item_popularity *= factor
+            encoder.popularity_reference.fill_(reference)
+        encoder.item_popularity.index_add_(0, torch.tensor(rows), counts)
+
+    @torch.no_grad()
+    def _held_out_quality(self, held_out: list[History]) -> tuple[float, float]:
+        """(loss, NDCG@10) of the newest event of held-out users among random items; NaN without such users."""
+        limit = self.encoder.config.max_length + 1
+        flat = to_histories([history.newest(limit) for history in held_out], self.catalog, self.kind_codes)
+        users = np.flatnonzero(flat.lengths >= 2)
+        if len(users) == 0:
+            return float("nan"), float("nan")
+        flat = flat.take(users)
+        self.encoder.eval()
+        context = flat.without_newest()
+        targets = torch.from_numpy(flat.rows[flat.offsets[1:] - 1].astype(np.int64))
+        generator = torch.Generator().manual_seed(self.config.seed + self.version)
+        others = torch.randint(1, len(self.catalog) + 1, (self.config.held_out_candidates,), generator=generator)
+        losses, ranks = [], []
+        for places, part in SequenceBatches(context, self.encoder.config).inference():
+            u = self.encoder.interests(part.kinds, part.gaps, part.values, part.lengths, part.rows)
+            queries = self.encoder.queries(u)
+            wanted = targets[torch.from_numpy(places)]
+            own = (queries * self.encoder.item_vectors(wanted)).sum(-1, keepdim=True)
+            rest = queries @ self.encoder.item_vectors(others).T
+            rest = rest.masked_fill(wanted[:, None] == others[None, :], float("-inf"))
+            ranks.append((rest > own).sum(1).numpy())
+            logits = torch.cat([own, rest], dim=1) / self.encoder.config.temperature
+            losses.append(torch.logsumexp(logits, dim=1) - logits[:, 0])
+        return float(torch.cat(losses).mean()), float(ndcg_at(np.concatenate(ranks), 10).mean())
+
+    def _objection(
+        self, trained: bool, loss: float, before: tuple[float, float], after: tuple[float, float], rows: Tensor
+    ) -> str | None:
+        """Why an update must not go live, or None."""
+        state = state_of(self.encoder)
+        finite = all(
+            bool(torch.isfinite(tensor[rows] if name in ROW_TENSORS else tensor).all())
+            for name, tensor in state.items()
+        )
+        if not finite or (trained and not np.isfinite(loss)):
+            return "a loss or a weight is not finite"
+        if after[0] > before[0] * (1 + self.config.loss_tolerance):
+            return f"the held-out loss rose from {before[0]:.3f} to {after[0]:.3f}"
+        if after[1] < before[1] - self.config.quality_tolerance:
+            return f"the held-out NDCG@10 fell from {before[1]:.3f} to {after[1]:.3f}"
+        return None
+
+    def _changes(self, journal: UndoJournal, rows: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:
+        """The changed rows of the row tensors, and of the other tensors those that differ."""
+        tensors = {}
+        for name, tensor in state_of(self.encoder).items():
+            if name in ROW_TENSORS:
+                tensors[name] = tensor[rows].numpy()
+            elif not torch.equal(tensor, journal.dense[name]):
+                tensors[name] = tensor.numpy().copy()
+        return rows, tensors
+
+    def _publish(
+        self, changes: tuple[Tensor, dict[str, np.ndarray]], last_offset: int, new_items: list[str], facts: dict
+    ) -> Delta:
+        rows, tensors = changes
+        checksum = self.fingerprint.update(state_of(self.encoder), rows.numpy(), set(tensors))
+        counts = {"events_trained": self.events_trained, "events_rejected": self.events_rejected}
+        delta = Delta(
+            version=self.version + 1,
+            parent=self.version,
+            checksum=checksum,
+            log_offset=last_offset,
+            item_rows=self.encoder.config.item_rows,
+            rows=rows.numpy(),
+            tensors=tensors,
+            new_items=new_items,
+            facts=facts | counts | {"created": time.time_ns() // 1_000_000},
+        )
+        self.registry.publish_delta(delta, self.trainer.optimizer_state(delta.rows))
+        self.version, self.log_offset = delta.version, last_offset
+        if self.version % self.config.snapshot_every == 0:
+            self.save_snapshot(delta.facts)
+        return delta
+
+    def save_snapshot(self, facts: dict) -> None:
+        """Store the newest version whole, so that loading it needs no deltas, and prune what is old."""
+        manifest = Manifest(version=self.version, parent=self.version - 1, log_offset=self.log_offset, facts=facts)
+        self.registry.publish_snapshot(self.encoder, self.catalog, manifest, self.trainer.optimizer_state())
+        self.registry.prune(self.config.keep_snapshots)
+
+
+def _trainer_of(loaded: LoadedVersion, config: TrainingConfig) -> Trainer:
+    """A trainer with the optimiser state of a loaded version."""
+    trainer = Trainer(loaded.encoder, len(loaded.catalog), config)
+    if loaded.optimizer is not None:
+        trainer.load_optimizer_state(loaded.optimizer)
+    for rows, state in loaded.optimizer_deltas:
+        trainer.load_optimizer_state(state, rows)
+    return trainer

@@ -1,0 +1,77 @@
+"""Ranking: from retrieved candidates to the answer.
+
+The score is s = uT A v. Seen items are taken out, filters are met before retrieval (so that k items come back whenever
+k exist), and whoever has no history gets what is popular of late, marked as such.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lib.catalog import Catalog
+from lib.events import InputError
+
+FILTER_LISTS = ("allow", "deny")
+
+
+@dataclass(frozen=True)
+class ItemFilter:
+    """Which items may be recommended: attribute conditions, and item ids allowed or denied."""
+
+    key: str  # the JSON form, by which equal filters are known as equal
+    conditions: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    allow: tuple[str, ...] | None = field(default=None, compare=False)
+    deny: tuple[str, ...] = field(default=(), compare=False)
+
+    @classmethod
+    def of(cls, filter: Mapping[str, Any] | None) -> "ItemFilter | None":
+        """Read the JSON form: {"genres": "Comedy", "price": {"max": 20}, "allow": [...], "deny": [...]}.
+
+        Raises:
+            InputError: allow or deny is not a list of item ids.
+        """
+        if not filter:
+            return None
+        for name in FILTER_LISTS:
+            ids = filter.get(name, [])
+            if not isinstance(ids, list) or not all(isinstance(item_id, str) for item_id in ids):
+                raise InputError(f"filter.{name}: give a list of item ids")
+        conditions = {name: value for name, value in filter.items() if name not in FILTER_LISTS}
+        allow = tuple(filter["allow"]) if "allow" in filter else None
+        return cls(json.dumps(filter, sort_keys=True), conditions, allow, tuple(filter.get("deny", ())))
+
+    def mask(self, catalog: Catalog) -> np.ndarray:
+        """(len(catalog) + 1,) bool: the rows that pass."""
+        mask = catalog.mask(self.conditions).copy() if self.conditions else np.ones(len(catalog) + 1, dtype=bool)
+        if self.allow is not None:
+            allowed = np.zeros_like(mask)
+            allowed[_rows(self.allow, catalog)] = True
+            mask &= allowed
+        mask[_rows(self.deny, catalog)] = False
+        mask[0] = False
+        return mask
+
+
+def _rows(item_ids: Sequence[str], catalog: Catalog) -> list[int]:
+    return [catalog.row_of[item_id] for item_id in item_ids if item_id in catalog.row_of]
+
+
+def without_seen(scores: np.ndarray, rows: np.ndarray, seen: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first k candidates of one user that are real and not seen: scores (<= k,) and rows (<= k,)."""
+    keep = (rows > 0) & ~np.isin(rows, seen)
+    places = np.flatnonzero(keep)[:k]
+    return scores[places], rows[places]
+
+
+def most_popular(popularity: np.ndarray, mask: np.ndarray | None, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and rows of the k most popular items, best first; row 0 and masked rows never come."""
+    allowed = np.ones(len(popularity), dtype=bool) if mask is None else mask.copy()
+    allowed[0] = False
+    rows = np.flatnonzero(allowed)
+    if len(rows) > k:
+        rows = rows[np.argpartition(-popularity[rows], k - 1)[:k]]
+    rows = rows[np.argsort(-popularity[rows], kind="stable")]
+    return popularity[rows], rows

@@ -1,0 +1,163 @@
+"""Encoder, catalog and index as one value of one version: histories in, ranked items out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib.catalog import Catalog
+from lib.encoder import PADDING_ROW, BehaviourEncoder
+from lib.model_folder import Manifest, load_model
+from lib.ranking import ItemFilter, most_popular, without_seen
+from lib.retrieval import ItemIndex
+from lib.sequences import SequenceBatches
+from lib.user_histories import History, to_histories
+from lib.weights import Delta, DeltaMismatch, Fingerprint, apply_delta, state_of
+
+
+@dataclass(frozen=True)
+class RankedItem:
+    """One recommended item; `reason` is "popular" or names the event of the history that speaks most for it."""
+
+    item_id: str
+    score: float
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """What one person asks: their history, how many items, and which."""
+
+    history: History
+    k: int
+    filter: ItemFilter | None = None
+    exclude_seen: bool = True
+    explain: bool = False
+
+
+class Recommender:
+    """One version of the model, ready to answer; `apply` moves it to the next version."""
+
+    def __init__(self, encoder: BehaviourEncoder, catalog: Catalog, version: int, log_offset: int = 0):
+        assert encoder.config.event_kinds is not None
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.catalog = catalog
+        self.version = version
+        self.log_offset = log_offset
+        self.kind_codes = {kind: place + 1 for place, kind in enumerate(encoder.config.event_kinds)}
+        self.index = ItemIndex(self._vectors(np.arange(encoder.config.item_rows)))
+        self.fingerprint = Fingerprint(encoder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Recommender":
+        """Load a model folder.
+
+        Raises:
+            InputError: the folder is missing, incomplete or damaged.
+        """
+        encoder, catalog, manifest = load_model(folder)
+        return cls(encoder, catalog, manifest.version, manifest.log_offset)
+
+    @property
+    def checksum(self) -> str:
+        """Fingerprint of the whole state."""
+        return self.fingerprint.checksum
+
+    def _vectors(self, rows: np.ndarray) -> np.ndarray:
+        """(R, C) item vectors; the padding row and spare rows are zero and are never found."""
+        with torch.inference_mode():
+            return self.encoder.item_vectors(torch.from_numpy(rows)).numpy()
+
+    def apply(self, delta: Delta) -> None:
+        """Move to the delta's version: weights, catalog and index together.
+
+        Raises:
+            DeltaMismatch: the delta has another parent, or the result is not what its maker had; the recommender must
+                be loaded anew in the second case.
+        """
+        if delta.parent != self.version:
+            raise DeltaMismatch(f"delta {delta.version} follows version {delta.parent}, this is {self.version}")
+        apply_delta(self.encoder, delta)
+        self.catalog.extend(delta.new_items)
+        rows = np.union1d(delta.rows, np.arange(len(self.index), delta.item_rows))
+        self.index.update(rows, self._vectors(rows))
+        checksum = self.fingerprint.update(state_of(self.encoder), delta.rows, set(delta.tensors))
+        if checksum != delta.checksum:
+            raise DeltaMismatch(f"version {delta.version} came out as {checksum}, its maker had {delta.checksum}")
+        self.version = delta.version
+        self.log_offset = delta.log_offset
+
+    def recommend(self, questions: Sequence[Question]) -> list[list[RankedItem]]:
+        """Answer many people in one pass: encode, retrieve, rank."""
+        histories = to_histories([question.history for question in questions], self.catalog, self.kind_codes)
+        batches = SequenceBatches(histories, self.encoder.config)
+        queries = np.zeros((len(questions), self.encoder.config.hidden_size), dtype=np.float32)
+        with torch.inference_mode():
+            for places, batch in batches.inference():
+                interests = self.encoder.interests(batch.kinds, batch.gaps, batch.values, batch.lengths, batch.rows)
+                queries[places] = self.encoder.queries(interests).numpy()
+        known = np.flatnonzero(histories.lengths > 0)
+        seen = [
+            np.unique(histories.rows[start:stop]) if question.exclude_seen else np.zeros(0, dtype=np.int32)
+            for question, start, stop in zip(questions, histories.offsets[:-1], histories.offsets[1:], strict=True)
+        ]
+        answers: list[list[RankedItem]] = [[] for _ in questions]
+        for filter in {questions[place].filter for place in known}:
+            places = np.array([place for place in known if questions[place].filter == filter])
+            wanted = max(questions[place].k + len(seen[place]) for place in places)
+            scores, rows = self.index.search(queries[places], wanted, self.mask(filter))
+            for place, user_scores, user_rows in zip(places, scores, rows, strict=True):
+                found = without_seen(user_scores, user_rows, seen[place], questions[place].k)
+                answers[place] = self._ranked(questions[place], *found)
+        for place in np.flatnonzero(histories.lengths == 0):
+            answers[place] = self.popular(questions[place].k, questions[place].filter)
+        return answers
+
+    def mask(self, filter: ItemFilter | None) -> np.ndarray:
+        """(rows of the index,) bool: rows of known items that pass the filter."""
+        mask = np.zeros(len(self.index), dtype=bool)
+        mask[PADDING_ROW + 1 : len(self.catalog) + 1] = True
+        if filter is not None:
+            mask[: len(self.catalog) + 1] &= filter.mask(self.catalog)
+        return mask
+
+    def popular(self, k: int, filter: ItemFilter | None = None) -> list[RankedItem]:
+        """The most popular items of late, for people of whom nothing is known."""
+        scores, rows = most_popular(self.encoder.item_popularity.numpy(), self.mask(filter), k)
+        top = float(scores[0]) if len(scores) and scores[0] > 0 else 1.0
+        return [
+            RankedItem(self.catalog.item_ids[row], float(score) / top, "popular")
+            for score, row in zip(scores, rows, strict=True)
+        ]
+
+    def similar(self, item_id: str, k: int, filter: ItemFilter | None = None) -> list[RankedItem]:
+        """The items whose vectors are nearest to an item's, itself left out.
+
+        Raises:
+            KeyError: the item is not in the catalog.
+        """
+        row = self.catalog.row_of[item_id]
+        scores, rows = self.index.search(self.index.vectors[[row]], k + 1, self.mask(filter))
+        scores, rows = without_seen(scores[0], rows[0], np.array([row]), k)
+        return [RankedItem(self.catalog.item_ids[row], float(score)) for score, row in zip(scores, rows, strict=True)]
+
+    def _ranked(self, question: Question, scores: np.ndarray, rows: np.ndarray) -> list[RankedItem]:
+        reasons = self._reasons(question.history, rows) if question.explain else [None] * len(rows)
+        return [
+            RankedItem(self.catalog.item_ids[row], float(score), reason)
+            for score, row, reason in zip(scores, rows, reasons, strict=True)
+        ]
+
+    def _reasons(self, history: History, rows: np.ndarray) -> list[str]:
+        """The event of the history whose item is nearest to each recommended item."""
+        newest = history.newest(self.encoder.config.max_length)
+        events = [
+            (f"{event} {item_id}", self.catalog.row_of[item_id])
+            for item_id, event in zip(newest.item_ids, newest.events, strict=True)
+            if item_id in self.catalog.row_of
+        ]
+        vectors = self.index.vectors
+        nearness = vectors[rows] @ vectors[[row for _, row in events]].T  # (k, H)
+        return [events[place][0] for place in nearness.argmax(axis=1)]

@@ -1,0 +1,240 @@
+"""The versions of a model on storage: a folder, S3 or GCS, through pyarrow.fs.
+
+    snapshots/<version>/   a whole model folder with the optimiser's state
+    deltas/<version>       what changed from the version before, the optimiser's state of it, and the log offset
+
+A version is one file (a delta) or one folder whose manifest comes last (a snapshot), so it exists as a whole or not at
+all: the weights, the optimiser and the log offset move in one atomic step. Any version is the newest snapshot at or
+below it plus the deltas in between.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from pyarrow import fs
+
+from lib.catalog import Catalog
+from lib.encoder import BehaviourEncoder
+from lib.events import InputError
+from lib.model_folder import MANIFEST, Manifest, load_model, save_model, write_manifest
+from lib.weights import OPTIMIZER_PREFIX, Delta, apply_delta
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+SNAPSHOTS, DELTAS = "snapshots", "deltas"
+
+
+@dataclass(frozen=True)
+class VersionInfo:
+    """One line of the list of versions."""
+
+    version: int
+    kind: str  # "snapshot" or "delta"
+    created: int  # milliseconds
+    log_offset: int
+    size: int  # bytes
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class LoadedVersion:
+    """A version read from storage; the deltas' optimiser tensors come in order, to be laid over the snapshot's."""
+
+    encoder: BehaviourEncoder
+    catalog: Catalog
+    version: int
+    log_offset: int
+    facts: dict[str, Any]
+    optimizer: dict[str, np.ndarray] | None
+    optimizer_deltas: list[tuple[np.ndarray, dict[str, np.ndarray]]]
+
+
+class Registry:
+    """Publishes, lists, loads and prunes versions."""
+
+    def __init__(self, location: str | Path):
+        text = str(location)
+        if "://" in text:
+            self.fs, self.root = fs.FileSystem.from_uri(text)
+        else:
+            self.fs, self.root = fs.LocalFileSystem(), str(Path(text).absolute())
+        self.local = isinstance(self.fs, fs.LocalFileSystem)
+
+    def start_from(self, model: str | Path) -> None:
+        """Make a finished model folder the first snapshot, unless versions exist already."""
+        if self.head() is not None:
+            return
+        encoder, catalog, manifest = load_model(model)
+        optimizer = Path(model) / OPTIMIZER_FILE
+        state = safetensors.numpy.load_file(optimizer) if optimizer.is_file() else None
+        self.publish_snapshot(encoder, catalog, manifest, state)
+
+    def snapshots(self) -> list[int]:
+        """Versions that are stored whole, ascending."""
+        folders = self._children(SNAPSHOTS)
+        return sorted(
+            int(Path(info.path).name)
+            for info in folders
+            if info.type == fs.FileType.Directory
+            and self.fs.get_file_info(f"{info.path}/{MANIFEST}").type == fs.FileType.File
+        )
+
+    def deltas(self) -> list[int]:
+        """Versions that are stored as deltas, ascending."""
+        return sorted(int(Path(info.path).name) for info in self._children(DELTAS) if Path(info.path).name.isdigit())
+
+    def head(self) -> int | None:
+        """The newest version, or None when there is none."""
+        newest = [versions[-1] for versions in (self.snapshots(), self.deltas()) if versions]
+        return max(newest, default=None)
+
+    def publish_delta(self, delta: Delta, optimizer: dict[str, np.ndarray]) -> int:
+        """Store a delta with its optimiser state in one atomic step; returns its bytes.
+
+        Raises:
+            FileExistsError: the version exists, so another learner is at work on this registry.
+        """
+        data = delta.to_bytes(optimizer)
+        self._write(f"{DELTAS}/{delta.version:010d}", data)
+        return len(data)
+
+    def publish_snapshot(
+        self, encoder: BehaviourEncoder, catalog: Catalog, manifest: Manifest, optimizer: dict[str, np.ndarray] | None
+    ) -> None:
+        """Store a whole version; a version that is a snapshot already stays as it is."""
+        target = f"{self.root}/{SNAPSHOTS}/{manifest.version:010d}"
+        if self.fs.get_file_info(f"{target}/{MANIFEST}").type == fs.FileType.File:
+            return
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            save_model(folder, encoder, catalog, manifest)
+            if optimizer is not None:
+                safetensors.numpy.save_file(optimizer, folder / OPTIMIZER_FILE)
+            write_manifest(folder, manifest)
+            self.fs.create_dir(target, recursive=True)
+            names = sorted((path.name for path in folder.iterdir()), key=lambda name: name == MANIFEST)
+            for name in names:  # the manifest last: it is what makes the version exist
+                self._write(f"{SNAPSHOTS}/{manifest.version:010d}/{name}", (folder / name).read_bytes(), replace=True)
+
+    def read_delta(self, version: int) -> Delta:
+        """Read one delta; FileNotFoundError when it is not stored as a delta."""
+        with self.fs.open_input_file(f"{self.root}/{DELTAS}/{version:010d}") as file:
+            return Delta.from_bytes(file.read())
+
+    def load(self, version: int | None = None) -> LoadedVersion:
+        """Load a version (the newest by default).
+
+        Raises:
+            InputError: the version is not stored, or its files are damaged.
+        """
+        head = self.head()
+        version = head if version is None else version
+        base = max(
+            (snapshot for snapshot in self.snapshots() if version is not None and snapshot <= version), default=None
+        )
+        if version is None or base is None or head is None or version > head:
+            known = f"{self.oldest()} to {head}" if head is not None else "none"
+            raise InputError(f"version: {version} is not stored in {self.root}; stored are {known}")
+        with self._local_snapshot(base) as folder:
+            encoder, catalog, manifest = load_model(folder)
+            path = folder / OPTIMIZER_FILE
+            optimizer = safetensors.numpy.load_file(path) if path.is_file() else None
+        loaded = LoadedVersion(encoder, catalog, base, manifest.log_offset, manifest.facts, optimizer, [])
+        for number in range(base + 1, version + 1):
+            try:
+                delta = self.read_delta(number)
+            except FileNotFoundError:
+                raise InputError(
+                    f"version: delta {number} is missing in {self.root}, so {version} cannot be made"
+                ) from None
+            apply_delta(encoder, delta)
+            catalog.extend(delta.new_items)
+            prefix = len(OPTIMIZER_PREFIX)
+            moments = {name[prefix:]: t for name, t in delta.tensors.items() if name.startswith(OPTIMIZER_PREFIX)}
+            loaded.optimizer_deltas.append((delta.rows, moments))
+            loaded.version, loaded.log_offset, loaded.facts = number, delta.log_offset, delta.facts
+        return loaded
+
+    def oldest(self) -> int | None:
+        """The oldest version that can be loaded."""
+        return min(self.snapshots(), default=None)
+
+    def versions(self) -> list[VersionInfo]:
+        """Every stored version, ascending, with what is known of it."""
+        found: dict[int, VersionInfo] = {}
+        for version in self.deltas():
+            path = f"{self.root}/{DELTAS}/{version:010d}"
+            with self.fs.open_input_file(path) as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(json.loads(file.read(length))["__metadata__"]["delta"])
+            facts = header["facts"]
+            found[version] = VersionInfo(
+                version, "delta", facts.get("created", 0), header["log_offset"], self.fs.get_file_info(path).size, facts
+            )
+        for version in self.snapshots():
+            path = f"{self.root}/{SNAPSHOTS}/{version:010d}"
+            with self.fs.open_input_file(f"{path}/{MANIFEST}") as file:
+                manifest = Manifest.model_validate_json(file.read())
+            size = sum(info.size for info in self._children(f"{SNAPSHOTS}/{version:010d}"))
+            facts = manifest.facts or {"kind": "base"}
+            found[version] = VersionInfo(version, "snapshot", manifest.created, manifest.log_offset, size, facts)
+        return [found[version] for version in sorted(found)]
+
+    def prune(self, keep_snapshots: int) -> None:
+        """Delete what is older than the newest `keep_snapshots` snapshots; the first snapshot always stays."""
+        snapshots = self.snapshots()
+        if len(snapshots) <= keep_snapshots:
+            return
+        bound = snapshots[-keep_snapshots]
+        for version in self.deltas():
+            if version <= bound:
+                self.fs.delete_file(f"{self.root}/{DELTAS}/{version:010d}")
+        for version in snapshots[1:-keep_snapshots]:
+            self.fs.delete_file(f"{self.root}/{SNAPSHOTS}/{version:010d}/{MANIFEST}")
+            self.fs.delete_dir(f"{self.root}/{SNAPSHOTS}/{version:010d}")
+
+    def _children(self, folder: str) -> list[fs.FileInfo]:
+        return self.fs.get_file_info(fs.FileSelector(f"{self.root}/{folder}", allow_not_found=True))
+
+    def _write(self, name: str, data: bytes, replace: bool = False) -> None:
+        path = f"{self.root}/{name}"
+        if not replace and self.fs.get_file_info(path).type != fs.FileType.NotFound:
+            raise FileExistsError(f"{path} exists: another learner publishes to this registry")
+        if not self.local:  # an object store shows an object when its upload is complete
+            with self.fs.open_output_stream(path) as stream:
+                stream.write(data)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(target)
+        directory = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    @contextmanager
+    def _local_snapshot(self, version: int) -> Iterator[Path]:
+        path = f"{self.root}/{SNAPSHOTS}/{version:010d}"
+        if self.local:
+            yield Path(path)
+            return
+        folder = Path(tempfile.mkdtemp())
+        try:
+            fs.copy_files(path, str(folder), source_filesystem=self.fs, destination_filesystem=fs.LocalFileSystem())
+            yield folder
+        finally:
+            shutil.rmtree(folder)

@@ -1,0 +1,214 @@
+"""The feedback aggregator: events in, durable; histories out; micro-batches to the learner.
+
+One actor a cluster. An event's way: flood guard, log (fsync), history, acknowledgement; then it is pending until the
+trigger releases a micro-batch (64 events, or 200 ms after the first, whichever comes first). After a crash the
+histories are read again from the dataset and the log.
+"""
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+
+from lib.datasets import read_events
+from lib.events import CleaningRules, Event, FloodGuard
+from lib.feedback_log import FeedbackLog, LoggedEvent
+from lib.user_histories import History, MicroBatch, UserHistories
+
+NAMESPACE = "afterclick"
+NAME = "aggregator"
+LOG_FILE = "feedback.sqlite"
+DUPLICATE = "duplicate"
+SERVER_ID = "server-"  # how the id begins that a replica gives to an event without any identity
+
+
+@dataclass(frozen=True)
+class AggregatorConfig:
+    """The trigger and what is kept in memory."""
+
+    trigger_events: int = 64
+    trigger_ms: int = 200
+    largest_batch: int = 256
+    keep_events: int = 1000  # of each user's history, in memory
+    cleaning: CleaningRules = field(default_factory=CleaningRules)
+    seed: int = 0
+
+
+class Aggregator:
+    """Owns the log and the histories."""
+
+    def __init__(self, state: str, data: str | None = None, config: AggregatorConfig | None = None):
+        self.config = config or AggregatorConfig()
+        path = Path(state) / LOG_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.histories = UserHistories(self.config.keep_events)
+        if data is not None:
+            self._read_dataset(data)
+        # a restarted aggregator can overlap for a moment with the one that is dying
+        self.log = FeedbackLog(path, wait_for_lock=30.0)
+        for logged in self.log.replay():
+            self.histories.append(logged.event, logged.offset)
+        self.last_offset = self.log.last_offset()
+        self.flood_guard = FloodGuard(self.config.cleaning)
+        self.rejected: Counter[str] = Counter()
+        self.accepted = 0
+        self.duplicates = 0
+        self.arrivals: deque[LoggedEvent] = deque()  # not yet released to the learner
+        self.learned_offset = 0  # as far as the learner has asked beyond
+        self.arrived = asyncio.Event()
+        self.generator = np.random.default_rng(self.config.seed)
+
+    def _read_dataset(self, data: str) -> None:
+        """Histories that were there before the first live event, oldest first."""
+        table = read_events(data)
+        columns = (table[name].to_pylist() for name in ("user_id", "item_id", "event", "value", "timestamp"))
+        for values in sorted(zip(*columns, strict=True), key=lambda values: values[4]):
+            self.histories.append(Event(*values))
+
+    async def append(self, events: Sequence[Event], reject: Counter[str] | None = None) -> list[str | None]:
+        """Make events durable and part of the histories; per event None, or why it was not taken.
+
+        An event that a replica gave its id, for want of any identity, cannot be in the log before: finding it there
+        means that this call is repeated after a crash, and that the first one had succeeded.
+        """
+        self.rejected.update(reject or {})
+        now = time.time_ns() // 1_000_000
+        admitted = [self.flood_guard.admit(event.user_id, now) for event in events]
+        kept = [event for event, admit in zip(events, admitted, strict=True) if admit]
+        result = await asyncio.wrap_future(self.log.append(kept)) if kept else None
+        offsets = iter(result.offsets if result is not None else ())
+        answers: list[str | None] = []
+        for event, admit in zip(events, admitted, strict=True):
+            if not admit:
+                answers.append(f"flood: more than {self.config.cleaning.flood_events} events in a minute")
+                self.rejected["flood"] += 1
+                continue
+            offset = next(offsets)
+            if offset is None:
+                repeated = event.event_id is not None and event.event_id.startswith(SERVER_ID)
+                answers.append(None if repeated else DUPLICATE)
+                self.duplicates += not repeated
+                continue
+            self.histories.append(event, offset)
+            self.arrivals.append(LoggedEvent(offset, event, now))
+            self.last_offset = offset
+            self.accepted += 1
+            answers.append(None)
+        if self.arrivals:
+            self.arrived.set()
+        return answers
+
+    async def get_histories(self, user_ids: Sequence[str]) -> list[History]:
+        """The histories of many users, in one call a batch."""
+        return [self.histories.get(user_id) for user_id in user_ids]
+
+    async def users(self, limit: int) -> list[tuple[str, int]]:
+        """Some users with the number of their events."""
+        return [(user_id, len(self.histories.get(user_id))) for user_id in self.histories.users(limit)]
+
+    async def next_batch(
+        self, after: int, history_length: int, replay_users: int, held_out_users: int, wait_ms: int = 500
+    ) -> MicroBatch | None:
+        """The next micro-batch beyond a log offset, when the trigger fires; None after `wait_ms` without it."""
+        self.learned_offset = after
+        deadline = time.monotonic() + wait_ms / 1000
+        while True:
+            while self.arrivals and self.arrivals[0].offset <= after:
+                self.arrivals.popleft()
+            due = self._due(after)
+            remaining = deadline - time.monotonic()
+            if due <= 0:
+                break
+            if remaining <= 0:
+                return None
+            self.arrived.clear()
+            try:
+                await asyncio.wait_for(self.arrived.wait(), min(due, remaining))
+            except TimeoutError:
+                continue
+        # the log can be ahead of the histories by what was committed a moment ago
+        read = self.log.read(after, self.config.largest_batch)
+        events = [logged for logged in read if logged.offset <= self.last_offset]
+        return self._batch(events, after, history_length, replay_users, held_out_users) if events else None
+
+    def _due(self, after: int) -> float:
+        """Seconds until the trigger fires, 0 or less when it has; infinite without pending events."""
+        if self.last_offset <= after:
+            return float("inf")
+        if not self.arrivals or self.arrivals[0].offset > after + 1 or len(self.arrivals) >= self.config.trigger_events:
+            return 0.0  # enough events, or some that came before this process started
+        age = time.time_ns() // 1_000_000 - self.arrivals[0].received_at
+        return (self.config.trigger_ms - age) / 1000
+
+    def _batch(
+        self, events: list[LoggedEvent], after: int, history_length: int, replay_users: int, held_out_users: int
+    ) -> MicroBatch:
+        last = events[-1].offset
+        histories, counts = [], []
+        for user_id in dict.fromkeys(logged.event.user_id for logged in events):
+            history, count = self.histories.get(user_id).up_to(last, after)
+            if count:
+                histories.append(history.newest(history_length + count))
+                counts.append(count)
+        present = {logged.event.user_id for logged in events}
+        others = [
+            user for user in self.histories.sample(replay_users + held_out_users, self.generator) if user not in present
+        ]
+        samples = [self.histories.get(user, history_length + 1) for user in others]
+        held_out = min(held_out_users, len(samples) // 2)
+        return MicroBatch(
+            last_offset=last,
+            histories=histories,
+            new_counts=counts,
+            received_at=[logged.received_at for logged in events],
+            replay=samples[held_out:],
+            held_out=samples[:held_out],
+        )
+
+    async def status(self) -> dict[str, Any]:
+        """Counts since the start of this process, and the log's offsets."""
+        return {
+            "log_offset": self.last_offset,
+            "learned_offset": self.learned_offset,
+            "pending": len(self.arrivals),
+            "events": self.accepted,
+            "duplicates": self.duplicates,
+            "rejected": dict(self.rejected),
+            "users": len(self.histories),
+            "commits": self.log.commits,
+        }
+
+    async def close(self) -> None:
+        """Write what waits and close the log."""
+        self.log.close()
+
+
+def aggregator_handle() -> ActorHandle:
+    """The running aggregator.
+
+    Raises:
+        ValueError: none is running.
+    """
+    return ray.get_actor(NAME, namespace=NAMESPACE)
+
+
+def start_aggregator(state: str, data: str | None, config: AggregatorConfig | None = None) -> ActorHandle:
+    """The running aggregator, started if need be; Ray restarts it whenever its process dies, and repeats calls."""
+    actor = ray.remote(Aggregator).options(
+        name=NAME,
+        namespace=NAMESPACE,
+        get_if_exists=True,
+        lifetime="detached",
+        max_restarts=-1,
+        max_task_retries=-1,
+        max_concurrency=10_000,
+        num_cpus=0.5,
+    )
+    return actor.remote(state, data, config)

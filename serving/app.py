@@ -1,0 +1,44 @@
+"""build(args) -> the Serve application, for `serve run serving.app:build` and `serve deploy` as for `afterclick serve`."""
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.serve import Application
+
+from lib.registry import Registry
+from serving.recommendations import DEPLOYMENT, Recommendations, ReplicaConfig
+
+
+class ServeArguments(BaseModel):
+    """What the application is built from."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(description="model folder that serving starts from")
+    state: str | None = Field(default=None, description="where log and versions live; MODEL/live if absent")
+    data: str | None = Field(default=None, description="ingested dataset whose users' histories serving starts with")
+    replicas: int = Field(default=2, ge=1, le=1000)
+    replica: ReplicaConfig = ReplicaConfig()
+
+    @property
+    def state_location(self) -> str:
+        """Folder or URI of log and versions."""
+        return self.state or f"{self.model.rstrip('/')}/live"
+
+
+def build(arguments: ServeArguments) -> Application:
+    """The application; the model becomes the first version unless versions exist already.
+
+    Raises:
+        InputError: the model folder is missing, incomplete or damaged.
+    """
+    Registry(arguments.state_location).start_from(arguments.model)
+    deployment = serve.deployment(
+        name=DEPLOYMENT,
+        num_replicas=arguments.replicas,
+        ray_actor_options={"num_cpus": 0.5},
+        max_ongoing_requests=2000,
+        health_check_period_s=1,
+        health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=5,
+    )(serve.ingress()(Recommendations))
+    return deployment.bind(arguments.state_location, arguments.data, arguments.replica)

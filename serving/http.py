@@ -1,0 +1,237 @@
+"""The HTTP interface of a replica: requests checked and turned into calls, answers and errors into JSON."""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from lib.events import CleaningRules, Event, EventRejected, InputError, validate_event
+from lib.ranking import ItemFilter
+from lib.recommender import Question, RankedItem
+from lib.user_histories import History
+from serving.aggregator import DUPLICATE, SERVER_ID
+from serving.prometheus import render
+from serving.requests import (
+    EVENTS_BODY,
+    LARGEST_EVENT_BATCH,
+    LARGEST_K,
+    RecommendationRequest,
+    Recommendations,
+    RollbackRequest,
+)
+
+if TYPE_CHECKING:
+    from serving.recommendations import Recommendations as Replica
+
+PAGE = Path(__file__).with_name("page.html")
+logger = logging.getLogger("ray.serve")
+
+
+def http_application(replica: "Replica") -> FastAPI:
+    """The ASGI application of one replica."""
+    app = FastAPI(
+        title="Afterclick", description="A recommender that learns from the click you just made.", version="1"
+    )
+    rules = CleaningRules()
+    _answer_errors(app)
+
+    async def recommend(question: Question, user_id: str | None) -> Response:
+        start = time.perf_counter()
+        version, items = await replica.ask(question, user_id)
+        replica.count_answer(time.perf_counter() - start)
+        return answer(version, items)
+
+    def answer(version: int, items: list[RankedItem]) -> Response:
+        titles = replica.recommender.catalog.titles
+        listed = [
+            _without_nulls({"item_id": i.item_id, "score": i.score, "title": titles.get(i.item_id), "reason": i.reason})
+            for i in items
+        ]
+        return _json({"request_id": uuid.uuid4().hex, "model_version": version, "items": listed})
+
+    def checked_filter(conditions: dict[str, Any] | None) -> ItemFilter | None:
+        """A filter that the catalog understands; one that it does not is the asker's error, not the batch's."""
+        filter = ItemFilter.of(conditions)
+        if filter is not None:
+            filter.mask(replica.recommender.catalog)
+        return filter
+
+    @app.post("/v1/recommendations", response_model=Recommendations)
+    async def post_recommendations(request: RecommendationRequest) -> Response:
+        """Items for a user, or for a history that comes with the request."""
+        history = _history(request, rules)
+        filter = checked_filter(request.filter)
+        question = Question(history, request.k, filter, request.exclude_seen, request.explain)
+        return await recommend(question, request.user_id)
+
+    @app.get("/v1/users/{user_id}/recommendations", response_model=Recommendations)
+    async def get_recommendations(user_id: str, k: int = Query(10, ge=1, le=LARGEST_K)) -> Response:
+        """Items for a user; someone unknown gets what is popular, marked as such."""
+        return await recommend(Question(History(), k), user_id)
+
+    @app.get("/v1/items/{item_id}/similar", response_model=Recommendations)
+    async def get_similar(item_id: str, k: int = Query(10, ge=1, le=LARGEST_K)) -> Response:
+        """The items nearest to an item."""
+        try:
+            version, items = await replica.similar(item_id, k)
+        except KeyError:
+            raise HTTPException(404, f"item_id: the catalog has no item {item_id!r}") from None
+        return answer(version, items)
+
+    @app.post("/v1/events", openapi_extra=EVENTS_BODY)
+    async def post_events(request: Request) -> Response:
+        """Take feedback; 200 means that what was accepted is durable and in the history behind the next answer."""
+        events = _events_of(await request.body())
+        now = time.time_ns() // 1_000_000
+        rejected: list[dict[str, Any]] = []
+        reasons: Counter[str] = Counter()
+        valid: list[tuple[int, Event]] = []
+        for index, fields in enumerate(events):
+            try:
+                valid.append((index, _identified(validate_event(fields, now, rules), fields)))
+            except EventRejected as error:
+                rejected.append({"index": index, "reason": str(error)})
+                reasons[error.reason] += 1
+        outcomes = await replica.call_aggregator("append", [event for _, event in valid], reasons)
+        for (index, _), outcome in zip(valid, outcomes, strict=True):
+            if outcome is not None and outcome != DUPLICATE:
+                rejected.append({"index": index, "reason": outcome})
+        duplicates = outcomes.count(DUPLICATE)
+        replica.counts["events"] += len(events)
+        accepted = len(events) - duplicates - len(rejected)
+        rejected.sort(key=lambda rejection: rejection["index"])
+        return _json({"accepted": accepted, "duplicates": duplicates, "rejected": rejected})
+
+    @app.get("/v1/users")
+    async def get_users(limit: int = Query(50, ge=1, le=1000)) -> Response:
+        """Some users and the number of their events."""
+        users = await replica.call_aggregator("users", limit)
+        return _json({"users": [{"user_id": user_id, "events": events} for user_id, events in users]})
+
+    @app.get("/v1/users/{user_id}/export")
+    async def get_export(user_id: str) -> Response:
+        """The events of one user that the service keeps, oldest first."""
+        [history] = await replica.call_aggregator("get_histories", [user_id])
+        if len(history) == 0:
+            raise HTTPException(404, f"user_id: there are no events of {user_id!r}")
+        titles = replica.recommender.catalog.titles
+        columns = zip(history.item_ids, history.events, history.values, history.timestamps, strict=True)
+        events = [
+            _without_nulls({"item_id": i, "event": e, "value": v, "timestamp": t, "title": titles.get(i)})
+            for i, e, v, t in columns
+        ]
+        return _json({"user_id": user_id, "events": events})
+
+    @app.get("/v1/status")
+    async def get_status() -> Response:
+        """Versions per replica, freshness, log offsets, pushes and rejected updates."""
+        return _json(await replica.status())
+
+    @app.get("/metrics")
+    async def get_metrics() -> Response:
+        """The same in the Prometheus text format."""
+        return Response(render(await replica.status()), media_type=CONTENT_TYPE_LATEST)
+
+    @app.post("/v1/rollback")
+    async def post_rollback(request: RollbackRequest) -> Response:
+        """Bring a stored version's weights back, as a new version, on every replica."""
+        try:
+            outcome = await replica.rollback(request.version)
+        except ValueError:
+            raise HTTPException(503, "no learner is running; start one to roll back") from None
+        if "error" in outcome:
+            raise HTTPException(404, outcome["error"])
+        return _json(outcome)
+
+    @app.get("/healthz")
+    async def get_health() -> Response:
+        """200 while this replica can answer."""
+        return _json({"status": "ok", "model_version": replica.recommender.version})
+
+    @app.get("/", response_class=HTMLResponse)
+    async def get_page() -> Response:
+        """The page."""
+        return HTMLResponse(PAGE.read_text())
+
+    return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Every error that is not a defect becomes a status with one line in `detail`."""
+
+    @app.exception_handler(InputError)
+    async def bad_input(request: Request, error: Exception) -> Response:
+        return _json({"detail": str(error)}, 422)
+
+    @app.exception_handler(RequestValidationError)
+    async def bad_request(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            reason = first.get("ctx", {}).get("error", first["msg"])
+            return _json({"detail": f"the body is not valid JSON: {reason}"}, 400)
+        place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+        return _json({"detail": f"{place}: {first['msg']}" if place else first["msg"]}, 422)
+
+    async def restarting(request: Request, error: Exception) -> Response:
+        logger.warning("a part of the service cannot be reached: %s", error)
+        detail = "a part of the service is restarting; try again"
+        return Response(orjson.dumps({"detail": detail}), 503, {"Retry-After": "1"}, "application/json")
+
+    for kind in (RayActorError, GetTimeoutError, asyncio.TimeoutError):
+        app.exception_handler(kind)(restarting)
+
+
+def _history(request: RecommendationRequest, rules: CleaningRules) -> History:
+    """The history that came with the request, each event checked as feedback is."""
+    now = time.time_ns() // 1_000_000
+    events = []
+    for index, event in enumerate(request.history or ()):
+        try:
+            events.append(validate_event({"user_id": "anonymous", **event.model_dump(exclude_none=True)}, now, rules))
+        except EventRejected as error:
+            raise InputError(f"history.{index}.{error.field}: {error}") from error
+    return History.of(events)
+
+
+def _events_of(body: bytes) -> list[Any]:
+    """The list of events in a request's body."""
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise HTTPException(400, f"the body is not valid JSON: {error}") from error
+    if not isinstance(document, dict) or not isinstance(document.get("events"), list):
+        raise HTTPException(422, 'events: send {"events": [...]} with a list of events')
+    unknown = sorted(set(document) - {"events"})
+    if unknown:
+        raise HTTPException(422, f'{unknown[0]}: unknown field; send {{"events": [...]}}')
+    if not document["events"]:
+        raise HTTPException(422, "events: the list is empty; send at least one event")
+    if len(document["events"]) > LARGEST_EVENT_BATCH:
+        raise HTTPException(422, f"events: at most {LARGEST_EVENT_BATCH} in one request; send several requests")
+    return document["events"]
+
+
+def _identified(event: Event, fields: dict[str, Any]) -> Event:
+    """The event with an id of its own if nothing else identifies it, so that a repeated call cannot double it."""
+    if event.event_id is not None or fields.get("timestamp") is not None:
+        return event
+    return event._replace(event_id=f"{SERVER_ID}{uuid.uuid4().hex}")
+
+
+def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(content), status, media_type="application/json")

@@ -1,0 +1,243 @@
+"""The deployment that answers: HTTP, histories, encoder and index in one process, a batch at a time.
+
+Requests that arrive while a batch runs form the next one; an idle replica answers at once. Batches, pushed deltas and
+catch-ups all run on one thread, so every answer is of one version.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ray
+import torch
+from fastapi import FastAPI
+from ray import serve
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+
+from lib.ranking import ItemFilter
+from lib.recommender import Question, RankedItem, Recommender
+from lib.registry import Registry
+from lib.weights import Delta, DeltaMismatch
+from serving.aggregator import NAMESPACE, aggregator_handle, start_aggregator
+from serving.http import http_application
+
+APPLICATION = "afterclick"
+DEPLOYMENT = "Recommendations"
+LEARNER = "learner"  # the name of its actor
+LATENCY_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class ReplicaConfig:
+    """How one replica works."""
+
+    largest_batch: int = 64
+    torch_threads: int = 1
+    actor_timeout: float = 20.0  # seconds to wait for the aggregator to come back before answering 503
+
+
+@dataclass
+class Waiting:
+    """A request in the queue."""
+
+    question: Question
+    user_id: str | None
+    answer: asyncio.Future
+
+
+class Recommendations:
+    """One replica (serving/app.py makes it a deployment)."""
+
+    def __init__(self, state: str, data: str | None, config: ReplicaConfig | None = None):
+        self.config = config or ReplicaConfig()
+        torch.set_num_threads(self.config.torch_threads)
+        self.replica_id = serve.get_replica_context().replica_id.unique_id
+        self.registry = Registry(state)
+        self.aggregator = start_aggregator(state, data)
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self.queue: list[Waiting] = []
+        self.batching: asyncio.Task | None = None
+        self.counts: Counter[str] = Counter()
+        self.latency: Counter[float] = Counter()
+        self.latency_sum = 0.0
+        self.recommender = self._load()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve asks for the HTTP application once the replica is ready."""
+        return http_application(self)
+
+    def _load(self) -> Recommender:
+        loaded = self.registry.load()
+        return Recommender(loaded.encoder, loaded.catalog, loaded.version, loaded.log_offset)
+
+    # ------------------------------------------------------------------------------------------- the batched answer
+
+    async def ask(self, question: Question, user_id: str | None = None) -> tuple[int, list[RankedItem]]:
+        """The version and the ranked items for one person; joins the next batch."""
+        waiting = Waiting(question, user_id, asyncio.get_running_loop().create_future())
+        self.queue.append(waiting)
+        if self.batching is None or self.batching.done():
+            self.batching = asyncio.create_task(self._run_batches())
+        return await waiting.answer
+
+    async def _run_batches(self) -> None:
+        while self.queue:
+            batch = self.queue[: self.config.largest_batch]
+            del self.queue[: len(batch)]
+            try:
+                version, answers = await self._answer(batch)
+            except Exception as error:  # every person of the batch learns of it
+                for waiting in batch:
+                    if not waiting.answer.done():
+                        waiting.answer.set_exception(error)
+                continue
+            self.counts["batches"] += 1
+            for waiting, items in zip(batch, answers, strict=True):
+                if not waiting.answer.done():  # the client may have gone
+                    waiting.answer.set_result((version, items))
+
+    async def _answer(self, batch: list[Waiting]) -> tuple[int, list[list[RankedItem]]]:
+        user_ids = [waiting.user_id for waiting in batch if waiting.user_id is not None]
+        histories = iter(await self.call_aggregator("get_histories", user_ids) if user_ids else ())
+        questions = [
+            waiting.question
+            if waiting.user_id is None
+            else Question(next(histories), *_all_but_history(waiting.question))
+            for waiting in batch
+        ]
+        return await self.on_thread(self._recommend, questions)
+
+    def _recommend(self, questions: list[Question]) -> tuple[int, list[list[RankedItem]]]:
+        return self.recommender.version, self.recommender.recommend(questions)
+
+    async def on_thread(self, function: Callable, *arguments: Any) -> Any:
+        """Run on the one thread that owns the recommender."""
+        return await asyncio.get_running_loop().run_in_executor(self.executor, partial(function, *arguments))
+
+    async def call_aggregator(self, method: str, *arguments: Any) -> Any:
+        """Call the aggregator; while it restarts the call waits and is repeated."""
+        call: Awaitable = getattr(self.aggregator, method).remote(*arguments)
+        return await asyncio.wait_for(call, self.config.actor_timeout)
+
+    async def similar(self, item_id: str, k: int) -> tuple[int, list[RankedItem]]:
+        """The version, and the items nearest to an item; KeyError for one that the catalog does not have."""
+        return await self.on_thread(lambda: (self.recommender.version, self.recommender.similar(item_id, k)))
+
+    async def rollback(self, version: int) -> dict[str, Any]:
+        """Have the learner bring a stored version back; ValueError where no learner runs."""
+        return await asyncio.wait_for(learner_handle().rollback.remote(version), self.config.actor_timeout)
+
+    # ---------------------------------------------------------------------------------------------------- the status
+
+    def count_answer(self, seconds: float) -> None:
+        """Note an answer and how long it took."""
+        self.counts["answers"] += 1
+        self.latency_sum += seconds
+        self.latency[next((bound for bound in LATENCY_BUCKETS if seconds <= bound), float("inf"))] += 1
+
+    async def status(self) -> dict[str, Any]:
+        """Versions per replica, freshness, log offsets, pushes and rejected updates, asked of every part."""
+        replicas, aggregator, learner = await asyncio.gather(
+            self._replicas(), _or_none(aggregator_handle, "status"), _or_none(learner_handle, "status")
+        )
+        learner = learner or {"state": "restarting or not started"}
+        versions = [replica["version"] for replica in replicas]
+        return {
+            "model_version": max([*versions, learner.get("version", 0)]),
+            "replicas": replicas,
+            "learner": learner,
+            "aggregator": aggregator or {"state": "restarting"},
+            "freshness": learner.get("freshness"),
+        }
+
+    async def _replicas(self) -> list[dict[str, Any]]:
+        """What every live replica says of itself; one that is dying says nothing."""
+        handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
+        try:
+            answers = await handle.broadcast("describe").results_async(timeout_s=2.0, return_exceptions=True)
+        except TimeoutError:
+            answers = [await self.describe()]
+        return sorted((answer for answer in answers if isinstance(answer, dict)), key=lambda r: r["replica_id"])
+
+    # ------------------------------------------------------------------------------------ pushes, called by broadcast
+
+    async def describe(self) -> dict[str, Any]:
+        """This replica's version, checksum and counts."""
+        return await self.on_thread(self._describe)
+
+    def _describe(self) -> dict[str, Any]:
+        return {
+            "replica_id": self.replica_id,
+            "version": self.recommender.version,
+            "checksum": self.recommender.checksum,
+            "log_offset": self.recommender.log_offset,
+            **{name: self.counts[name] for name in ("answers", "batches", "events", "deltas", "catch_ups")},
+            "latency_buckets": [
+                *((str(bound), self.latency[bound]) for bound in LATENCY_BUCKETS),
+                ("+Inf", self.latency[float("inf")]),
+            ],
+            "latency_sum": self.latency_sum,
+        }
+
+    async def apply_delta(self, payload: list[ray.ObjectRef]) -> dict[str, Any]:
+        """Take a pushed delta between two batches."""
+        data = await payload[0]
+        return await self.on_thread(self._apply, bytes(data))
+
+    def _apply(self, data: bytes) -> dict[str, Any]:
+        delta = Delta.from_bytes(data)
+        if delta.version > self.recommender.version:
+            try:
+                self.recommender.apply(delta)
+                self.counts["deltas"] += 1
+            except DeltaMismatch as error:
+                logger.warning("catching up from the registry: %s", error)
+                self._catch_up(delta.version)
+        return self._describe()
+
+    async def expect_version(self, version: int) -> dict[str, Any]:
+        """Catch up from the registry if this replica missed a push."""
+        return await self.on_thread(self._expect, version)
+
+    def _expect(self, version: int) -> dict[str, Any]:
+        if self.recommender.version < version:
+            self._catch_up(version)
+        return self._describe()
+
+    def _catch_up(self, version: int) -> None:
+        """Apply the deltas that are missing, or load the newest version whole where they are not to be had."""
+        self.counts["catch_ups"] += 1
+        try:
+            while self.recommender.version < version:
+                self.recommender.apply(self.registry.read_delta(self.recommender.version + 1))
+        except (DeltaMismatch, FileNotFoundError) as error:
+            logger.warning("loading the newest version whole: %s", error)
+            self.recommender = self._load()
+
+
+def learner_handle() -> ActorHandle:
+    """The running learner.
+
+    Raises:
+        ValueError: none is running.
+    """
+    return ray.get_actor(LEARNER, namespace=NAMESPACE)
+
+
+async def _or_none(handle: Callable[[], ActorHandle], method: str) -> dict[str, Any] | None:
+    """An actor's answer for the status, or None while it is away: that is what the status then says."""
+    try:
+        return await asyncio.wait_for(getattr(handle(), method).remote(), 2.0)
+    except (ValueError, TimeoutError, RayActorError):
+        return None
+
+
+def _all_but_history(question: Question) -> tuple[int, ItemFilter | None, bool, bool]:
+    return question.k, question.filter, question.exclude_seen, question.explain

@@ -1,0 +1,106 @@
+"""What the HTTP interface takes and gives: pydantic models, which are also its documentation under /docs."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lib.events import EVENT_KINDS
+
+LARGEST_K = 1000
+LARGEST_EVENT_BATCH = 1000
+K = Field(default=10, ge=1, le=LARGEST_K, description="number of items")
+
+
+class HistoryEvent(BaseModel):
+    """One past event of a history that comes with the request."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    item_id: str
+    event: str = "click"
+    value: float | None = None
+    timestamp: int | None = Field(default=None, description="milliseconds since 1970, UTC; now if absent")
+
+
+class RecommendationRequest(BaseModel):
+    """Who asks: a user id, whose history the service knows, or a history."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    user_id: str | None = Field(default=None, min_length=1, max_length=256)
+    history: list[HistoryEvent] | None = Field(default=None, max_length=10_000)
+    k: int = K
+    filter: dict[str, Any] | None = Field(
+        default=None,
+        description='attribute conditions, e.g. {"genres": "Comedy", "price": {"max": 20}}, and allow or deny lists',
+    )
+    exclude_seen: bool = True
+    explain: bool = False
+
+    @model_validator(mode="after")
+    def one_of_user_and_history(self) -> "RecommendationRequest":
+        """Exactly one source of the history."""
+        if (self.user_id is None) == (self.history is None):
+            raise ValueError("give either user_id or history")
+        return self
+
+
+class RecommendedItem(BaseModel):
+    """One item of an answer."""
+
+    item_id: str
+    score: float
+    title: str | None = None
+    reason: str | None = Field(default=None, description='"popular", or with explain the event that speaks most for it')
+
+
+class Recommendations(BaseModel):
+    """An answer, all of it made by one version."""
+
+    request_id: str
+    model_version: int
+    items: list[RecommendedItem]
+
+
+class RollbackRequest(BaseModel):
+    """The version whose weights are wanted back."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: int = Field(ge=1)
+
+
+EVENTS_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["events"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "events": {
+                            "type": "array",
+                            "maxItems": LARGEST_EVENT_BATCH,
+                            "items": {
+                                "type": "object",
+                                "required": ["user_id", "item_id", "event"],
+                                "additionalProperties": False,
+                                "properties": {
+                                    "user_id": {"type": "string"},
+                                    "item_id": {"type": "string"},
+                                    "event": {"type": "string", "enum": list(EVENT_KINDS)},
+                                    "value": {"type": "number", "nullable": True},
+                                    "timestamp": {"type": "integer", "description": "milliseconds since 1970, UTC"},
+                                    "event_id": {"type": "string", "description": "makes a repeated request harmless"},
+                                    "request_id": {"type": "string", "description": "of the answer that was shown"},
+                                },
+                            },
+                        }
+                    },
+                }
+            }
+        },
+    }
+}

@@ -1,0 +1,56 @@
+"""Rollout: a delta to every live replica, with their acknowledgements.
+
+The payload is put into the object store once and each replica reads it from there. A replica that was not reached, or
+came up after the call, learns from the next announcement that it is behind, and catches up from the registry.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+
+from lib.weights import Delta
+from serving.recommendations import APPLICATION, DEPLOYMENT
+
+
+@dataclass(frozen=True)
+class Acknowledgements:
+    """What came back from a push or an announcement."""
+
+    replicas: list[dict[str, Any]]  # what each said of itself
+    unreached: int
+    seconds: float
+
+    def all_at(self, version: int) -> bool:
+        """Whether every live replica answers with this version or a later one."""
+        return self.unreached == 0 and all(replica["version"] >= version for replica in self.replicas)
+
+
+class Rollout:
+    """Reaches the replicas of one deployment."""
+
+    def __init__(self, timeout: float = 10.0):
+        self.timeout = timeout
+        self._handle: Any = None
+
+    def push(self, delta: Delta) -> tuple[Acknowledgements, int]:
+        """Send a delta; returns the acknowledgements and the number of its bytes."""
+        data = delta.to_bytes()
+        return self._broadcast("apply_delta", [ray.put(data)]), len(data)
+
+    def announce(self, version: int) -> Acknowledgements:
+        """Tell every replica the newest version; those that are behind catch up before they acknowledge."""
+        return self._broadcast("expect_version", version)
+
+    def _broadcast(self, method: str, *arguments: Any) -> Acknowledgements:
+        start = time.perf_counter()
+        if self._handle is None:
+            self._handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
+        try:
+            answers = self._handle.broadcast(method, *arguments).results(timeout_s=self.timeout, return_exceptions=True)
+        except TimeoutError:
+            return Acknowledgements([], 1, time.perf_counter() - start)
+        replicas = [answer for answer in answers if isinstance(answer, dict)]
+        return Acknowledgements(replicas, len(answers) - len(replicas), time.perf_counter() - start)
