@@ -1,0 +1,182 @@
+"""What tests of the running service share: one Ray, one small model, one service, for the whole session.
+
+`service` is real: Serve behind HAProxy, two replicas, the aggregator and the learner. A test may kill any part of it,
+and must leave it live for the next one (`service.wait_until_learned()` says whether it is).
+
+Ray and torch are imported by the fixtures that need them, so that the other tests do not wait for them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import httpx
+import pytest
+
+from cluster.local import HOST, free_port, prepare_environment
+
+if TYPE_CHECKING:
+    from lib.learner import LearnerConfig
+    from serving.app import ServeArguments
+
+prepare_environment()  # before any test module imports ray, which reads its settings then
+
+PATIENCE = 60.0  # seconds until a wait is given up; nothing is judged by how long it took
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class RaySession:
+    """The one Ray of the session; `address` is what `ray job submit --address` takes."""
+
+    address: str
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[RaySession]:
+    """Ray with the job server, on 127.0.0.1."""
+    import ray
+
+    context = ray.init(
+        address="local",
+        num_cpus=max(8, os.cpu_count() or 1),
+        include_dashboard=True,
+        dashboard_host=HOST,
+        dashboard_port=free_port(),
+        log_to_driver=False,
+        logging_level="warning",
+        _node_ip_address=HOST,
+    )
+    try:
+        yield RaySession(f"http://{context.dashboard_url}")
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def shop_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small synthetic dataset: 150 visitors, 200 items."""
+    from jobs.shop import Shop
+
+    folder = tmp_path_factory.mktemp("shop")
+    Shop(seed=1, visitors=150, items=200).write_dataset(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_model(ray_session: RaySession, shop_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder, really pretrained on `shop_dataset`; not to be changed."""
+    from jobs.pretrain import PretrainSettings, pretrain
+
+    model = tmp_path_factory.mktemp("pretrained") / "model"
+    pretrain(shop_dataset, model, PretrainSettings(epochs=2, max_length=20, hidden_size=32), gpu=False)
+    return model
+
+
+@dataclass
+class LiveService:
+    """The service under test, and how to talk to it."""
+
+    arguments: ServeArguments
+    port: int
+    client: httpx.Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        # a connection each: HAProxy then spreads the requests over the replicas
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE, limits=limits)
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://{HOST}:{self.port}"
+
+    @property
+    def state(self) -> Path:
+        """The folder of log and versions."""
+        return Path(self.arguments.state_location)
+
+    @property
+    def log(self) -> Path:
+        """The feedback log's file."""
+        return self.state / "feedback.sqlite"
+
+    def start(self, learner: LearnerConfig | None = None) -> None:
+        """Start everything, on whatever the state folder holds."""
+        from jobs.serve import start_service
+
+        start_service(self.arguments, self.port, learner)
+
+    def stop(self) -> None:
+        """Stop everything, cleanly."""
+        from jobs.serve import stop_service
+
+        stop_service()
+
+    def status(self) -> dict[str, Any]:
+        """GET /v1/status."""
+        return self.client.get("/v1/status").raise_for_status().json()
+
+    def send(self, *events: dict[str, Any]) -> dict[str, Any]:
+        """POST events; the answer."""
+        return self.client.post("/v1/events", json={"events": list(events)}).raise_for_status().json()
+
+    def recommend(self, user_id: str, k: int = 10) -> dict[str, Any]:
+        """A user's recommendations; the answer."""
+        return self.client.post("/v1/recommendations", json={"user_id": user_id, "k": k}).raise_for_status().json()
+
+    def export(self, user_id: str) -> list[dict[str, Any]]:
+        """A user's events as the service has them."""
+        return self.client.get(f"/v1/users/{user_id}/export").raise_for_status().json()["events"]
+
+    def wait_until(self, what: str, condition: Callable[[dict[str, Any]], Found]) -> Found:
+        """Ask for the status until the condition holds of it, and return what that gave; fails with the status."""
+        deadline = time.monotonic() + PATIENCE
+        status: Any = None
+        while time.monotonic() < deadline:
+            try:
+                status = self.status()
+            except httpx.HTTPError as error:
+                status = repr(error)
+            else:
+                if found := condition(status):
+                    return found
+            time.sleep(0.1)
+        pytest.fail(f"waited {PATIENCE:.0f} s in vain until {what}; the last status: {status}")
+
+    def wait_until_learned(self) -> dict[str, Any]:
+        """Wait until all parts are up and every logged event is in the weights of every replica; the status then."""
+        return self.wait_until("everything is learned and live everywhere", self._learned)
+
+    def _learned(self, status: dict[str, Any]) -> dict[str, Any] | None:
+        replicas, learner, aggregator = status["replicas"], status["learner"], status["aggregator"]
+        if len(replicas) != self.arguments.replicas or "version" not in learner or "log_offset" not in aggregator:
+            return None
+        if learner["log_offset"] != aggregator["log_offset"]:
+            return None
+        state = {(learner["version"], learner["checksum"])} | {(r["version"], r["checksum"]) for r in replicas}
+        return status if len(state) == 1 else None
+
+
+@pytest.fixture(scope="session")
+def service(
+    ray_session: RaySession, small_model: Path, shop_dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveService]:
+    """The running service, two replicas, on a fresh copy of the model."""
+    from serving.app import ServeArguments
+
+    model = tmp_path_factory.mktemp("served") / "model"
+    shutil.copytree(small_model, model)
+    live = LiveService(ServeArguments(model=str(model), data=str(shop_dataset), replicas=2), free_port())
+    try:
+        live.start()
+        yield live
+    finally:
+        live.client.close()
+        live.stop()
