@@ -103,12 +103,7 @@ class Learner:
             self._acknowledge(self.rollout.announce(self.learner.version))
 
     def _next_batch(self) -> MicroBatch | None:
-        call = aggregator_handle().next_batch.remote(
-            self.learner.log_offset,
-            self.learner.encoder.config.max_length,
-            self.config.replay_users,
-            self.config.held_out_users,
-        )
+        call = aggregator_handle().next_batch.remote(self.learner.log_offset, self.learner.sample_sizes)
         return ray.get(call)
 
     def _update(self, batch: MicroBatch) -> None:

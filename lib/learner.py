@@ -19,7 +19,7 @@ from lib.popularity import DAY, event_counts, moved_reference
 from lib.registry import LoadedVersion, Registry
 from lib.sequences import Batch, SequenceBatches
 from lib.training import Trainer, TrainingConfig
-from lib.user_histories import History, MicroBatch, to_histories
+from lib.user_histories import History, MicroBatch, SampleSizes, to_histories
 from lib.weights import ROW_TENSORS, Delta, Fingerprint, difference, grow_items, state_of
 
 
@@ -28,11 +28,12 @@ class LearnerConfig:
     """How the weights follow the feedback."""
 
     learning_rate: float = 1e-3
-    replay_users: int = 64
+    replay_events: int = 1024  # of random users' histories, learned again with every update
     replay_weight: float = 0.5  # of a replayed target, where a new event's is 1
     negatives: int = 512
     popularity_half_life: float = 7 * DAY  # milliseconds
     held_out_users: int = 64
+    held_out_length: int = 20  # events of their histories that the gate reads
     held_out_candidates: int = 1000  # a held-out target is ranked among so many random items
     loss_tolerance: float = 0.25  # the held-out loss may rise by this share
     quality_tolerance: float = 0.05  # the held-out NDCG@10 may fall by so much
@@ -108,6 +109,13 @@ class NearlineLearner:
         self.fingerprint = Fingerprint(self.encoder)
         assert self.encoder.config.event_kinds is not None
         self.kind_codes = {kind: place + 1 for place, kind in enumerate(self.encoder.config.event_kinds)}
+
+    @property
+    def sample_sizes(self) -> SampleSizes:
+        """What the learner wants with the new events of a micro-batch."""
+        config = self.config
+        length = self.encoder.config.max_length
+        return SampleSizes(length, config.replay_events, config.held_out_users, config.held_out_length)
 
     @property
     def checksum(self) -> str:
@@ -223,7 +231,7 @@ class NearlineLearner:
     @torch.no_grad()
     def _held_out_quality(self, held_out: list[History]) -> tuple[float, float]:
         """(loss, NDCG@10) of the newest event of held-out users among random items; NaN without such users."""
-        limit = self.encoder.config.max_length + 1
+        limit = self.config.held_out_length + 1
         flat = to_histories([history.newest(limit) for history in held_out], self.catalog, self.kind_codes)
         users = np.flatnonzero(flat.lengths >= 2)
         if len(users) == 0:

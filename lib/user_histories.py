@@ -105,6 +105,16 @@ class UserHistories:
             self._users.remove(user_id)
 
 
+@dataclass(frozen=True)
+class SampleSizes:
+    """What a learner wants with the new events."""
+
+    history_length: int  # events of context before a user's new ones, and of a replayed history
+    replay_events: int  # events of replayed histories altogether
+    held_out_users: int
+    held_out_length: int  # events before the held-out one
+
+
 @dataclass
 class MicroBatch:
     """What the trigger releases to the learner: new events in their users' histories, and what goes with them.

@@ -20,7 +20,7 @@ from ray.actor import ActorHandle
 from lib.datasets import read_events
 from lib.events import CleaningRules, Event, FloodGuard
 from lib.feedback_log import FeedbackLog, LoggedEvent
-from lib.user_histories import History, MicroBatch, UserHistories
+from lib.user_histories import History, MicroBatch, SampleSizes, UserHistories
 
 NAMESPACE = "afterclick"
 NAME = "aggregator"
@@ -113,9 +113,7 @@ class Aggregator:
         """Some users with the number of their events."""
         return [(user_id, len(self.histories.get(user_id))) for user_id in self.histories.users(limit)]
 
-    async def next_batch(
-        self, after: int, history_length: int, replay_users: int, held_out_users: int, wait_ms: int = 500
-    ) -> MicroBatch | None:
+    async def next_batch(self, after: int, sample: SampleSizes, wait_ms: int = 500) -> MicroBatch | None:
         """The next micro-batch beyond a log offset, when the trigger fires; None after `wait_ms` without it."""
         self.learned_offset = after
         deadline = time.monotonic() + wait_ms / 1000
@@ -136,7 +134,7 @@ class Aggregator:
         # the log can be ahead of the histories by what was committed a moment ago
         read = self.log.read(after, self.config.largest_batch)
         events = [logged for logged in read if logged.offset <= self.last_offset]
-        return self._batch(events, after, history_length, replay_users, held_out_users) if events else None
+        return self._batch(events, after, sample) if events else None
 
     def _due(self, after: int) -> float:
         """Seconds until the trigger fires, 0 or less when it has; infinite without pending events."""
@@ -147,29 +145,32 @@ class Aggregator:
         age = time.time_ns() // 1_000_000 - self.arrivals[0].received_at
         return (self.config.trigger_ms - age) / 1000
 
-    def _batch(
-        self, events: list[LoggedEvent], after: int, history_length: int, replay_users: int, held_out_users: int
-    ) -> MicroBatch:
+    def _batch(self, events: list[LoggedEvent], after: int, sample: SampleSizes) -> MicroBatch:
         last = events[-1].offset
         histories, counts = [], []
-        for user_id in dict.fromkeys(logged.event.user_id for logged in events):
+        present = dict.fromkeys(logged.event.user_id for logged in events)
+        for user_id in present:
             history, count = self.histories.get(user_id).up_to(last, after)
             if count:
-                histories.append(history.newest(history_length + count))
+                histories.append(history.newest(sample.history_length + count))
                 counts.append(count)
-        present = {logged.event.user_id for logged in events}
-        others = [
-            user for user in self.histories.sample(replay_users + held_out_users, self.generator) if user not in present
-        ]
-        samples = [self.histories.get(user, history_length + 1) for user in others]
-        held_out = min(held_out_users, len(samples) // 2)
+        drawn = self.histories.sample(sample.held_out_users + sample.replay_events, self.generator)
+        others = [user_id for user_id in dict.fromkeys(drawn) if user_id not in present]
+        held_out = others[: min(sample.held_out_users, len(others) // 2)]
+        replay: list[History] = []
+        room = sample.replay_events
+        for user_id in others[len(held_out) :]:
+            if room <= 0:
+                break
+            replay.append(self.histories.get(user_id, sample.history_length + 1))
+            room -= len(replay[-1])
         return MicroBatch(
             last_offset=last,
             histories=histories,
             new_counts=counts,
             received_at=[logged.received_at for logged in events],
-            replay=samples[held_out:],
-            held_out=samples[:held_out],
+            replay=replay,
+            held_out=[self.histories.get(user_id, sample.held_out_length + 1) for user_id in held_out],
         )
 
     async def status(self) -> dict[str, Any]:
