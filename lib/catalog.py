@@ -4,6 +4,9 @@ Row 0 is padding; items get rows 1, 2, 3, ... in the order in which they came, a
 means the same item in every version of the weights.
 """
 
+# pyarrow.compute makes its functions as it is imported, so a type checker cannot see them.
+# pyright: reportAttributeAccessIssue=false
+
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path

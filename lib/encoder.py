@@ -122,7 +122,8 @@ class BehaviourEncoder(PreTrainedModel):
 
     def __init__(self, config: BehaviourEncoderConfig):
         super().__init__(config)
-        assert config.event_kinds is not None and config.value_boundaries is not None
+        assert config.event_kinds is not None
+        assert config.value_boundaries is not None
         width = config.hidden_size
         self.item_embeddings = nn.Embedding(config.item_rows, width, padding_idx=PADDING_ROW)
         self.position_embeddings = nn.Embedding(config.max_length, width)
@@ -165,7 +166,9 @@ class BehaviourEncoder(PreTrainedModel):
         """Interest vectors u of every position, of unit length.
 
         Args:
-            kinds, gaps, values: (B, T) bucket codes of each event, oldest first, padded on the right.
+            kinds: (B, T) kind code of each event, oldest first, padded on the right.
+            gaps: (B, T) bucket of the time since the event before.
+            values: (B, T) value bucket.
             lengths: (B,) number of real events of each history, 1 or more.
             rows: (B, T) rows of the item table; or else
             item_vectors: (B, T, C) rows already gathered, so that the trainer can own their gradient.

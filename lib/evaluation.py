@@ -7,6 +7,9 @@ temporal: the newest 20% of the time span is the test; every test event is a tar
 Both rank all items of the catalog with the user's seen items removed.
 """
 
+# pyarrow.compute makes its functions as it is imported, so a type checker cannot see them.
+# pyright: reportAttributeAccessIssue=false
+
 from dataclasses import dataclass
 from typing import Any
 

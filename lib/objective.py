@@ -27,7 +27,8 @@ def sampled_softmax(
         queries: (M, C) uT A of each position that has a target.
         positives: (M, C) item vector of each target.
         negatives: (N, C) item vectors of the negatives.
-        target_rows, negative_rows: (M,) and (N,) their rows.
+        target_rows: (M,) the targets' rows.
+        negative_rows: (N,) the negatives' rows.
         temperature: what scores are divided by.
     """
     positive = (queries * positives).sum(-1, keepdim=True) / temperature  # (M, 1)

@@ -9,7 +9,7 @@ import torch
 
 from lib.catalog import Catalog
 from lib.encoder import PADDING_ROW, BehaviourEncoder
-from lib.model_folder import Manifest, load_model
+from lib.model_folder import load_model
 from lib.ranking import ItemFilter, most_popular, without_seen
 from lib.retrieval import ItemIndex
 from lib.sequences import SequenceBatches
@@ -98,20 +98,20 @@ class Recommender:
             for places, batch in batches.inference():
                 interests = self.encoder.interests(batch.kinds, batch.gaps, batch.values, batch.lengths, batch.rows)
                 queries[places] = self.encoder.queries(interests).numpy()
-        known = np.flatnonzero(histories.lengths > 0)
+        known = np.flatnonzero(histories.lengths > 0).tolist()
         seen = [
             np.unique(histories.rows[start:stop]) if question.exclude_seen else np.zeros(0, dtype=np.int32)
             for question, start, stop in zip(questions, histories.offsets[:-1], histories.offsets[1:], strict=True)
         ]
         answers: list[list[RankedItem]] = [[] for _ in questions]
         for filter in {questions[place].filter for place in known}:
-            places = np.array([place for place in known if questions[place].filter == filter])
+            places = [place for place in known if questions[place].filter == filter]
             wanted = max(questions[place].k + len(seen[place]) for place in places)
             scores, rows = self.index.search(queries[places], wanted, self.mask(filter))
             for place, user_scores, user_rows in zip(places, scores, rows, strict=True):
                 found = without_seen(user_scores, user_rows, seen[place], questions[place].k)
                 answers[place] = self._ranked(questions[place], *found)
-        for place in np.flatnonzero(histories.lengths == 0):
+        for place in np.flatnonzero(histories.lengths == 0).tolist():
             answers[place] = self.popular(questions[place].k, questions[place].filter)
         return answers
 

@@ -47,4 +47,6 @@ class ItemIndex:
             return self._index.search(queries, min(k, len(self)))
         bits = np.packbits(mask, bitorder="little")
         selector = faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits))
-        return self._index.search(queries, min(k, len(self)), params=faiss.SearchParameters(sel=selector))
+        # faiss makes its keyword arguments at run time
+        parameters = faiss.SearchParameters(sel=selector)  # pyright: ignore[reportCallIssue]
+        return self._index.search(queries, min(k, len(self)), params=parameters)

@@ -150,7 +150,8 @@ class SequenceBatches:
     """Makes training and inference batches of histories for one encoder configuration."""
 
     def __init__(self, histories: Histories, config: BehaviourEncoderConfig):
-        assert config.event_kinds is not None and config.value_boundaries is not None
+        assert config.event_kinds is not None
+        assert config.value_boundaries is not None
         self.histories = histories
         self.max_length = config.max_length
         first = histories.offsets[:-1][histories.lengths > 0]
@@ -169,7 +170,7 @@ class SequenceBatches:
         for start, stop in zip(self.histories.offsets[:-1], self.histories.offsets[1:], strict=True):
             end = stop
             if generator is not None and stop - start > stride + 1:
-                end = stop - int(generator.integers(0, stride // 2))
+                end = stop - int(generator.integers(0, max(stride // 2, 1)))
                 if end < stop:  # the newest events, with their full context
                     starts.append(stop - stride - 1)
                     lengths.append(stride + 1)

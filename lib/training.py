@@ -176,12 +176,12 @@ class Trainer:
         total_loss, total_weight = totals.tolist()
         scale = 1.0 / max(total_weight, 1e-9)
         dense_gradients = [p.grad for p in self.dense.values() if p.grad is not None]
-        torch._foreach_mul_(dense_gradients, scale)
+        torch._foreach_mul_(dense_gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
         gradient.mul_(scale)
         norm = nn.utils.get_total_norm([*dense_gradients, gradient])
         shrink = min(1.0, self.config.clip_norm / (float(norm) + 1e-6))
         if shrink < 1.0:
-            torch._foreach_mul_(dense_gradients, shrink)
+            torch._foreach_mul_(dense_gradients, shrink)  # pyright: ignore[reportPrivateImportUsage]
             gradient.mul_(shrink)
         rows, gradient = rows[rows > 0], gradient[rows > 0]  # the padding row stays zero
         if self.before_update is not None:
