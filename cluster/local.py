@@ -4,7 +4,10 @@ HTTP goes through HAProxy straight to the replicas, which costs a fifth of what 
 listens on 127.0.0.1. `prepare_environment` must run before ray is imported, since ray reads its settings then.
 """
 
+import atexit
+import logging
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +22,11 @@ HOST = "127.0.0.1"
 def prepare_environment() -> None:
     """Set what Ray and Serve read at import, unless the user has set it already."""
     folder = Path(tempfile.gettempdir()) / f"afterclick-haproxy-{os.getpid()}"
+    if "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC" not in os.environ:
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if "RAY_ADDRESS" not in os.environ:
+        # by this name, on any system: Ray stays on 127.0.0.1 instead of taking the machine's outward address
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     settings = {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         # an answer that a killed replica never gave is asked of another one
@@ -33,6 +41,7 @@ def prepare_environment() -> None:
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # HAProxy notices within a second
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_worker_niceness": "0",  # only the learner yields; Ray would lower the replicas too
         "RAY_TRAIN_V2_ENABLED": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -79,7 +88,7 @@ def connect() -> bool:
         num_cpus=max(8, os.cpu_count() or 1),  # actors share the cores; this is a count of places, not of cores
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="warning",
+        logging_level=logging.WARNING,
         _node_ip_address=HOST,
     )
     return True

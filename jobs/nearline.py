@@ -2,7 +2,7 @@
 
     python -m jobs.nearline --model MODEL     joins the running cluster and keeps a learner there
 
-It yields to the replicas: lowest priority, one thread, short steps. Whatever goes wrong that it cannot handle ends the
+It yields to the replicas: lower priority, one thread, short steps. Whatever goes wrong that it cannot handle ends the
 process; Ray starts it again, and it continues from the registry, where weights, optimiser and log offset moved as one.
 """
 
@@ -14,9 +14,9 @@ import time
 import traceback
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import ray
@@ -36,6 +36,7 @@ from serving.rollout import Acknowledgements, Rollout
 logger = logging.getLogger(__name__)
 ANNOUNCE_SECONDS = 1.0
 RETRY_SECONDS = 0.05
+NICENESS = 10  # below the replicas, and still moving when they take all of the cores
 
 
 @dataclass
@@ -70,14 +71,33 @@ class Progress:
         return {name: float(np.median([step[name] for step in self.steps])) for name in self.steps[-1]}
 
 
+@dataclass(frozen=True)
+class Live:
+    """What is true of one moment of the learner; replaced as a whole, so that a status never mixes two."""
+
+    version: int
+    checksum: str
+    log_offset: int
+    events_trained: int
+    events_rejected: int
+
+    @classmethod
+    def of(cls, learner: NearlineLearner) -> "Live":
+        """The present moment."""
+        counts = learner.events_trained, learner.events_rejected
+        return cls(learner.version, learner.checksum, learner.log_offset, *counts)
+
+
 class Learner:
     """The actor: one thread learns, the others answer what it is asked."""
 
     def __init__(self, state: str, config: LearnerConfig):
-        os.nice(19)
+        os.nice(NICENESS)
         torch.set_num_threads(1)
         self.config = config
+        self.state = state
         self.learner = NearlineLearner(Registry(state), config)
+        self.live = Live.of(self.learner)
         self.rollout = Rollout()
         self.progress = Progress()
         self.rollbacks: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
@@ -104,39 +124,44 @@ class Learner:
 
     def _next_batch(self) -> MicroBatch | None:
         call = aggregator_handle().next_batch.remote(self.learner.log_offset, self.learner.sample_sizes)
-        return ray.get(call)
+        return cast("MicroBatch | None", ray.get(call))
 
     def _update(self, batch: MicroBatch) -> None:
         start = time.perf_counter()
         outcome = self.learner.learn(batch)
+        self.live = Live.of(self.learner)
         if isinstance(outcome, Rejection):
             self._reject(outcome)
             return
         learned = time.perf_counter()
-        size = self._push(outcome)
+        size, everywhere = self._push(outcome)
         now = time.time_ns() / 1e6
         pushed = time.perf_counter()
         self.progress.steps.append(
             {"learn_ms": (learned - start) * 1e3, "push_ms": (pushed - learned) * 1e3, "push_bytes": float(size)}
         )
-        self.progress.delays.extend(now - received for received in batch.received_at)
-        self.progress.delayed += len(batch.received_at)
+        if everywhere:
+            self.progress.delays.extend(now - received for received in batch.received_at)
+            self.progress.delayed += len(batch.received_at)
         loss = outcome.facts["loss"]
         if loss is not None:
             previous = self.progress.loss
             self.progress.loss = loss if previous is None else 0.95 * previous + 0.05 * loss
 
-    def _push(self, delta: Delta) -> int:
-        """Send a delta and see it live on every replica; returns its bytes."""
+    def _push(self, delta: Delta) -> tuple[int, bool]:
+        """Send a delta and see it live on every replica; returns its bytes, and False where no replica answered.
+
+        Without any replica there is nothing to wait for: those to come start with the newest version.
+        """
         acknowledgements, size = self.rollout.push(delta)
         self._acknowledge(acknowledgements)
-        while not acknowledgements.all_at(delta.version) and acknowledgements.replicas:
+        while acknowledgements.replicas and not acknowledgements.all_at(delta.version) and not self.stopping.is_set():
             # one that died is soon no longer counted among the live; one that was busy catches up
             time.sleep(RETRY_SECONDS)
             acknowledgements = self.rollout.announce(delta.version)
             self._acknowledge(acknowledgements)
         self.progress.pushes += 1
-        return size
+        return size, acknowledgements.all_at(delta.version)
 
     def _acknowledge(self, acknowledgements: Acknowledgements) -> None:
         self.progress.unreached = acknowledgements.unreached
@@ -160,6 +185,7 @@ class Learner:
             except InputError as error:
                 outcome.set_result({"error": str(error)})
                 continue
+            self.live = Live.of(self.learner)
             self._push(delta)
             outcome.set_result({"model_version": delta.version, "restored": version})
 
@@ -173,11 +199,7 @@ class Learner:
         """Version, counts, delays."""
         return {
             "state": "running",
-            "version": self.learner.version,
-            "checksum": self.learner.checksum,
-            "log_offset": self.learner.log_offset,
-            "events_trained": self.learner.events_trained,
-            "events_rejected": self.learner.events_rejected,
+            **asdict(self.live),
             "pushes": self.progress.pushes,
             "rejected_updates": self.progress.rejected_updates,
             "last_rejection": self.progress.last_rejection,
@@ -196,7 +218,7 @@ class Learner:
 
 def start_learner(state: str, config: LearnerConfig | None = None) -> ActorHandle:
     """The running learner, started if need be; Ray restarts it whenever its process dies."""
-    actor = ray.remote(Learner).options(
+    actor: Any = ray.remote(Learner).options(
         name=LEARNER,
         namespace=NAMESPACE,
         get_if_exists=True,
@@ -209,6 +231,10 @@ def start_learner(state: str, config: LearnerConfig | None = None) -> ActorHandl
     return actor.remote(state, config or LearnerConfig())
 
 
+def _status_of(learner: ActorHandle) -> dict[str, Any]:
+    return cast("dict[str, Any]", ray.get(learner.status.remote()))
+
+
 def nearline_command(
     model: Annotated[Path, typer.Option(help="Model folder that is being served.")],
     state: Annotated[str | None, typer.Option(help="Where log and versions live; MODEL/live if absent.")] = None,
@@ -218,11 +244,11 @@ def nearline_command(
 
     with running_ray():
         learner = start_learner(state or f"{model}/live")
-        print(f"learner at version {ray.get(learner.status.remote())['version']}; Ctrl-C stops it", flush=True)
+        print(f"learner at version {_status_of(learner)['version']}; Ctrl-C stops it", flush=True)
         try:
             while True:
                 time.sleep(10)
-                status = ray.get(learner.status.remote())
+                status = _status_of(learner)
                 print(
                     f"version {status['version']}  pushes {status['pushes']}  rejected {status['rejected_updates']}"
                     f"  events {status['events_trained']}",

@@ -7,11 +7,12 @@ Log and versions live in MODEL/live, so the same command continues where it was 
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import httpx
 import ray
@@ -19,15 +20,19 @@ import typer
 from ray import serve
 from ray.serve.config import HTTPOptions
 
-from cluster.local import HOST, connect, require_free_port
+from cluster.local import HOST, require_free_port, running_ray
 from jobs.nearline import start_learner
 from lib.datasets import read_events
 from lib.events import InputError
 from lib.learner import LearnerConfig
 from lib.model_folder import load_model
-from serving.aggregator import NAMESPACE, start_aggregator
+from serving.aggregator import NAME as AGGREGATOR
+from serving.aggregator import NAMESPACE, aggregator_handle, start_aggregator
 from serving.app import ServeArguments, build
-from serving.recommendations import APPLICATION
+from serving.recommendations import APPLICATION, LEARNER
+
+START_SECONDS = 60.0  # for HAProxy to know the replicas
+STOP_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -44,51 +49,85 @@ def start_service(arguments: ServeArguments, port: int, learner: LearnerConfig |
     Raises:
         InputError: the model folder or the dataset cannot be used, or the port is taken.
     """
+    _check(arguments, port)
+    url = f"http://{HOST}:{port}"
+    try:
+        application = build(arguments)
+        ray.get(start_aggregator(arguments.state_location, arguments.data).status.remote())
+        serve.start(http_options=HTTPOptions(host=HOST, port=port))
+        serve.run(application, name=APPLICATION, route_prefix="/")
+        ray.get(start_learner(arguments.state_location, learner).status.remote())
+        _wait_until_answering(url)
+    except BaseException:
+        stop_service()
+        raise
+    return Service(url, arguments)
+
+
+def _check(arguments: ServeArguments, port: int) -> None:
+    """Find bad input before anything is started."""
     require_free_port(port)
     load_model(arguments.model)
     if arguments.data is not None:
         read_events(arguments.data)
-    application = build(arguments)
-    aggregator = start_aggregator(arguments.state_location, arguments.data)
-    ray.get(aggregator.status.remote())
-    serve.start(http_options=HTTPOptions(host=HOST, port=port))
-    serve.run(application, name=APPLICATION, route_prefix="/")
-    start_learner(arguments.state_location, learner)
-    url = f"http://{HOST}:{port}"
-    _wait_until_answering(url)
-    return Service(url, arguments)
+    try:
+        aggregator = aggregator_handle()
+    except ValueError:
+        return
+    running = cast("dict[str, Any]", ray.get(aggregator.status.remote()))["state"]
+    if running != arguments.state_location:
+        raise InputError(f"state: this cluster serves {running} already; stop that first, or use another cluster")
 
 
 def _wait_until_answering(url: str) -> None:
-    """The ingress may need a moment more than the replicas to open its socket."""
-    transport = httpx.HTTPTransport(retries=20)
-    with httpx.Client(transport=transport, timeout=30) as client:
-        client.get(f"{url}/healthz").raise_for_status()
+    """The ingress may need a moment more than the replicas.
+
+    Raises:
+        httpx.HTTPError: it still does not answer after START_SECONDS.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            httpx.get(f"{url}/healthz", timeout=START_SECONDS).raise_for_status()
+            return
+        except httpx.HTTPError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def stop_service() -> None:
     """Stop learner, replicas and aggregator, in this order, so that nothing that was acknowledged waits unwritten."""
-    for name, method in (("learner", "stop"), ("aggregator", "close")):
-        if name == "aggregator":
-            serve.shutdown()
+    try:
+        _stop_actor(LEARNER, "stop")
+    finally:
         try:
-            actor = ray.get_actor(name, namespace=NAMESPACE)
-        except ValueError:
-            continue
-        ray.get(getattr(actor, method).remote(), timeout=30)
+            serve.shutdown()
+        finally:
+            _stop_actor(AGGREGATOR, "close")
+
+
+def _stop_actor(name: str, method: str) -> None:
+    """Have an actor finish what it does, then end it; one that does not answer is ended all the same."""
+    try:
+        actor = ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return
+    try:
+        ray.get(getattr(actor, method).remote(), timeout=STOP_SECONDS)
+    finally:
         ray.kill(actor)
 
 
 @contextmanager
 def running_service(arguments: ServeArguments, port: int, learner: LearnerConfig | None = None) -> Iterator[Service]:
     """A service for the length of a block, with a Ray of its own if none runs."""
-    started = connect()
-    try:
-        yield start_service(arguments, port, learner)
-    finally:
-        stop_service()
-        if started:
-            ray.shutdown()
+    with running_ray():
+        service = start_service(arguments, port, learner)
+        try:
+            yield service
+        finally:
+            stop_service()
 
 
 def serve_command(

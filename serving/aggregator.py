@@ -6,9 +6,10 @@ histories are read again from the dataset and the log.
 """
 
 import asyncio
+import os
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ NAMESPACE = "afterclick"
 NAME = "aggregator"
 LOG_FILE = "feedback.sqlite"
 DUPLICATE = "duplicate"
-SERVER_ID = "server-"  # how the id begins that a replica gives to an event without any identity
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Aggregator:
 
     def __init__(self, state: str, data: str | None = None, config: AggregatorConfig | None = None):
         self.config = config or AggregatorConfig()
+        self.state = state
         path = Path(state) / LOG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         self.histories = UserHistories(self.config.keep_events)
@@ -72,11 +73,14 @@ class Aggregator:
         for values in sorted(zip(*columns, strict=True), key=lambda values: values[4]):
             self.histories.append(Event(*values))
 
-    async def append(self, events: Sequence[Event], reject: Counter[str] | None = None) -> list[str | None]:
+    async def append(
+        self, events: Sequence[Event], named: Collection[str] = (), reject: Counter[str] | None = None
+    ) -> list[str | None]:
         """Make events durable and part of the histories; per event None, or why it was not taken.
 
-        An event that a replica gave its id, for want of any identity, cannot be in the log before: finding it there
-        means that this call is repeated after a crash, and that the first one had succeeded.
+        `named` are the ids that a replica gave to events without any identity. Such an event cannot be in the log
+        before: finding it there means that this call is repeated after a crash, and that the first had succeeded.
+        `reject` counts the events that the replica rejected already.
         """
         self.rejected.update(reject or {})
         now = time.time_ns() // 1_000_000
@@ -92,7 +96,7 @@ class Aggregator:
                 continue
             offset = next(offsets)
             if offset is None:
-                repeated = event.event_id is not None and event.event_id.startswith(SERVER_ID)
+                repeated = event.event_id in named
                 answers.append(None if repeated else DUPLICATE)
                 self.duplicates += not repeated
                 continue
@@ -146,16 +150,12 @@ class Aggregator:
         return (self.config.trigger_ms - age) / 1000
 
     def _batch(self, events: list[LoggedEvent], after: int, sample: SampleSizes) -> MicroBatch:
-        last = events[-1].offset
-        histories, counts = [], []
-        present = dict.fromkeys(logged.event.user_id for logged in events)
-        for user_id in present:
-            history, count = self.histories.get(user_id).up_to(last, after)
-            if count:
-                histories.append(history.newest(sample.history_length + count))
-                counts.append(count)
+        new: dict[str, list[LoggedEvent]] = {}
+        for logged in events:
+            new.setdefault(logged.event.user_id, []).append(logged)
+        histories = [self._with_context(user, mine, after, sample.history_length) for user, mine in new.items()]
         drawn = self.histories.sample(sample.held_out_users + sample.replay_events, self.generator)
-        others = [user_id for user_id in dict.fromkeys(drawn) if user_id not in present]
+        others = [user_id for user_id in dict.fromkeys(drawn) if user_id not in new]
         held_out = others[: min(sample.held_out_users, len(others) // 2)]
         replay: list[History] = []
         room = sample.replay_events
@@ -165,17 +165,29 @@ class Aggregator:
             replay.append(self.histories.get(user_id, sample.history_length + 1))
             room -= len(replay[-1])
         return MicroBatch(
-            last_offset=last,
+            last_offset=events[-1].offset,
             histories=histories,
-            new_counts=counts,
+            new_counts=[len(mine) for mine in new.values()],
             received_at=[logged.received_at for logged in events],
             replay=replay,
             held_out=[self.histories.get(user_id, sample.held_out_length + 1) for user_id in held_out],
         )
 
+    def _with_context(self, user_id: str, new: list[LoggedEvent], after: int, length: int) -> History:
+        """A user's new events behind the newest `length` of those that came before.
+
+        The new ones are the log's, so that each is learned once also where more wait than are kept in memory.
+        """
+        history = self.histories.get(user_id).up_to(after, after)[0].newest(length)
+        for logged in new:
+            history.append(logged.event, logged.offset)
+        return history
+
     async def status(self) -> dict[str, Any]:
         """Counts since the start of this process, and the log's offsets."""
         return {
+            "state": self.state,
+            "process": os.getpid(),
             "log_offset": self.last_offset,
             "learned_offset": self.learned_offset,
             "pending": len(self.arrivals),
@@ -202,7 +214,7 @@ def aggregator_handle() -> ActorHandle:
 
 def start_aggregator(state: str, data: str | None, config: AggregatorConfig | None = None) -> ActorHandle:
     """The running aggregator, started if need be; Ray restarts it whenever its process dies, and repeats calls."""
-    actor = ray.remote(Aggregator).options(
+    actor: Any = ray.remote(Aggregator).options(
         name=NAME,
         namespace=NAMESPACE,
         get_if_exists=True,

@@ -1,4 +1,4 @@
-"""build(args) -> the Serve application, for `serve run serving.app:build` and `serve deploy` as for `afterclick serve`."""
+"""build(arguments) -> the application, for `serve run serving.app:build`, `serve deploy` and `afterclick serve`."""
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve

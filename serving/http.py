@@ -5,6 +5,7 @@ import logging
 import time
 import uuid
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,19 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray.exceptions import GetTimeoutError, RayActorError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lib.events import CleaningRules, Event, EventRejected, InputError, validate_event
+from lib.feedback_log import LogWriteError
 from lib.ranking import ItemFilter
 from lib.recommender import Question, RankedItem
 from lib.user_histories import History
-from serving.aggregator import DUPLICATE, SERVER_ID
+from serving.aggregator import DUPLICATE
 from serving.prometheus import render
 from serving.requests import (
     EVENTS_BODY,
+    LARGEST_BODY,
     LARGEST_EVENT_BATCH,
     LARGEST_K,
     RecommendationRequest,
@@ -43,6 +48,7 @@ def http_application(replica: "Replica") -> FastAPI:
         title="Afterclick", description="A recommender that learns from the click you just made.", version="1"
     )
     rules = CleaningRules()
+    app.add_middleware(BoundedBody)
     _answer_errors(app)
 
     async def recommend(question: Question, user_id: str | None) -> Response:
@@ -59,27 +65,27 @@ def http_application(replica: "Replica") -> FastAPI:
         ]
         return _json({"request_id": uuid.uuid4().hex, "model_version": version, "items": listed})
 
-    def checked_filter(conditions: dict[str, Any] | None) -> ItemFilter | None:
+    async def checked_filter(conditions: dict[str, Any] | None) -> ItemFilter | None:
         """A filter that the catalog understands; one that it does not is the asker's error, not the batch's."""
         filter = ItemFilter.of(conditions)
-        if filter is not None:
-            filter.mask(replica.recommender.catalog)
+        if filter is not None:  # on the thread that also changes the catalog
+            await replica.on_thread(lambda: filter.mask(replica.recommender.catalog))
         return filter
 
     @app.post("/v1/recommendations", response_model=Recommendations)
     async def post_recommendations(request: RecommendationRequest) -> Response:
         """Items for a user, or for a history that comes with the request."""
         history = _history(request, rules)
-        filter = checked_filter(request.filter)
+        filter = await checked_filter(request.filter)
         question = Question(history, request.k, filter, request.exclude_seen, request.explain)
         return await recommend(question, request.user_id)
 
-    @app.get("/v1/users/{user_id}/recommendations", response_model=Recommendations)
+    @app.get("/v1/users/{user_id:path}/recommendations", response_model=Recommendations)
     async def get_recommendations(user_id: str, k: int = Query(10, ge=1, le=LARGEST_K)) -> Response:
         """Items for a user; someone unknown gets what is popular, marked as such."""
         return await recommend(Question(History(), k), user_id)
 
-    @app.get("/v1/items/{item_id}/similar", response_model=Recommendations)
+    @app.get("/v1/items/{item_id:path}/similar", response_model=Recommendations)
     async def get_similar(item_id: str, k: int = Query(10, ge=1, le=LARGEST_K)) -> Response:
         """The items nearest to an item."""
         try:
@@ -96,13 +102,21 @@ def http_application(replica: "Replica") -> FastAPI:
         rejected: list[dict[str, Any]] = []
         reasons: Counter[str] = Counter()
         valid: list[tuple[int, Event]] = []
+        named: set[str] = set()
         for index, fields in enumerate(events):
             try:
-                valid.append((index, _identified(validate_event(fields, now, rules), fields)))
+                event = validate_event(fields, now, rules)
             except EventRejected as error:
                 rejected.append({"index": index, "reason": str(error)})
                 reasons[error.reason] += 1
-        outcomes = await replica.call_aggregator("append", [event for _, event in valid], reasons)
+                continue
+            if event.event_id is None and fields.get("timestamp") is None:
+                # an id of its own, as nothing else identifies it: a repeated call to the aggregator cannot double it
+                name = uuid.uuid4().hex
+                named.add(name)
+                event = event._replace(event_id=name)
+            valid.append((index, event))
+        outcomes = await replica.call_aggregator("append", [event for _, event in valid], named, reasons)
         for (index, _), outcome in zip(valid, outcomes, strict=True):
             if outcome is not None and outcome != DUPLICATE:
                 rejected.append({"index": index, "reason": outcome})
@@ -118,7 +132,7 @@ def http_application(replica: "Replica") -> FastAPI:
         users = await replica.call_aggregator("users", limit)
         return _json({"users": [{"user_id": user_id, "events": events} for user_id, events in users]})
 
-    @app.get("/v1/users/{user_id}/export")
+    @app.get("/v1/users/{user_id:path}/export")
     async def get_export(user_id: str) -> Response:
         """The events of one user that the service keeps, oldest first."""
         [history] = await replica.call_aggregator("get_histories", [user_id])
@@ -169,27 +183,49 @@ def http_application(replica: "Replica") -> FastAPI:
 def _answer_errors(app: FastAPI) -> None:
     """Every error that is not a defect becomes a status with one line in `detail`."""
 
-    @app.exception_handler(InputError)
     async def bad_input(request: Request, error: Exception) -> Response:
-        return _json({"detail": str(error)}, 422)
+        return _error(422, str(error))
 
-    @app.exception_handler(RequestValidationError)
-    async def bad_request(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
+    async def refused(request: Request, error: StarletteHTTPException) -> Response:
+        if error.status_code == 404 and error.detail == "Not Found":
+            return _error(404, f"path: there is nothing at {request.url.path}; see /docs")
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            return _error(405, f"method: {request.method} is not allowed here; use {allowed}", error.headers)
+        return _error(error.status_code, str(error.detail), error.headers)
+
+    async def bad_request(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             reason = first.get("ctx", {}).get("error", first["msg"])
-            return _json({"detail": f"the body is not valid JSON: {reason}"}, 400)
+            return _error(400, f"the body is not valid JSON: {reason}")
         place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
-        return _json({"detail": f"{place}: {first['msg']}" if place else first["msg"]}, 422)
+        message = first["msg"].removeprefix("Value error, ")
+        return _error(422, f"{place}: {message}" if place else message)
 
     async def restarting(request: Request, error: Exception) -> Response:
         logger.warning("a part of the service cannot be reached: %s", error)
-        detail = "a part of the service is restarting; try again"
-        return Response(orjson.dumps({"detail": detail}), 503, {"Retry-After": "1"}, "application/json")
+        return _error(503, "a part of the service is restarting; try again", {"Retry-After": "1"})
 
-    for kind in (RayActorError, GetTimeoutError, asyncio.TimeoutError):
-        app.exception_handler(kind)(restarting)
+    async def not_durable(request: Request, error: Exception) -> Response:
+        logger.error("events were refused: %s", error)
+        return _error(503, "the feedback log could not be written, so none of the events was taken; try again")
+
+    async def defect(request: Request, error: Exception) -> Response:
+        return _error(500, "internal error; the log of the service has the reason")
+
+    answers = {
+        InputError: bad_input,
+        StarletteHTTPException: refused,
+        RequestValidationError: bad_request,
+        RayActorError: restarting,
+        GetTimeoutError: restarting,
+        asyncio.TimeoutError: restarting,
+        LogWriteError: not_durable,
+        Exception: defect,  # which is raised again, for the log, once it is answered
+    }
+    for kind, answer in answers.items():
+        app.exception_handler(kind)(answer)
 
 
 def _history(request: RecommendationRequest, rules: CleaningRules) -> History:
@@ -222,16 +258,36 @@ def _events_of(body: bytes) -> list[Any]:
     return document["events"]
 
 
-def _identified(event: Event, fields: dict[str, Any]) -> Event:
-    """The event with an id of its own if nothing else identifies it, so that a repeated call cannot double it."""
-    if event.event_id is not None or fields.get("timestamp") is not None:
-        return event
-    return event._replace(event_id=f"{SERVER_ID}{uuid.uuid4().hex}")
+class BoundedBody:
+    """Stops reading a request whose body grows beyond LARGEST_BODY."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        size = 0
+
+        async def bounded() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > LARGEST_BODY:
+                raise HTTPException(413, f"body: more than {LARGEST_BODY} bytes; send several requests")
+            return message
+
+        await self.app(scope, bounded, send)
 
 
 def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _json(content: Any, status: int = 200) -> Response:
-    return Response(orjson.dumps(content), status, media_type="application/json")
+def _json(content: Any) -> Response:
+    return Response(orjson.dumps(content), media_type="application/json")
+
+
+def _error(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
+    """An error: one line, of valid Unicode whatever the request held."""
+    line = " ".join(detail.encode(errors="replace").decode().split())
+    return Response(orjson.dumps({"detail": line}), status, headers, "application/json")

@@ -6,6 +6,7 @@ catch-ups all run on one thread, so every answer is of one version.
 
 import asyncio
 import logging
+import os
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from lib.ranking import ItemFilter
 from lib.recommender import Question, RankedItem, Recommender
@@ -68,6 +70,13 @@ class Recommendations:
         self.latency: Counter[float] = Counter()
         self.latency_sum = 0.0
         self.recommender = self._load()
+        self.checked = False
+
+    async def check_health(self) -> None:
+        """Serve's health check, the first of which comes before the first request: catch up until then."""
+        if not self.checked:
+            await self.on_thread(self._expect, self.registry.head())
+            self.checked = True
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve asks for the HTTP application once the replica is ready."""
@@ -131,8 +140,12 @@ class Recommendations:
         return await self.on_thread(lambda: (self.recommender.version, self.recommender.similar(item_id, k)))
 
     async def rollback(self, version: int) -> dict[str, Any]:
-        """Have the learner bring a stored version back; ValueError where no learner runs."""
-        return await asyncio.wait_for(learner_handle().rollback.remote(version), self.config.actor_timeout)
+        """Have the learner bring a stored version back; ValueError where no learner runs.
+
+        The call is not repeated when the learner dies: the rollback may have been done, and more learned since.
+        """
+        call = learner_handle().rollback.options(max_task_retries=0).remote(version)
+        return await asyncio.wait_for(call, self.config.actor_timeout)
 
     # ---------------------------------------------------------------------------------------------------- the status
 
@@ -162,19 +175,20 @@ class Recommendations:
         handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
         try:
             answers = await handle.broadcast("describe").results_async(timeout_s=2.0, return_exceptions=True)
-        except TimeoutError:
+        except (TimeoutError, DeploymentUnavailableError):  # the latter until Serve has told this replica of itself
             answers = [await self.describe()]
         return sorted((answer for answer in answers if isinstance(answer, dict)), key=lambda r: r["replica_id"])
 
     # ------------------------------------------------------------------------------------ pushes, called by broadcast
 
     async def describe(self) -> dict[str, Any]:
-        """This replica's version, checksum and counts."""
+        """Version, checksum and counts of one replica."""
         return await self.on_thread(self._describe)
 
     def _describe(self) -> dict[str, Any]:
         return {
             "replica_id": self.replica_id,
+            "process": os.getpid(),
             "version": self.recommender.version,
             "checksum": self.recommender.checksum,
             "log_offset": self.recommender.log_offset,

@@ -8,6 +8,7 @@ from lib.events import EVENT_KINDS
 
 LARGEST_K = 1000
 LARGEST_EVENT_BATCH = 1000
+LARGEST_BODY = 16 * 2**20  # bytes
 K = Field(default=10, ge=1, le=LARGEST_K, description="number of items")
 
 
@@ -70,6 +71,10 @@ class RollbackRequest(BaseModel):
     version: int = Field(ge=1)
 
 
+EVENT_ID = (
+    "makes a repeated request harmless; without it the timestamp does; without both an event may count twice when the "
+    "replica that took it dies before it answers"
+)
 EVENTS_BODY = {
     "requestBody": {
         "required": True,
@@ -93,7 +98,7 @@ EVENTS_BODY = {
                                     "event": {"type": "string", "enum": list(EVENT_KINDS)},
                                     "value": {"type": "number", "nullable": True},
                                     "timestamp": {"type": "integer", "description": "milliseconds since 1970, UTC"},
-                                    "event_id": {"type": "string", "description": "makes a repeated request harmless"},
+                                    "event_id": {"type": "string", "description": EVENT_ID},
                                     "request_id": {"type": "string", "description": "of the answer that was shown"},
                                 },
                             },

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from lib.weights import Delta
 from serving.recommendations import APPLICATION, DEPLOYMENT
@@ -50,7 +51,7 @@ class Rollout:
             self._handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
         try:
             answers = self._handle.broadcast(method, *arguments).results(timeout_s=self.timeout, return_exceptions=True)
-        except TimeoutError:
+        except (TimeoutError, DeploymentUnavailableError):  # the latter when no replica is alive
             return Acknowledgements([], 1, time.perf_counter() - start)
         replicas = [answer for answer in answers if isinstance(answer, dict)]
         return Acknowledgements(replicas, len(answers) - len(replicas), time.perf_counter() - start)

@@ -8,6 +8,7 @@ Ray and torch are imported by the fixtures that need them, so that the other tes
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -50,7 +51,7 @@ def ray_session() -> Iterator[RaySession]:
         dashboard_host=HOST,
         dashboard_port=free_port(),
         log_to_driver=False,
-        logging_level="warning",
+        logging_level=logging.WARNING,
         _node_ip_address=HOST,
     )
     try:
@@ -131,11 +132,15 @@ class LiveService:
         """A user's recommendations; the answer."""
         return self.client.post("/v1/recommendations", json={"user_id": user_id, "k": k}).raise_for_status().json()
 
+    def items(self) -> list[str]:
+        """Ids of items that the catalog has, the most popular first."""
+        return [item["item_id"] for item in self.recommend("somebody unknown", 200)["items"]]
+
     def export(self, user_id: str) -> list[dict[str, Any]]:
         """A user's events as the service has them."""
         return self.client.get(f"/v1/users/{user_id}/export").raise_for_status().json()["events"]
 
-    def wait_until(self, what: str, condition: Callable[[dict[str, Any]], Found]) -> Found:
+    def wait_until(self, what: str, condition: Callable[[dict[str, Any]], Found | None]) -> Found:
         """Ask for the status until the condition holds of it, and return what that gave; fails with the status."""
         deadline = time.monotonic() + PATIENCE
         status: Any = None
