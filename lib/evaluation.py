@@ -96,11 +96,13 @@ def evaluate(
                 seen = inputs.rows[inputs.offsets[place] : inputs.offsets[place + 1]]
                 scores[line, torch.from_numpy(seen.astype(np.int64))] = float("-inf")
             scores[:, 0] = float("-inf")
-            # a target that the user has had before is removed with the seen items, so it ranks behind all that are left
             own = scores[torch.arange(len(places)), torch.from_numpy(targets[places])]
-            ranks[start + places] = (scores > own[:, None]).sum(dim=1).numpy()
-            top = scores.topk(min(k, scores.shape[1]), dim=1).indices.numpy()
-            recommended[start + places, : top.shape[1]] = top
+            rank = (scores > own[:, None]).sum(dim=1)
+            # a target that the user has had before is removed with the seen items: a miss, however few are left
+            ranks[start + places] = torch.where(torch.isneginf(own), len(catalog), rank).numpy()
+            top = scores.topk(min(k, scores.shape[1]), dim=1)
+            left = torch.where(torch.isneginf(top.values), 0, top.indices)
+            recommended[start + places, : left.shape[1]] = left.numpy()
     return {
         f"recall@{k}": float(recall_at(ranks, k).mean()),
         f"ndcg@{k}": float(ndcg_at(ranks, k).mean()),

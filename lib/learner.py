@@ -5,6 +5,7 @@ publish the delta with the optimiser's state and the log offset in one atomic st
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,6 +99,7 @@ class NearlineLearner:
     def _take(self, loaded: LoadedVersion) -> None:
         self.encoder: BehaviourEncoder = loaded.encoder
         self.catalog: Catalog = loaded.catalog
+        self.published_items = len(self.catalog)  # later ones wait for the next delta: theirs was rejected
         self.version = loaded.version
         self.log_offset = loaded.log_offset
         self.events_trained = int(loaded.facts.get("events_trained", 0))
@@ -124,26 +126,28 @@ class NearlineLearner:
 
     def learn(self, batch: MicroBatch) -> Delta | Rejection:
         """Train on a micro-batch; the result is published already when it is a delta."""
+        events = sum(batch.new_counts)
         journal = UndoJournal(self.trainer)
-        first_new = len(self.catalog) + 1
-        new_items = self._extend_catalog(batch)
+        if events == 0:  # their users were erased
+            facts = {"kind": "nearline", "events": 0, "loss": None, "ndcg": None}
+            return self._publish(self._changes(journal, self._unpublished_rows()), batch.last_offset, facts)
+        self._extend_catalog(batch)
         self.trainer.before_update = journal.record
         before = self._held_out_quality(batch.held_out)
         training = self._training_batch(batch)
-        loss = float("nan") if training is None else self.trainer.step(training).loss
+        loss = None if training is None else self._train(training)
         self._count_popularity(batch, journal)
         after = self._held_out_quality(batch.held_out)
-        rows = torch.unique(torch.cat([journal.changed_rows(), torch.arange(first_new, len(self.catalog) + 1)]))
-        reason = self._objection(training is not None, loss, before, after, rows)
-        events = sum(batch.new_counts)
+        rows = torch.unique(torch.cat([journal.changed_rows(), self._unpublished_rows()]))
+        reason = self._objection(loss, before, after, rows)
         if reason is not None:
             journal.undo()
             self.events_rejected += events
             self.log_offset = batch.last_offset
             return Rejection(batch.last_offset, events, reason)
         self.events_trained += events
-        facts = {"kind": "nearline", "events": events, "loss": None if training is None else loss, "ndcg": after[1]}
-        return self._publish(self._changes(journal, rows), batch.last_offset, new_items, facts)
+        facts = {"kind": "nearline", "events": events, "loss": loss, "ndcg": None if np.isnan(after[1]) else after[1]}
+        return self._publish(self._changes(journal, rows), batch.last_offset, facts)
 
     def restore(self, version: int) -> Delta:
         """Publish a new version whose weights are those of a stored one; the log offset stays where it is.
@@ -152,25 +156,44 @@ class NearlineLearner:
             InputError: the version is not stored.
         """
         loaded = self.registry.load(version)
-        rows_now = self.encoder.config.item_rows
-        known = loaded.encoder.config.item_rows
-        grow_items(loaded.encoder, rows_now)
+        grow_items(loaded.encoder, self.encoder.config.item_rows)
         target = state_of(loaded.encoder)
-        for name in ROW_TENSORS:  # items that came after that version keep what they have
-            target[name][known:] = state_of(self.encoder)[name][known:]
-            target[name][len(loaded.catalog) + 1 : known] = state_of(self.encoder)[name][
-                len(loaded.catalog) + 1 : known
-            ]
-        rows, tensors = difference(self.encoder, target)
-        changes = (torch.from_numpy(rows), {name: np.array(value) for name, value in tensors.items()})
+        later = slice(len(loaded.catalog) + 1, None)  # items that came after that version keep what they have
+        for name in ROW_TENSORS:
+            target[name][later] = state_of(self.encoder)[name][later]
+        references = np.array([int(self.encoder.popularity_reference)]), int(loaded.encoder.popularity_reference)
+        target["item_popularity"][later] *= float(event_counts(*references, self.config.popularity_half_life)[0])
         trainer = _trainer_of(loaded, self.trainer.config)
-        offset = self.log_offset
+        rows = self._rows_that_differ(target, trainer)
+        _, tensors = difference(self.encoder, target, rows)
+        changes = (rows, {name: np.array(value) for name, value in tensors.items()})
         for name, tensor in state_of(self.encoder).items():
             tensor.copy_(target[name])
         self.trainer.load_optimizer_state(trainer.optimizer_state())
-        return self._publish(changes, offset, [], {"kind": "rollback", "restored": version})
+        return self._publish(changes, self.log_offset, {"kind": "rollback", "restored": version})
 
-    def _extend_catalog(self, batch: MicroBatch) -> list[str]:
+    def _rows_that_differ(self, target: Mapping[str, Tensor], trainer: Trainer) -> Tensor:
+        """(R,) rows whose weights or optimiser state are not those of the target, and the unpublished ones."""
+        state, own, other = state_of(self.encoder), self.trainer.row_optimizer, trainer.row_optimizer
+        pairs = [(state[name], target[name]) for name in ROW_TENSORS]
+        pairs += [(own.first, other.first), (own.second, other.second), (own.steps, other.steps)]
+        differs = torch.zeros(len(own.steps), dtype=torch.bool)
+        for now, then in pairs:
+            differs |= (now != then).reshape(len(differs), -1).any(dim=1)
+        differs[self._unpublished_rows()] = True
+        return differs.nonzero().flatten()
+
+    def _unpublished_rows(self) -> Tensor:
+        """(R,) rows of the items that no delta has named yet."""
+        return torch.arange(self.published_items + 1, len(self.catalog) + 1)
+
+    def _train(self, batch: Batch) -> float:
+        """One step; returns its loss. The version seeds dropout, so that a restarted learner makes the same step."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed + self.version)
+            return self.trainer.step(batch).loss
+
+    def _extend_catalog(self, batch: MicroBatch) -> None:
         """Give rows to items that feedback names for the first time: the mean of all items, a little apart."""
         arrived = [
             item_id
@@ -181,7 +204,7 @@ class NearlineLearner:
         new_items = self.catalog.extend(arrived)
         needed = len(self.catalog) + 1
         if not new_items:
-            return []
+            return
         if needed > self.encoder.config.item_rows:
             grow_items(self.encoder, needed + needed // 10)
             self.trainer.row_optimizer.grow(self.encoder.config.item_rows)
@@ -192,7 +215,6 @@ class NearlineLearner:
         noise = torch.randn(len(new_items), table.shape[1], generator=generator) * deviation
         table[known + 1 : needed] = mean + noise
         self.trainer.items = len(self.catalog)
-        return new_items
 
     def _training_batch(self, batch: MicroBatch) -> Batch | None:
         """New events as targets with their context, and the replayed histories at a lower weight."""
@@ -203,8 +225,9 @@ class NearlineLearner:
         sequences = SequenceBatches(flat, self.encoder.config)
         share = np.zeros(len(flat.rows), dtype=np.float32)
         share[flat.offsets[len(histories)] :] = self.config.replay_weight
-        for stop, count in zip(flat.offsets[1:], batch.new_counts, strict=False):
-            share[stop - count : stop] = 1.0
+        for stop, history, count in zip(flat.offsets[1:], histories, batch.new_counts, strict=False):
+            known = sum(kind in self.kind_codes for kind in history.events[len(history) - count :])
+            share[stop - known : stop] = 1.0
         sequences.weights = sequences.weights * share
         starts, lengths = sequences.windows()
         useful = np.array([sequences.weights[s + 1 : s + n].any() for s, n in zip(starts, lengths, strict=True)], bool)
@@ -256,7 +279,7 @@ class NearlineLearner:
         return float(torch.cat(losses).mean()), float(ndcg_at(np.concatenate(ranks), 10).mean())
 
     def _objection(
-        self, trained: bool, loss: float, before: tuple[float, float], after: tuple[float, float], rows: Tensor
+        self, loss: float | None, before: tuple[float, float], after: tuple[float, float], rows: Tensor
     ) -> str | None:
         """Why an update must not go live, or None."""
         state = state_of(self.encoder)
@@ -264,7 +287,7 @@ class NearlineLearner:
             bool(torch.isfinite(tensor[rows] if name in ROW_TENSORS else tensor).all())
             for name, tensor in state.items()
         )
-        if not finite or (trained and not np.isfinite(loss)):
+        if not finite or (loss is not None and not np.isfinite(loss)):
             return "a loss or a weight is not finite"
         if after[0] > before[0] * (1 + self.config.loss_tolerance):
             return f"the held-out loss rose from {before[0]:.3f} to {after[0]:.3f}"
@@ -282,9 +305,7 @@ class NearlineLearner:
                 tensors[name] = tensor.numpy().copy()
         return rows, tensors
 
-    def _publish(
-        self, changes: tuple[Tensor, dict[str, np.ndarray]], last_offset: int, new_items: list[str], facts: dict
-    ) -> Delta:
+    def _publish(self, changes: tuple[Tensor, dict[str, np.ndarray]], last_offset: int, facts: dict) -> Delta:
         rows, tensors = changes
         checksum = self.fingerprint.update(state_of(self.encoder), rows.numpy(), set(tensors))
         counts = {"events_trained": self.events_trained, "events_rejected": self.events_rejected}
@@ -296,11 +317,11 @@ class NearlineLearner:
             item_rows=self.encoder.config.item_rows,
             rows=rows.numpy(),
             tensors=tensors,
-            new_items=new_items,
+            new_items=self.catalog.item_ids[self.published_items + 1 :],
             facts=facts | counts | {"created": time.time_ns() // 1_000_000},
         )
         self.registry.publish_delta(delta, self.trainer.optimizer_state(delta.rows))
-        self.version, self.log_offset = delta.version, last_offset
+        self.version, self.log_offset, self.published_items = delta.version, last_offset, len(self.catalog)
         if self.version % self.config.snapshot_every == 0:
             self.save_snapshot(delta.facts)
         return delta

@@ -47,6 +47,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".parquet"))
     checksums = {path.name: _sha256(path) for path in files if path.name != MANIFEST}
     whole = manifest.model_copy(update={"checksums": checksums})
+    whole.checksums[MANIFEST] = _own_checksum(whole)
     temporary = folder / f".{MANIFEST}"
     temporary.write_text(whole.model_dump_json(indent=2) + "\n")
     temporary.rename(folder / MANIFEST)
@@ -62,13 +63,17 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not folder.is_dir():
         raise InputError(f"model: no folder at {folder}; make one with `afterclick pretrain --data D --out {folder}`")
     try:
-        return Manifest.model_validate_json((folder / MANIFEST).read_text())
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_text())
     except FileNotFoundError:
         raise InputError(f"model: {folder} has no {MANIFEST}, so it is no finished model; pretrain it again") from None
     except (ValidationError, UnicodeDecodeError) as error:
         raise InputError(
-            f"model: {folder / MANIFEST} is damaged ({type(error).__name__}); restore or pretrain again"
+            f"model: {folder / MANIFEST} is damaged ({type(error).__name__}); restore it or pretrain again"
         ) from error
+    own = _own_checksum(manifest)
+    if manifest.checksums.get(MANIFEST, own) != own:
+        raise InputError(f"model: {folder / MANIFEST} was changed since it was written; restore it or pretrain again")
+    return manifest
 
 
 def load_model(folder: str | Path) -> tuple[BehaviourEncoder, Catalog, Manifest]:
@@ -80,17 +85,32 @@ def load_model(folder: str | Path) -> tuple[BehaviourEncoder, Catalog, Manifest]
     folder = Path(folder)
     manifest = read_manifest(folder)
     for name in FILES:
-        path = folder / name
-        if not path.is_file():
-            raise InputError(f"model: {path} is missing; restore it or pretrain again")
-        if manifest.checksums.get(name) != _sha256(path):
-            raise InputError(f"model: {path} is not the file that the manifest describes; restore it or pretrain again")
+        check_file(folder / name, manifest)
     try:
         encoder = BehaviourEncoder.from_pretrained(folder)
         catalog = Catalog.load(folder / "catalog.parquet")
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"model: {folder} cannot be loaded: {error}") from error
     return encoder, catalog, manifest
+
+
+def check_file(path: Path, manifest: Manifest) -> None:
+    """Refuse a file of a model folder that is not what the manifest says.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise InputError(f"model: {path} is missing; restore it or pretrain again")
+    if manifest.checksums.get(path.name) != _sha256(path):
+        raise InputError(f"model: {path} is not the file that the manifest describes; restore it or pretrain again")
+
+
+def _own_checksum(manifest: Manifest) -> str:
+    """sha256 of what a manifest says, its own checksum left out."""
+    others = {name: checksum for name, checksum in manifest.checksums.items() if name != MANIFEST}
+    text = manifest.model_copy(update={"checksums": others}).model_dump_json()
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

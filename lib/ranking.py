@@ -31,8 +31,10 @@ class ItemFilter:
         """Read the JSON form: {"genres": "Comedy", "price": {"max": 20}, "allow": [...], "deny": [...]}.
 
         Raises:
-            InputError: allow or deny is not a list of item ids.
+            InputError: it is no object, or allow or deny is not a list of item ids.
         """
+        if filter is not None and not isinstance(filter, Mapping):
+            raise InputError('filter: give an object such as {"genres": "Comedy", "deny": ["id"]}')
         if not filter:
             return None
         for name in FILTER_LISTS:

@@ -152,12 +152,11 @@ class Recommender:
 
     def _reasons(self, history: History, rows: np.ndarray) -> list[str]:
         """The event of the history whose item is nearest to each recommended item."""
-        newest = history.newest(self.encoder.config.max_length)
         events = [
             (f"{event} {item_id}", self.catalog.row_of[item_id])
-            for item_id, event in zip(newest.item_ids, newest.events, strict=True)
-            if item_id in self.catalog.row_of
-        ]
+            for item_id, event in zip(history.item_ids, history.events, strict=True)
+            if item_id in self.catalog.row_of and event in self.kind_codes
+        ][-self.encoder.config.max_length :]
         vectors = self.index.vectors
         nearness = vectors[rows] @ vectors[[row for _, row in events]].T  # (k, H)
         return [events[place][0] for place in nearness.argmax(axis=1)]

@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 from pyarrow import fs
+from pydantic import ValidationError
 
 from lib.catalog import Catalog
 from lib.encoder import BehaviourEncoder
 from lib.events import InputError
-from lib.model_folder import MANIFEST, Manifest, load_model, save_model, write_manifest
-from lib.weights import OPTIMIZER_PREFIX, Delta, apply_delta
+from lib.model_folder import MANIFEST, Manifest, check_file, load_model, save_model, write_manifest
+from lib.weights import OPTIMIZER_PREFIX, Delta, DeltaMismatch, apply_delta
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 SNAPSHOTS, DELTAS = "snapshots", "deltas"
@@ -67,15 +68,14 @@ class Registry:
         else:
             self.fs, self.root = fs.LocalFileSystem(), str(Path(text).absolute())
         self.local = isinstance(self.fs, fs.LocalFileSystem)
+        self._folders: set[str] = set()  # made already
 
     def start_from(self, model: str | Path) -> None:
         """Make a finished model folder the first snapshot, unless versions exist already."""
         if self.head() is not None:
             return
         encoder, catalog, manifest = load_model(model)
-        optimizer = Path(model) / OPTIMIZER_FILE
-        state = safetensors.numpy.load_file(optimizer) if optimizer.is_file() else None
-        self.publish_snapshot(encoder, catalog, manifest, state)
+        self.publish_snapshot(encoder, catalog, manifest, _read_optimizer(Path(model), manifest))
 
     def snapshots(self) -> list[int]:
         """Versions that are stored whole, ascending."""
@@ -84,6 +84,7 @@ class Registry:
             int(Path(info.path).name)
             for info in folders
             if info.type == fs.FileType.Directory
+            and Path(info.path).name.isdigit()
             and self.fs.get_file_info(f"{info.path}/{MANIFEST}").type == fs.FileType.File
         )
 
@@ -119,14 +120,18 @@ class Registry:
             if optimizer is not None:
                 safetensors.numpy.save_file(optimizer, folder / OPTIMIZER_FILE)
             write_manifest(folder, manifest)
-            self.fs.create_dir(target, recursive=True)
             names = sorted((path.name for path in folder.iterdir()), key=lambda name: name == MANIFEST)
             for name in names:  # the manifest last: it is what makes the version exist
                 self._write(f"{SNAPSHOTS}/{manifest.version:010d}/{name}", (folder / name).read_bytes(), replace=True)
 
     def read_delta(self, version: int) -> Delta:
-        """Read one delta; FileNotFoundError when it is not stored as a delta."""
-        with self.fs.open_input_file(f"{self.root}/{DELTAS}/{version:010d}") as file:
+        """Read one delta.
+
+        Raises:
+            FileNotFoundError: the version is not stored as a delta.
+            DeltaMismatch: its file is damaged.
+        """
+        with self.fs.open_input_file(self._delta_path(version)) as file:
             return Delta.from_bytes(file.read())
 
     def load(self, version: int | None = None) -> LoadedVersion:
@@ -145,8 +150,7 @@ class Registry:
             raise InputError(f"version: {version} is not stored in {self.root}; stored are {known}")
         with self._local_snapshot(base) as folder:
             encoder, catalog, manifest = load_model(folder)
-            path = folder / OPTIMIZER_FILE
-            optimizer = safetensors.numpy.load_file(path) if path.is_file() else None
+            optimizer = _read_optimizer(folder, manifest)
         loaded = LoadedVersion(encoder, catalog, base, manifest.log_offset, manifest.facts, optimizer, [])
         for number in range(base + 1, version + 1):
             try:
@@ -155,6 +159,8 @@ class Registry:
                 raise InputError(
                     f"version: delta {number} is missing in {self.root}, so {version} cannot be made"
                 ) from None
+            except DeltaMismatch as error:
+                raise InputError(f"version: {self._delta_path(number)} is damaged: {error}") from error
             apply_delta(encoder, delta)
             catalog.extend(delta.new_items)
             prefix = len(OPTIMIZER_PREFIX)
@@ -171,18 +177,20 @@ class Registry:
         """Every stored version, ascending, with what is known of it."""
         found: dict[int, VersionInfo] = {}
         for version in self.deltas():
-            path = f"{self.root}/{DELTAS}/{version:010d}"
-            with self.fs.open_input_file(path) as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(json.loads(file.read(length))["__metadata__"]["delta"])
+            path = self._delta_path(version)
+            header = self._delta_header(path)
             facts = header["facts"]
             found[version] = VersionInfo(
                 version, "delta", facts.get("created", 0), header["log_offset"], self.fs.get_file_info(path).size, facts
             )
         for version in self.snapshots():
-            path = f"{self.root}/{SNAPSHOTS}/{version:010d}"
-            with self.fs.open_input_file(f"{path}/{MANIFEST}") as file:
-                manifest = Manifest.model_validate_json(file.read())
+            path = f"{self.root}/{SNAPSHOTS}/{version:010d}/{MANIFEST}"
+            with self.fs.open_input_file(path) as file:
+                data = file.read()
+            try:
+                manifest = Manifest.model_validate_json(data)
+            except ValidationError as error:
+                raise InputError(f"version: {path} is damaged ({type(error).__name__}); restore it") from error
             size = sum(info.size for info in self._children(f"{SNAPSHOTS}/{version:010d}"))
             facts = manifest.facts or {"kind": "base"}
             found[version] = VersionInfo(version, "snapshot", manifest.created, manifest.log_offset, size, facts)
@@ -196,10 +204,23 @@ class Registry:
         bound = snapshots[-keep_snapshots]
         for version in self.deltas():
             if version <= bound:
-                self.fs.delete_file(f"{self.root}/{DELTAS}/{version:010d}")
+                self.fs.delete_file(self._delta_path(version))
         for version in snapshots[1:-keep_snapshots]:
             self.fs.delete_file(f"{self.root}/{SNAPSHOTS}/{version:010d}/{MANIFEST}")
             self.fs.delete_dir(f"{self.root}/{SNAPSHOTS}/{version:010d}")
+
+    def _delta_path(self, version: int) -> str:
+        return f"{self.root}/{DELTAS}/{version:010d}"
+
+    def _delta_header(self, path: str) -> dict[str, Any]:
+        try:
+            with self.fs.open_input_file(path) as file:
+                length = int.from_bytes(file.read(8), "little")
+                if length > file.size():
+                    raise ValueError("it is cut short")
+                return json.loads(json.loads(file.read(length))["__metadata__"]["delta"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"version: {path} is damaged: {error!r}") from error
 
     def _children(self, folder: str) -> list[fs.FileInfo]:
         return self.fs.get_file_info(fs.FileSelector(f"{self.root}/{folder}", allow_not_found=True))
@@ -209,6 +230,7 @@ class Registry:
         if not replace and self.fs.get_file_info(path).type != fs.FileType.NotFound:
             raise FileExistsError(f"{path} exists: another learner publishes to this registry")
         if not self.local:  # an object store shows an object when its upload is complete
+            self._make_folder(path.rpartition("/")[0])
             with self.fs.open_output_stream(path) as stream:
                 stream.write(data)
             return
@@ -226,6 +248,11 @@ class Registry:
         finally:
             os.close(directory)
 
+    def _make_folder(self, path: str) -> None:
+        if path not in self._folders:
+            self.fs.create_dir(path, recursive=True)
+            self._folders.add(path)
+
     @contextmanager
     def _local_snapshot(self, version: int) -> Iterator[Path]:
         path = f"{self.root}/{SNAPSHOTS}/{version:010d}"
@@ -238,3 +265,12 @@ class Registry:
             yield folder
         finally:
             shutil.rmtree(folder)
+
+
+def _read_optimizer(folder: Path, manifest: Manifest) -> dict[str, np.ndarray] | None:
+    """The optimiser's tensors that a model folder holds, or None when it was saved without."""
+    path = folder / OPTIMIZER_FILE
+    if OPTIMIZER_FILE not in manifest.checksums:
+        return None
+    check_file(path, manifest)
+    return safetensors.numpy.load_file(path)

@@ -4,7 +4,9 @@ A state is the encoder's named tensors. Two of them are row tensors, one line pe
 changed rows, and of the other tensors those that changed.
 """
 
+import hashlib
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -46,11 +48,11 @@ class Delta:
 
     def to_bytes(self, optimizer: Mapping[str, np.ndarray] | None = None) -> bytes:
         """Safetensors bytes; with the optimiser's tensors for storage, without them for the way to the replicas."""
-        header = {name: value for name, value in vars(self).items() if name not in ("rows", "tensors")}
+        header = json.dumps({name: value for name, value in vars(self).items() if name not in ("rows", "tensors")})
         tensors = {"rows": self.rows, **self.tensors}
         tensors |= {OPTIMIZER_PREFIX + name: value for name, value in (optimizer or {}).items()}
-        contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-        return safetensors.numpy.save(contiguous, metadata={"delta": json.dumps(header)})
+        contiguous = {name: np.require(value, requirements="C") for name, value in tensors.items()}
+        return safetensors.numpy.save(contiguous, metadata={"delta": header, "digest": _digest(header, contiguous)})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Delta":
@@ -62,17 +64,30 @@ class Delta:
         try:
             tensors = safetensors.numpy.load(data)
             length = int.from_bytes(data[:8], "little")
-            header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["delta"])
-        except (safetensors.SafetensorError, ValueError, KeyError) as error:
-            raise DeltaMismatch(f"the bytes are not a whole delta: {error}") from error
-        return cls(rows=tensors.pop("rows"), tensors=tensors, **header)
+            metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+            header, digest = metadata["delta"], metadata["digest"]
+        except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise DeltaMismatch(f"the bytes are not a whole delta: {error!r}") from error
+        if _digest(header, tensors) != digest:
+            raise DeltaMismatch("the bytes are not a whole delta: their digest is another")
+        return cls(rows=tensors.pop("rows"), tensors=tensors, **json.loads(header))
+
+
+def _digest(header: str, tensors: Mapping[str, np.ndarray]) -> str:
+    """What tells a damaged delta; unlike the fingerprint it covers the header and the optimiser's tensors."""
+    digest = hashlib.blake2b(header.encode(), digest_size=16)
+    for name in sorted(tensors):
+        array = tensors[name]
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def apply_delta(encoder: BehaviourEncoder, delta: Delta) -> None:
     """Bring the encoder's tensors in place to the state of the delta's version."""
     grow_items(encoder, delta.item_rows)
     state = state_of(encoder)
-    rows = torch.from_numpy(delta.rows)
+    rows = torch.from_numpy(np.array(delta.rows))
     for name, values in delta.tensors.items():
         if name.startswith(OPTIMIZER_PREFIX):
             continue
@@ -152,7 +167,7 @@ def fingerprint(encoder: BehaviourEncoder) -> str:
 
 def _hash_lines(name: str, lines: Tensor, places: np.ndarray) -> np.ndarray:
     """(L,) uint64 hash of each line of a tensor, bound to the tensor's name and the line's place."""
-    words = lines.reshape(len(places), -1).cpu().contiguous().numpy().view(np.uint32)
+    words = lines.reshape(len(places), math.prod(lines.shape[1:])).cpu().contiguous().numpy().view(np.uint32)
     seed = zlib.crc32(name.encode())
     coefficients = np.random.Generator(np.random.PCG64(seed)).integers(
         0, 2**64, size=words.shape[1], dtype=np.uint64, endpoint=False
