@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lib.events import InputError
+
 PADDING_ROW = 0  # row 0 of the item table belongs to no item
 
 
@@ -40,15 +42,16 @@ class BehaviourEncoderConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        """Fill in the lists, which must not be shared between configurations."""
+        """Fill in the lists, which must not be shared between configurations.
+
+        Raises:
+            InputError: a width that the heads do not divide.
+        """
         self.event_kinds = list(self.event_kinds or [])
         self.value_boundaries = list(self.value_boundaries or [])
         super().__post_init__(**kwargs)
-
-    def validate_architecture(self):
-        """Refuse a width that the heads do not divide (called by transformers)."""
         if self.hidden_size % self.num_attention_heads != 0:
-            raise ValueError(
+            raise InputError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
 

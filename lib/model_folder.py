@@ -6,15 +6,21 @@ The manifest is written last and holds the checksums of the other files, so a fo
 import hashlib
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors
 from pydantic import BaseModel, Field, ValidationError
+from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging
 
 from lib.catalog import Catalog
 from lib.encoder import BehaviourEncoder
 from lib.events import InputError
+
+disable_progress_bar()  # reading and writing a model takes moments; what transformers would show is noise
 
 FILES = ("config.json", "model.safetensors", "catalog.parquet")
 MANIFEST = "manifest.json"
@@ -37,7 +43,8 @@ def save_model(folder: Path, encoder: BehaviourEncoder, catalog: Catalog, manife
     """Write a model folder; files that lie in it already are overwritten, the manifest last."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    encoder.save_pretrained(folder)
+    with _no_progress_bar():
+        encoder.save_pretrained(folder)
     catalog.save(folder / "catalog.parquet")
     write_manifest(folder, manifest)
 
@@ -87,11 +94,24 @@ def load_model(folder: str | Path) -> tuple[BehaviourEncoder, Catalog, Manifest]
     for name in FILES:
         check_file(folder / name, manifest)
     try:
-        encoder = BehaviourEncoder.from_pretrained(folder)
+        with _no_progress_bar():
+            encoder = BehaviourEncoder.from_pretrained(folder)
         catalog = Catalog.load(folder / "catalog.parquet")
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"model: {folder} cannot be loaded: {error}") from error
     return encoder, catalog, manifest
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Without the bar that transformers draws on stderr, terminal or not, for a model of one small file."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def check_file(path: Path, manifest: Manifest) -> None:
