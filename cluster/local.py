@@ -74,14 +74,21 @@ def require_free_port(port: int) -> None:
 
 
 def connect() -> bool:
-    """Join the cluster that RAY_ADDRESS names (as a submitted job does) or start Ray here; True when it was started."""
+    """Join the cluster that RAY_ADDRESS names (as a submitted job does) or start Ray here; True when it was started.
+
+    Raises:
+        InputError: no cluster answers at RAY_ADDRESS.
+    """
     prepare_environment()
     import ray
 
     if ray.is_initialized():
         return False
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        except ConnectionError as error:
+            raise InputError(f"RAY_ADDRESS: no Ray cluster answers at {address}; correct or unset it") from error
         return False
     ray.init(
         address="local",

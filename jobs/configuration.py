@@ -1,12 +1,14 @@
-"""Settings of a job from a YAML file and from --set key=value, over the defaults of its dataclass."""
+"""What a command takes and leaves beside its data: settings (YAML file, --set key=value) and results (--json)."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from lib.events import InputError
 
@@ -14,33 +16,70 @@ Settings = TypeVar("Settings")
 
 
 def settings_from(kind: type[Settings], config: Path | None, assignments: Sequence[str]) -> Settings:
-    """An instance of a settings dataclass; assignments win over the file.
+    """An instance of a settings dataclass; assignments win over the file, what neither names keeps its default.
 
     Raises:
-        InputError: a file that is no mapping, an unknown key, or a value of another type.
+        InputError: a file that is no mapping, an unknown key, or a value of another type or out of its range.
     """
     values = _from_file(config) if config is not None else {}
     for assignment in assignments:
-        name, separator, text = assignment.partition("=")
-        if not separator:
-            raise InputError(f"--set {assignment}: write key=value")
-        values[name.strip()] = yaml.safe_load(text)
-    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    for name in values:
-        if name not in known:
-            raise InputError(f"{name}: no such setting; there are {', '.join(known)}")
+        name, value = _assigned(assignment)
+        values[name] = value
+    _refuse_unknown(kind, values)
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from error
+        raise InputError(_objection(error)) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a result where --json says, as indented JSON; folders on the way are made.
+
+    Raises:
+        InputError: it cannot be written there.
+    """
+    text = value.model_dump_json(indent=2) if isinstance(value, BaseModel) else json.dumps(value, indent=2)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    except OSError as error:
+        raise InputError(f"json: {path} cannot be written ({error.strerror}); name another file") from error
+
+
+def _assigned(assignment: str) -> tuple[str, Any]:
+    name, separator, text = assignment.partition("=")
+    if not separator or not name.strip():
+        raise InputError(f"--set {assignment}: write key=value")
+    try:
+        return name.strip(), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {assignment}: the value is not valid YAML; put it in quotes") from error
+
+
+def _refuse_unknown(kind: type, values: Mapping[str, Any]) -> None:
+    known = [field.name for field in fields(kind)]
+    for name in values:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            meant = f", did you mean {close[0]}?" if close else ";"
+            raise InputError(f"{name}: no such setting{meant} there are {', '.join(known)}")
+
+
+def _objection(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line that begins with the setting."""
+    first = error.errors()[0]
+    own = first.get("ctx", {}).get("error")
+    if isinstance(own, InputError):  # raised by the dataclass itself, which names the setting
+        return str(own)
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {message}, got {first['input']!r}"
 
 
 def _from_file(config: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(config.read_text())
-    except FileNotFoundError:
-        raise InputError(f"config: no file at {config}") from None
+    except OSError as error:
+        raise InputError(f"config: {config} cannot be read ({error.strerror}); name a YAML file of settings") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"config: {config} is not valid YAML: {' '.join(str(error).split())}") from error
     if values is None:

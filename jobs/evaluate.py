@@ -3,18 +3,19 @@
 python -m jobs.evaluate --data DATA --model MODEL --protocol leave-one-out [--json FILE]
 """
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from jobs.configuration import write_json
 from lib.datasets import read_events
-from lib.evaluation import LEAVE_ONE_OUT, PROTOCOLS, cases_of, evaluate, known_histories
 from lib.events import EVENT_KINDS, InputError
-from lib.model_folder import Manifest, load_model
+
+if TYPE_CHECKING:
+    from lib.model_folder import Manifest
 
 
 def evaluate_model(data: str | Path, model: str | Path, protocol: str, allow_leak: bool = False) -> dict[str, Any]:
@@ -23,6 +24,10 @@ def evaluate_model(data: str | Path, model: str | Path, protocol: str, allow_lea
     Raises:
         InputError: unknown protocol, or a model that was trained on what the protocol tests.
     """
+    # torch and transformers, which `--help` need not wait for
+    from lib.evaluation import PROTOCOLS, cases_of, evaluate, known_histories
+    from lib.model_folder import load_model
+
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol: {protocol!r} is not one of {', '.join(PROTOCOLS)}")
     encoder, catalog, manifest = load_model(model)
@@ -31,7 +36,9 @@ def evaluate_model(data: str | Path, model: str | Path, protocol: str, allow_lea
     histories, left_out = known_histories(read_events(data), catalog, list(EVENT_KINDS))
     cases = cases_of(histories, protocol)
     if len(cases.users) == 0:
-        raise InputError(f"data: {data} has no case for {protocol}: no user with two events or more")
+        raise InputError(
+            f"data: {data} has no case for {protocol}: no user with two events or more; ingest more events"
+        )
     metrics = evaluate(encoder, catalog, cases)
     return metrics | {
         "protocol": protocol,
@@ -41,7 +48,7 @@ def evaluate_model(data: str | Path, model: str | Path, protocol: str, allow_lea
     }
 
 
-def _refuse_leak(manifest: Manifest, protocol: str) -> None:
+def _refuse_leak(manifest: "Manifest", protocol: str) -> None:
     held_out = manifest.training.get("holdout")
     if held_out == protocol:
         return
@@ -54,14 +61,14 @@ def _refuse_leak(manifest: Manifest, protocol: str) -> None:
 def evaluate_command(
     data: Annotated[Path, typer.Option(help="Ingested dataset.")],
     model: Annotated[Path, typer.Option(help="Model folder.")],
-    protocol: Annotated[str, typer.Option(help="leave-one-out or temporal.")] = LEAVE_ONE_OUT,
+    protocol: Annotated[str, typer.Option(help="leave-one-out or temporal.")] = "leave-one-out",
     json_: Annotated[Path | None, typer.Option("--json", help="Write the metrics there.")] = None,
     allow_leak: Annotated[bool, typer.Option(help="Evaluate although the model has seen the targets.")] = False,
 ) -> None:
     """Evaluate a model offline."""
     metrics = evaluate_model(data, model, protocol, allow_leak)
     if json_ is not None:
-        json_.write_text(json.dumps(metrics, indent=2) + "\n")
+        write_json(json_, metrics)
     table = Table("metric", "value", title=f"{protocol}, {metrics['cases']} cases")
     for name, value in metrics.items():
         if isinstance(value, float):

@@ -2,54 +2,62 @@
 
     python -m jobs.pretrain --data DATA --out MODEL [--workers N] [--set epochs=20]
 
-Every epoch is checkpointed; a killed worker is started again, and the same command after a killed job goes on from the
-newest checkpoint. TensorBoard scalars go to MODEL.runs. By default each user's newest event is held out, so that
-`afterclick evaluate` is honest; `--holdout none` trains on everything.
+Every epoch is checkpointed in .MODEL.training beside MODEL; a killed worker is started again, and the same command
+after a killed job goes on from the newest checkpoint (with other data or settings it starts afresh). TensorBoard
+scalars go to MODEL.runs. By default each user's newest event is held out, so that `afterclick evaluate` is honest;
+`--holdout none` trains on everything. jobs/training_loop.py is what the workers run.
 """
 
+import hashlib
 import json
+import math
+import os
 import shutil
-import tempfile
+import signal
+import sys
 import threading
-import time
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-import safetensors.numpy
-import torch
 import typer
-from ray import train
-from ray.train.torch import TorchTrainer, get_device
-from ray.util.queue import Empty, Queue
-from torch.utils.tensorboard import SummaryWriter
 
 from cluster.local import running_ray
-from jobs.progress import TrainingProgress
-from lib.catalog import Catalog
-from lib.datasets import read_events, read_items
-from lib.encoder import BehaviourEncoder, BehaviourEncoderConfig
-from lib.evaluation import LEAVE_ONE_OUT, NONE, TEMPORAL, training_part
-from lib.events import EVENT_KINDS, InputError
-from lib.model_folder import Manifest, read_manifest, save_model, write_manifest
-from lib.popularity import DAY, event_counts
-from lib.presets import Preset, preset_for
-from lib.registry import OPTIMIZER_FILE
-from lib.sequences import Histories, SequenceBatches, histories_of, value_boundaries
-from lib.training import Trainer, TrainingConfig
+from jobs.configuration import settings_from, write_json
+from jobs.progress import shown_progress
+from lib.datasets import EVENTS_FILE, ITEMS_FILE
+from lib.events import InputError
 
-HOLDOUTS = (LEAVE_ONE_OUT, TEMPORAL, NONE)
-WARMUP_STEPS = 100
-FINAL_LEARNING_RATE = 0.05  # of the peak, at the end of a linear decay
-STATE_FILE = "state.safetensors"
+if TYPE_CHECKING:
+    from ray.train import TrainingFailedError
+
+    from lib.model_folder import Manifest
+
+# the names that lib/evaluation.py gives its protocols, without the torch that it imports: `--help` is to answer at once
+HOLDOUTS = ("leave-one-out", "temporal", "none")
+RESTARTS = 3  # of a failed worker
+RUN_FILE = "run.json"
+LIVE_FOLDER = "live"  # where `afterclick serve` keeps the log and the versions of a model
+LARGEST_SEED = 2**31 - 1
+LEAST = {
+    "hidden_size": 1,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "max_length": 2,
+    "epochs": 1,
+    "events_per_batch": 1,
+    "negatives": 1,
+}
+POSITIVE = ("learning_rate", "clip_norm", "popularity_half_life_days")
 
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """What a run is made of; what is None is chosen from the data (lib/presets.py)."""
+    """What a run is made of; what is None is chosen from the data (lib/presets.py) or by lib/training.py."""
 
-    holdout: str = LEAVE_ONE_OUT
+    holdout: str = HOLDOUTS[0]
     hidden_size: int | None = None
     num_hidden_layers: int | None = None
     num_attention_heads: int | None = None
@@ -58,196 +66,29 @@ class PretrainSettings:
     epochs: int | None = None
     events_per_batch: int | None = None  # over all workers
     learning_rate: float | None = None
-    weight_decay: float = TrainingConfig.weight_decay
-    negatives: int = TrainingConfig.negatives
-    clip_norm: float = TrainingConfig.clip_norm
+    weight_decay: float | None = None
+    negatives: int | None = None
+    clip_norm: float | None = None
     popularity_half_life_days: float = 7.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.holdout not in HOLDOUTS:
             raise InputError(f"holdout: {self.holdout!r} is not one of {', '.join(HOLDOUTS)}")
-        for name in ("hidden_size", "num_hidden_layers", "max_length", "epochs", "events_per_batch", "negatives"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name}: {value} is too small; give 1 or more")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{field.name}: {value} is no number to train with; give a finite one")
+            if value is not None and value < LEAST.get(field.name, value):
+                raise InputError(f"{field.name}: {value} is too small; give {LEAST[field.name]} or more")
+            if value is not None and field.name in POSITIVE and value <= 0:
+                raise InputError(f"{field.name}: {value} is too small; give more than 0")
         if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise InputError(f"dropout: {self.dropout} is outside 0 to 1")
-
-    def preset(self, histories: Histories) -> Preset:
-        """The preset for this data, with what was set by hand."""
-        chosen = preset_for(histories)
-        given = {f.name: getattr(self, f.name) for f in fields(Preset) if getattr(self, f.name) is not None}
-        return replace(chosen, **given)
-
-
-@dataclass
-class TrainingData:
-    """What every worker reads: the catalog of all items, and the part of the histories that is trained on."""
-
-    catalog: Catalog
-    histories: Histories
-    timestamps: np.ndarray  # (E,) of the trained events
-
-
-def read_training_data(data: str, holdout: str) -> TrainingData:
-    """Read an ingested dataset.
-
-    Raises:
-        InputError: it is missing, or too small to learn from.
-    """
-    events, items = read_events(data), read_items(data)
-    item_ids = list(dict.fromkeys(events["item_id"].to_pylist()))
-    catalog = Catalog(item_ids, items)
-    if items is not None:
-        catalog.extend(items["item_id"].to_pylist())
-    histories = training_part(histories_of(events, catalog.row_of, EVENT_KINDS), holdout)
-    if int((histories.lengths >= 2).sum()) == 0:
-        raise InputError(
-            f"data: {data} leaves no user with two events to learn from (holdout {holdout}); ingest more events"
-        )
-    return TrainingData(catalog, histories, histories.timestamps)
-
-
-def new_encoder(training_data: TrainingData, preset: Preset, seed: int) -> BehaviourEncoder:
-    """A fresh encoder for this data; equal seeds give equal weights."""
-    config = BehaviourEncoderConfig(
-        item_rows=len(training_data.catalog) + 1,
-        hidden_size=preset.hidden_size,
-        intermediate_size=4 * preset.hidden_size,
-        num_hidden_layers=preset.num_hidden_layers,
-        num_attention_heads=preset.num_attention_heads,
-        max_length=preset.max_length,
-        dropout=preset.dropout,
-        event_kinds=list(EVENT_KINDS),
-        value_boundaries=value_boundaries(training_data.histories.values),
-    )
-    torch.manual_seed(seed)
-    return BehaviourEncoder(config)
-
-
-def count_popularity(encoder: BehaviourEncoder, histories: Histories, half_life: float) -> None:
-    """Fill in what is popular at the end of the training data."""
-    reference = int(histories.timestamps.max())
-    counts = event_counts(histories.timestamps, reference, half_life)
-    totals = np.bincount(histories.rows, weights=counts, minlength=encoder.config.item_rows)
-    encoder.item_popularity.copy_(torch.from_numpy(totals.astype(np.float32)))
-    encoder.popularity_reference.fill_(reference)
-
-
-def learning_rate_at(step: int, total: int, peak: float) -> float:
-    """Linear warm-up, then linear decay."""
-    warmup = min(WARMUP_STEPS, total // 10 + 1)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (1 - (1 - FINAL_LEARNING_RATE) * (step - warmup) / max(total - warmup, 1))
-
-
-def training_loop(run: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
-    settings = PretrainSettings(**run["settings"])
-    context = train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    device = get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(run["threads"])
-    data = read_training_data(run["data"], settings.holdout)
-    preset = settings.preset(data.histories)
-    encoder = new_encoder(data, preset, settings.seed).to(device)
-    trainer = Trainer(encoder, len(data.catalog), _training_config(settings, preset))
-    batches = SequenceBatches(data.histories, encoder.config)
-    first_epoch, spent, sequences = _resume(trainer)
-    torch.manual_seed(settings.seed + 1000 * first_epoch + rank)  # dropout
-    writer = SummaryWriter(run["tensorboard"]) if rank == 0 else None
-    board: Queue | None = run["board"] if rank == 0 else None
-    steps = sum(1 for _ in batches.groups(preset.events_per_batch, np.random.default_rng(settings.seed)))
-    total = steps * preset.epochs
-    for epoch in range(first_epoch, preset.epochs):
-        start = time.perf_counter()
-        losses = []
-        generator = np.random.default_rng((settings.seed, epoch))
-        for step, batch in enumerate(batches.epoch(preset.events_per_batch, generator, rank, world)):
-            trainer.learning_rate = learning_rate_at(trainer.steps, total, preset.learning_rate)
-            result = trainer.step(batch.to(device))
-            losses.append(result.loss)
-            sequences += len(batch.lengths) * world
-            if board is not None and step % 10 == 0:
-                board.put({"epoch": epoch, "epochs": preset.epochs, "share": (epoch + step / steps) / preset.epochs})
-        spent += time.perf_counter() - start
-        metrics = {"epoch": epoch + 1, "loss": float(np.mean(losses)), "seconds": spent, "sequences": sequences}
-        if writer is not None and board is not None:
-            _write_scalars(writer, trainer, metrics, spent)
-            board.put({"epoch": epoch, "epochs": preset.epochs, "share": (epoch + 1) / preset.epochs, **metrics})
-        _report(trainer, metrics, rank)
-    if rank == 0:
-        count_popularity(encoder, data.histories, settings.popularity_half_life_days * DAY)
-        training = (
-            asdict(settings)
-            | asdict(preset)
-            | {
-                "seconds": spent,
-                "sequences_per_second": sequences / max(spent, 1e-9),
-                "workers": world,
-                "device": str(device),
-                "events": len(data.histories.rows),
-                "users": int((data.histories.lengths > 0).sum()),
-                "items": len(data.catalog),
-                "loss": metrics["loss"] if first_epoch < preset.epochs else None,
-            }
-        )
-        _save_result(Path(run["result"]), trainer, data.catalog, training)
-
-
-def _training_config(settings: PretrainSettings, preset: Preset) -> TrainingConfig:
-    return TrainingConfig(
-        learning_rate=preset.learning_rate,
-        weight_decay=settings.weight_decay,
-        negatives=settings.negatives,
-        clip_norm=settings.clip_norm,
-        seed=settings.seed,
-    )
-
-
-def _resume(trainer: Trainer) -> tuple[int, float, int]:
-    """Continue from the newest checkpoint: (first epoch to run, seconds spent, sequences seen)."""
-    checkpoint = train.get_checkpoint()
-    if checkpoint is None:
-        return 0, 0.0, 0
-    with checkpoint.as_directory() as folder:
-        state = safetensors.numpy.load_file(Path(folder) / STATE_FILE)
-        metrics = json.loads((Path(folder) / "metrics.json").read_text())
-    prefix = "encoder."
-    weights = {name.removeprefix(prefix): torch.from_numpy(t) for name, t in state.items() if name.startswith(prefix)}
-    trainer.encoder.load_state_dict(weights)
-    trainer.load_optimizer_state({name: tensor for name, tensor in state.items() if not name.startswith(prefix)})
-    return metrics["epoch"], metrics["seconds"], metrics["sequences"]
-
-
-def _report(trainer: Trainer, metrics: dict[str, Any], rank: int) -> None:
-    """Hand the epoch's metrics to Ray Train, with a checkpoint from the first worker."""
-    if rank != 0:
-        train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        weights = {f"encoder.{name}": t.cpu().numpy() for name, t in trainer.encoder.state_dict().items()}
-        safetensors.numpy.save_file(weights | trainer.optimizer_state(), Path(folder) / STATE_FILE)
-        (Path(folder) / "metrics.json").write_text(json.dumps(metrics))
-        train.report(metrics, checkpoint=train.Checkpoint.from_directory(folder))
-
-
-def _write_scalars(writer: SummaryWriter, trainer: Trainer, metrics: dict[str, Any], spent: float) -> None:
-    writer.add_scalar("loss", metrics["loss"], trainer.steps)
-    writer.add_scalar("learning_rate", trainer.learning_rate, trainer.steps)
-    writer.add_scalar("sequences_per_second", metrics["sequences"] / max(spent, 1e-9), trainer.steps)
-    writer.flush()
-
-
-def _save_result(folder: Path, trainer: Trainer, catalog: Catalog, training: dict[str, Any]) -> None:
-    """The model folder, with the optimiser's state so that learning goes on where it stopped."""
-    manifest = Manifest(training=training)
-    save_model(folder, trainer.encoder.cpu(), catalog, manifest)
-    safetensors.numpy.save_file(trainer.optimizer_state(), folder / OPTIMIZER_FILE)
-    write_manifest(folder, manifest)
+            raise InputError(f"dropout: {self.dropout} is not from 0 to below 1")
+        if self.weight_decay is not None and self.weight_decay < 0:
+            raise InputError(f"weight_decay: {self.weight_decay} is below 0")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise InputError(f"seed: {self.seed} is not from 0 to {LARGEST_SEED}")
 
 
 def pretrain(
@@ -257,78 +98,192 @@ def pretrain(
     workers: int = 1,
     gpu: bool | None = None,
     overwrite: bool = False,
-) -> Manifest:
+) -> "Manifest":
     """Train a model folder from an ingested dataset, on the running Ray or one started for it.
 
+    `out` appears as a whole when training has ended; until then nothing of it is touched.
+
     Raises:
-        InputError: the data cannot be trained on, or `out` exists.
-        ray.train.TrainingFailedError: the workers failed more often than they are restarted.
+        InputError: the data cannot be trained on, `out` must not be replaced, or the cluster is too small.
+        RuntimeError: the workers failed more often than they are restarted.
     """
+    from jobs.training_loop import preset_of, read_training_data
+    from lib.model_folder import read_manifest
+
     settings = settings or PretrainSettings()
     data, out = Path(data).absolute(), Path(out).absolute()
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise InputError(f"out: {out} is not empty; choose another folder or add --overwrite")
-    read_training_data(str(data), settings.holdout)  # bad input is found before anything is started
-    use_gpu = torch.cuda.is_available() if gpu is None else gpu
+    _refuse_loss(out, overwrite)
+    preset_of(settings, read_training_data(str(data), settings.holdout).histories)  # bad input before Ray is started
     storage = out.with_name(f".{out.name}.training")
-    result = storage / "result"
-    board = Queue()
-    run = {
-        "settings": asdict(settings),
-        "data": str(data),
-        "result": str(result),
-        "tensorboard": str(out.with_name(f"{out.name}.runs")),
-        "threads": max(1, (torch.get_num_threads()) // workers),
-        "board": board,
-    }
-    trainer = TorchTrainer(
-        training_loop,
-        train_loop_config=run,
-        scaling_config=train.ScalingConfig(num_workers=workers, use_gpu=use_gpu),
-        run_config=train.RunConfig(
-            name="run",
-            storage_path=str(storage),
-            failure_config=train.FailureConfig(max_failures=3),
-            checkpoint_config=train.CheckpointConfig(num_to_keep=2),
-        ),
-    )
-    with TrainingProgress() as progress:
-        shown = threading.Thread(target=_show, args=(board, progress), daemon=True)
-        shown.start()
-        trainer.fit()
-        board.put(None)
-        shown.join(timeout=5)
-    board.shutdown()
-    manifest = read_manifest(result)
-    _install(result, out)
+    _prepare(storage, data, settings)
+    with running_ray():
+        _train(data, out, storage, settings, workers, gpu)
+    manifest = read_manifest(storage / "result")
+    _install(storage / "result", out)
     shutil.rmtree(storage)
     return manifest
 
 
-def _install(result: Path, out: Path) -> None:
-    """Put the finished folder in its place."""
-    if out.exists():
-        shutil.rmtree(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(result, out)
+def _train(data: Path, out: Path, storage: Path, settings: PretrainSettings, workers: int, gpu: bool | None) -> None:
+    """Run the workers to the end; storage/result is the model then."""
+    import torch
+    from ray import train
+    from ray.train.torch import TorchTrainer
 
+    from jobs.training_loop import training_loop
 
-def _show(board: Queue, progress: TrainingProgress) -> None:
-    while True:
+    use_gpu = _enough_devices(workers, gpu)
+    with shown_progress() as board, _ctrl_c():
+        trainer = TorchTrainer(
+            training_loop,
+            train_loop_config={
+                "settings": asdict(settings),
+                "data": str(data),
+                "result": str(storage / "result"),
+                "tensorboard": str(out.with_name(f"{out.name}.runs")),
+                "threads": max(1, torch.get_num_threads() // workers),
+                "board": board,
+            },
+            scaling_config=train.ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+            run_config=train.RunConfig(
+                name="run",
+                storage_path=str(storage),
+                failure_config=train.FailureConfig(max_failures=RESTARTS),
+                checkpoint_config=train.CheckpointConfig(num_to_keep=2),
+            ),
+        )
         try:
-            news = board.get(timeout=1)
-        except Empty:
-            continue
-        if news is None:
+            trainer.fit()
+        except train.TrainingFailedError as error:
+            raise _reason(error) from error
+
+
+def _enough_devices(workers: int, gpu: bool | None) -> bool:
+    """Whether to train on GPUs: as asked, or if the cluster has one for each worker.
+
+    Raises:
+        InputError: this machine cannot hold the workers; a cluster is left to scale up.
+    """
+    import ray
+
+    resources = ray.cluster_resources()
+    use_gpu = resources.get("GPU", 0) >= workers if gpu is None else gpu
+    kind = "GPU" if use_gpu else "CPU"
+    there = int(resources.get(kind, 0))
+    if there < workers and not os.environ.get("RAY_ADDRESS"):
+        remedy = "train with --no-gpu or fewer --workers" if use_gpu else "use fewer"
+        raise InputError(f"workers: {workers} need {workers} {kind}s and Ray has {there} here; {remedy}")
+    return use_gpu
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[None]:
+    """Ctrl-C is KeyboardInterrupt: Ray Train takes SIGINT for itself, for good, and ends the process with status 0."""
+    previous = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, previous)
+
+
+def _reason(error: "TrainingFailedError") -> Exception:
+    """What a person should read of Ray Train's error: the first worker's own, in one line."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    rank = min(failures, default=None)
+    failure: BaseException = error if rank is None else failures[rank]
+    for wrapped in ("_base_exc", "health_check_failure", "controller_failure"):
+        failure = getattr(failure, wrapped, failure)
+    if isinstance(failure, InputError):
+        return InputError(str(failure))
+    where = "training" if rank is None else f"worker {rank} and its {RESTARTS} restarts"
+    reason = f"{type(failure).__name__}: {failure}"
+    return RuntimeError(f"{where} failed: {reason}; the same command goes on from the newest checkpoint")
+
+
+def _refuse_loss(out: Path, overwrite: bool) -> None:
+    """Refuse an `out` whose replacement would lose something."""
+    if out.is_file():
+        raise InputError(f"out: {out} is a file; name a folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if (out / LIVE_FOLDER).exists():
+        raise InputError(f"out: {out / LIVE_FOLDER} holds a service's feedback log and versions; choose another folder")
+    if not (out / "manifest.json").is_file():
+        raise InputError(f"out: {out} is not empty and no model folder; choose another folder")
+    if not overwrite:
+        raise InputError(f"out: {out} is not empty; choose another folder or add --overwrite")
+
+
+def _prepare(storage: Path, data: Path, settings: PretrainSettings) -> None:
+    """Keep the checkpoints of an interrupted run if it is of this data and these settings; else start afresh."""
+    run = {"settings": asdict(settings), "data": _checksums(data), "ray": _ray_version()}
+    if storage.exists():
+        objection = _objection(storage, run)
+        if objection is None:
+            print(f"going on with the interrupted run in {storage}", file=sys.stderr)
             return
-        progress.show(news)
+        print(f"starting afresh: the interrupted run in {storage} {objection}", file=sys.stderr)
+        shutil.rmtree(storage)
+    try:
+        storage.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(
+            f"out: {storage.parent} cannot be written ({error.strerror}); choose another folder"
+        ) from error
+    (storage / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
+
+
+def _objection(storage: Path, run: dict[str, Any]) -> str | None:
+    """Why an interrupted run cannot be resumed, or None."""
+    try:
+        before = json.loads((storage / RUN_FILE).read_text())
+        snapshot = storage / "run" / "checkpoint_manager_snapshot.json"
+        if snapshot.exists():  # Ray Train's list of checkpoints, which it does not write atomically
+            json.loads(snapshot.read_text())
+    except (OSError, ValueError):
+        return "is damaged"
+    differing = [name for name in run if before.get(name) != run[name]]
+    return f"had other {' and '.join(differing)}" if differing else None
+
+
+def _checksums(data: Path) -> dict[str, str]:
+    """sha256 of each file of a dataset."""
+    files = [data] if data.is_file() else [data / name for name in (EVENTS_FILE, ITEMS_FILE)]
+    checksums = {}
+    for path in files:
+        if path.exists():
+            with path.open("rb") as file:
+                checksums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return checksums
+
+
+def _ray_version() -> str:
+    import ray
+
+    return ray.__version__
+
+
+def _install(result: Path, out: Path) -> None:
+    """Put the finished folder in its place, whole."""
+    if not out.exists():
+        result.rename(out)
+        return
+    replaced = out.with_name(f".{out.name}.replaced")
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    out.rename(replaced)
+    result.rename(out)
+    shutil.rmtree(replaced)
 
 
 def pretrain_command(
     data: Annotated[Path, typer.Option(help="Ingested dataset (events.parquet, items.parquet).")],
     out: Annotated[Path, typer.Option(help="Model folder to write.")],
     workers: Annotated[int, typer.Option(min=1, help="Ray Train workers.")] = 1,
-    gpu: Annotated[bool | None, typer.Option(help="Train on GPUs; by default if there are any.")] = None,
+    gpu: Annotated[bool | None, typer.Option(help="Train on GPUs; by default if there is one for each worker.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, over the file; repeatable.")] = None,
     holdout: Annotated[str | None, typer.Option(help="leave-one-out (default), temporal or none.")] = None,
@@ -336,14 +291,11 @@ def pretrain_command(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing model.")] = False,
 ) -> None:
     """Pretrain the behaviour encoder; size, length and number of epochs are chosen from the data."""
-    from jobs.configuration import settings_from
-
     given = [*(set_ or []), *([f"holdout={holdout}"] if holdout else [])]
     settings = settings_from(PretrainSettings, config, given)
-    with running_ray():
-        manifest = pretrain(data, out, settings, workers, gpu, overwrite)
+    manifest = pretrain(data, out, settings, workers, gpu, overwrite)
     if json_ is not None:
-        json_.write_text(manifest.model_dump_json(indent=2) + "\n")
+        write_json(json_, manifest)
     training = manifest.training
     print(
         f"{out}: version {manifest.version}, {training['items']} items, {training['events']} events, "

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.serve import post_json
-from jobs.status import DEFAULT_URL
+from jobs.client import DEFAULT_URL, post_json
 
 
 def rollback_command(

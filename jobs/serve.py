@@ -5,6 +5,7 @@
 Log and versions live in MODEL/live, so the same command continues where it was stopped or killed.
 """
 
+import logging
 import signal
 import threading
 import time
@@ -51,6 +52,7 @@ def start_service(arguments: ServeArguments, port: int, learner: LearnerConfig |
     """
     _check(arguments, port)
     url = f"http://{HOST}:{port}"
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it starts is said in two lines of our own
     try:
         application = build(arguments)
         ray.get(start_aggregator(arguments.state_location, arguments.data).status.remote())
@@ -149,6 +151,8 @@ def serve_command(
         replicas=replicas,
         state=str(state.absolute()) if state is not None else None,
     )
+    require_free_port(port)  # here and of the model, too: what can be known before Ray is started
+    load_model(model)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -158,31 +162,6 @@ def serve_command(
         stop.wait()
         print("stopping", flush=True)
     print("stopped", flush=True)
-
-
-def get_json(url: str, path: str, **parameters: Any) -> Any:
-    """GET from a running service.
-
-    Raises:
-        InputError: nothing answers at this address.
-    """
-    return _request("GET", url, path, params=parameters)
-
-
-def post_json(url: str, path: str, body: Any) -> Any:
-    """POST to a running service; its objections become InputError."""
-    return _request("POST", url, path, json=body)
-
-
-def _request(method: str, url: str, path: str, **arguments: Any) -> Any:
-    try:
-        response = httpx.request(method, f"{url.rstrip('/')}{path}", timeout=30, **arguments)
-    except (httpx.ConnectError, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-        raise InputError(f"url: no service answers at {url} ({error}); start one with `afterclick serve`") from error
-    if response.is_client_error:
-        raise InputError(f"the service refused: {response.json().get('detail', response.text)}")
-    response.raise_for_status()
-    return response.json()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 python -m jobs.status [--url URL] [--json FILE]
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs.serve import get_json
-
-DEFAULT_URL = "http://127.0.0.1:8000"
+from jobs.client import DEFAULT_URL, get_json
+from jobs.configuration import write_json
 
 
 def status_command(
@@ -23,7 +21,7 @@ def status_command(
     """Show what a running service says of itself."""
     status = get_json(url, "/v1/status")
     if json_ is not None:
-        json_.write_text(json.dumps(status, indent=2) + "\n")
+        write_json(json_, status)
     console = Console()
     replicas = Table("replica", "version", "checksum", "answers", "deltas", "catch-ups", title="replicas")
     for replica in status["replicas"]:

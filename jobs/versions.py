@@ -3,28 +3,38 @@
 python -m jobs.versions --model MODEL [--json FILE]
 """
 
-import json
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from lib.model_folder import read_manifest
-from lib.registry import Registry, VersionInfo
+from jobs.configuration import write_json
+from lib.events import InputError
+
+if TYPE_CHECKING:
+    from lib.registry import VersionInfo
 
 
-def stored_versions(model: Path, state: str | None = None) -> list[VersionInfo]:
+def stored_versions(model: Path, state: str | None = None) -> "list[VersionInfo]":
     """The versions of a model folder: those of its live state, or its own alone if it was never served.
 
     Raises:
-        InputError: there is no such model.
+        InputError: there is no such model, or nothing is stored at `state`.
     """
+    # torch and transformers, which `--help` need not wait for
+    from lib.model_folder import read_manifest
+    from lib.registry import Registry, VersionInfo
+
     manifest = read_manifest(model)
     versions = Registry(state or f"{model}/live").versions()
+    if state is not None and not versions:
+        raise InputError(
+            f"state: no versions are stored at {state}; give the --state that `afterclick serve` was given"
+        )
     size = sum(path.stat().st_size for path in model.iterdir() if path.is_file())
     own = VersionInfo(manifest.version, "snapshot", manifest.created, manifest.log_offset, size, {"kind": "base"})
     return versions or [own]
@@ -39,7 +49,7 @@ def versions_command(
     """List stored versions, newest last."""
     versions = stored_versions(model, state)
     if json_ is not None:
-        json_.write_text(json.dumps([asdict(version) for version in versions], indent=2) + "\n")
+        write_json(json_, [asdict(version) for version in versions])
     table = Table("version", "stored as", "made by", "created", "log offset", "events", "bytes")
     for version in versions[-last:]:
         made_by = version.facts.get("kind", "base")

@@ -1,0 +1,248 @@
+"""What each Ray Train worker of a pretraining job runs (jobs/pretrain.py starts it).
+
+Every epoch's batches, negatives and dropout follow from the seed and the epoch alone, and the first worker checkpoints
+weights and optimiser at its end. So a run that was killed and resumed gives the weights of one that was not, and any
+number of workers sees the same batches.
+"""
+
+import json
+import tempfile
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from ray import train
+from ray.train.torch import get_device
+from ray.util.queue import Queue
+from torch.utils.tensorboard import SummaryWriter
+
+from jobs.pretrain import PretrainSettings
+from lib.catalog import Catalog
+from lib.datasets import read_events, read_items
+from lib.encoder import BehaviourEncoder, BehaviourEncoderConfig
+from lib.evaluation import training_part
+from lib.events import EVENT_KINDS, InputError
+from lib.model_folder import Manifest, save_model, write_manifest
+from lib.popularity import DAY, event_counts
+from lib.presets import Preset, preset_for
+from lib.registry import OPTIMIZER_FILE
+from lib.sequences import Histories, SequenceBatches, histories_of, value_boundaries
+from lib.training import Trainer, TrainingConfig
+
+WARMUP_STEPS = 100
+FINAL_LEARNING_RATE = 0.05  # of the peak, at the end of a linear decay
+NEWS_EVERY = 10  # steps
+STATE_FILE, METRICS_FILE = "state.safetensors", "metrics.json"
+ENCODER_PREFIX = "encoder."
+
+
+@dataclass(frozen=True)
+class Done:
+    """How far a run has come; stored with every checkpoint."""
+
+    epoch: int = 0
+    loss: float | None = None  # mean of the newest epoch
+    seconds: float = 0.0
+    sequences: int = 0
+
+    @property
+    def sequences_per_second(self) -> float:
+        """Over the whole run."""
+        return self.sequences / max(self.seconds, 1e-9)
+
+
+@dataclass
+class TrainingData:
+    """What every worker reads: the catalog of all items, and the part of the histories that is trained on."""
+
+    catalog: Catalog
+    histories: Histories
+
+
+def read_training_data(data: str, holdout: str) -> TrainingData:
+    """Read an ingested dataset.
+
+    Raises:
+        InputError: it is missing, or too small to learn from.
+    """
+    events, items = read_events(data), read_items(data)
+    item_ids = list(dict.fromkeys(events["item_id"].to_pylist()))
+    catalog = Catalog(item_ids, items)
+    if items is not None:
+        catalog.extend(items["item_id"].to_pylist())
+    histories = training_part(histories_of(events, catalog.row_of, EVENT_KINDS), holdout)
+    if int((histories.lengths >= 2).sum()) == 0:
+        raise InputError(
+            f"data: {data} leaves no user with two events to learn from (holdout {holdout}); ingest more events"
+        )
+    return TrainingData(catalog, histories)
+
+
+def preset_of(settings: PretrainSettings, histories: Histories) -> Preset:
+    """The preset for this data, with what was set by hand.
+
+    Raises:
+        InputError: the heads do not divide the width.
+    """
+    given = {f.name: getattr(settings, f.name) for f in fields(Preset) if getattr(settings, f.name) is not None}
+    preset = replace(preset_for(histories), **given)
+    if preset.hidden_size % preset.num_attention_heads != 0:
+        raise InputError(
+            f"hidden_size: {preset.hidden_size} is not a multiple of num_attention_heads {preset.num_attention_heads}"
+        )
+    return preset
+
+
+def new_encoder(training_data: TrainingData, preset: Preset, seed: int) -> BehaviourEncoder:
+    """A fresh encoder for this data; equal seeds give equal weights."""
+    config = BehaviourEncoderConfig(
+        item_rows=len(training_data.catalog) + 1,
+        hidden_size=preset.hidden_size,
+        intermediate_size=4 * preset.hidden_size,
+        num_hidden_layers=preset.num_hidden_layers,
+        num_attention_heads=preset.num_attention_heads,
+        max_length=preset.max_length,
+        dropout=preset.dropout,
+        event_kinds=list(EVENT_KINDS),
+        value_boundaries=value_boundaries(training_data.histories.values),
+    )
+    torch.manual_seed(seed)
+    return BehaviourEncoder(config)
+
+
+def count_popularity(encoder: BehaviourEncoder, histories: Histories, half_life: float) -> None:
+    """Fill in what is popular at the end of the training data."""
+    reference = int(histories.timestamps.max())
+    counts = event_counts(histories.timestamps, reference, half_life)
+    totals = np.bincount(histories.rows, weights=counts, minlength=encoder.config.item_rows)
+    encoder.item_popularity.copy_(torch.from_numpy(totals.astype(np.float32)))
+    encoder.popularity_reference.fill_(reference)
+
+
+def learning_rate_at(step: int, total: int, peak: float) -> float:
+    """Linear warm-up, then linear decay."""
+    warmup = min(WARMUP_STEPS, total // 10 + 1)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 - (1 - FINAL_LEARNING_RATE) * (step - warmup) / max(total - warmup, 1))
+
+
+def training_loop(run: dict[str, Any]) -> None:
+    """Train to the last epoch, from the newest checkpoint if there is one, and write the model folder."""
+    settings = PretrainSettings(**run["settings"])
+    context = train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(run["threads"])
+    data = read_training_data(run["data"], settings.holdout)
+    preset = preset_of(settings, data.histories)
+    encoder = new_encoder(data, preset, settings.seed)
+    encoder.to(device)  # pyright: ignore[reportArgumentType]  transformers wraps it and hides its signature
+    trainer = Trainer(encoder, len(data.catalog), _training_config(settings, preset))
+    batches = SequenceBatches(data.histories, encoder.config)
+    done = _resume(trainer)
+    # a killed run may have written scalars of an epoch that it did not checkpoint: they are purged
+    writer = SummaryWriter(run["tensorboard"], purge_step=trainer.steps + 1) if rank == 0 else None
+    board: Queue | None = run["board"] if rank == 0 else None
+    steps = sum(1 for _ in batches.groups(preset.events_per_batch, np.random.default_rng(settings.seed)))
+    total = steps * preset.epochs
+    for epoch in range(done.epoch, preset.epochs):
+        start = time.perf_counter()
+        losses, sequences = [], 0
+        torch.manual_seed((settings.seed * 1_000_003 + epoch) * 1_009 + rank)  # dropout
+        generator = np.random.default_rng((settings.seed, epoch))
+        for step, batch in enumerate(batches.epoch(preset.events_per_batch, generator, rank, world)):
+            trainer.learning_rate = learning_rate_at(trainer.steps, total, preset.learning_rate)
+            losses.append(trainer.step(batch.to(device)).loss)
+            sequences += len(batch.lengths) * world
+            if board is not None and step % NEWS_EVERY == 0:
+                board.put(_news(epoch, preset.epochs, step / steps))
+        seconds = done.seconds + time.perf_counter() - start
+        done = Done(epoch + 1, float(np.mean(losses)), seconds, done.sequences + sequences)
+        if writer is not None and board is not None:
+            _write_scalars(writer, trainer, done)
+            board.put(_news(epoch, preset.epochs, 1.0) | {"loss": done.loss, "seconds": done.seconds})
+        _report(trainer, done, rank)
+    if writer is not None:
+        writer.close()
+        count_popularity(encoder, data.histories, settings.popularity_half_life_days * DAY)
+        _save_result(Path(run["result"]), trainer, data, _facts(settings, preset, data, done, world, device))
+
+
+def _training_config(settings: PretrainSettings, preset: Preset) -> TrainingConfig:
+    given = {name: getattr(settings, name) for name in ("weight_decay", "negatives", "clip_norm")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return TrainingConfig(learning_rate=preset.learning_rate, seed=settings.seed, **given)
+
+
+def _news(epoch: int, epochs: int, share: float) -> dict[str, Any]:
+    """What jobs/progress.py shows while the epoch (from 0) is `share` done."""
+    return {"epoch": epoch + 1, "epochs": epochs, "share": (epoch + min(share, 1.0)) / epochs}
+
+
+def _resume(trainer: Trainer) -> Done:
+    """Take over the newest checkpoint, if there is one; how far it had come."""
+    checkpoint = train.get_checkpoint()
+    if checkpoint is None:
+        return Done()
+    with checkpoint.as_directory() as folder:
+        state = safetensors.numpy.load_file(Path(folder) / STATE_FILE)
+        done = Done(**json.loads((Path(folder) / METRICS_FILE).read_text()))
+    weights = {name: t for name, t in state.items() if name.startswith(ENCODER_PREFIX)}
+    trainer.encoder.load_state_dict(
+        {name.removeprefix(ENCODER_PREFIX): torch.from_numpy(t) for name, t in weights.items()}
+    )
+    trainer.load_optimizer_state({name: t for name, t in state.items() if name not in weights})
+    return done
+
+
+def _report(trainer: Trainer, done: Done, rank: int) -> None:
+    """Hand the epoch's metrics to Ray Train, with a checkpoint from the first worker."""
+    if rank != 0:
+        train.report(asdict(done))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        weights = {f"{ENCODER_PREFIX}{name}": t.cpu().numpy() for name, t in trainer.encoder.state_dict().items()}
+        safetensors.numpy.save_file(weights | trainer.optimizer_state(), Path(folder) / STATE_FILE)
+        (Path(folder) / METRICS_FILE).write_text(json.dumps(asdict(done)))
+        train.report(asdict(done), checkpoint=train.Checkpoint.from_directory(folder))
+
+
+def _write_scalars(writer: SummaryWriter, trainer: Trainer, done: Done) -> None:
+    writer.add_scalar("loss", done.loss, trainer.steps)
+    writer.add_scalar("learning_rate", trainer.learning_rate, trainer.steps)
+    writer.add_scalar("sequences_per_second", done.sequences_per_second, trainer.steps)
+    writer.flush()
+
+
+def _facts(
+    settings: PretrainSettings, preset: Preset, data: TrainingData, done: Done, workers: int, device: torch.device
+) -> dict[str, Any]:
+    """What the manifest says of the training."""
+    histories = data.histories
+    return {
+        **asdict(settings),
+        **asdict(_training_config(settings, preset)),
+        **asdict(preset),
+        "seconds": done.seconds,
+        "sequences_per_second": done.sequences_per_second,
+        "loss": done.loss,
+        "workers": workers,
+        "device": str(device),
+        "events": len(histories.rows),
+        "users": int((histories.lengths > 0).sum()),
+        "items": len(data.catalog),
+    }
+
+
+def _save_result(folder: Path, trainer: Trainer, data: TrainingData, training: dict[str, Any]) -> None:
+    """The model folder, with the optimiser's state so that learning goes on where it stopped."""
+    manifest = Manifest(training=training)
+    save_model(folder, trainer.encoder.cpu(), data.catalog, manifest)
+    safetensors.numpy.save_file(trainer.optimizer_state(), folder / OPTIMIZER_FILE)
+    write_manifest(folder, manifest)
