@@ -29,8 +29,8 @@ from lib.learner import LearnerConfig, NearlineLearner, Rejection
 from lib.registry import Registry
 from lib.user_histories import MicroBatch
 from lib.weights import Delta
-from serving.aggregator import NAMESPACE, aggregator_handle
-from serving.recommendations import LEARNER
+from serving.aggregator import aggregator_handle
+from serving.names import LEARNER, NAMESPACE
 from serving.rollout import Acknowledgements, Rollout
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,9 @@ import torch
 from lib.catalog import Catalog
 from lib.encoder import BehaviourEncoder
 from lib.events import InputError
+from lib.histories import Histories, histories_of
 from lib.metrics import coverage_at, ndcg_at, recall_at, reciprocal_rank
-from lib.sequences import Histories, SequenceBatches, histories_of
+from lib.sequences import SequenceBatches
 
 LEAVE_ONE_OUT, TEMPORAL, NONE = "leave-one-out", "temporal", "none"
 PROTOCOLS = (LEAVE_ONE_OUT, TEMPORAL)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib.sequences import Histories
+from lib.histories import Histories
 
 
 @dataclass(frozen=True)

@@ -5,94 +5,16 @@ holds windows of nearly the same length and a fixed budget of events: a step cos
 events or eight hundred.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from lib.encoder import BehaviourEncoderConfig
 from lib.events import EVENT_WEIGHTS, NEGATIVE_RATING
-
-
-@dataclass(frozen=True)
-class Histories:
-    """Many users' events, oldest first, as flat columns; user i owns [offsets[i], offsets[i + 1])."""
-
-    user_ids: list[str]
-    offsets: np.ndarray  # (U + 1,) int64
-    rows: np.ndarray  # (E,) int32, rows of the item table
-    kinds: np.ndarray  # (E,) int8, place in the configuration's event_kinds + 1
-    values: np.ndarray  # (E,) float32, NaN where the event has none
-    timestamps: np.ndarray  # (E,) int64, milliseconds
-
-    def __len__(self) -> int:
-        return len(self.user_ids)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(U,) events of each user."""
-        return np.diff(self.offsets)
-
-    def take(self, users: np.ndarray) -> "Histories":
-        """The histories of the given users, in that order."""
-        lengths = self.lengths[users]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        events = np.repeat(self.offsets[users] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return Histories(
-            [self.user_ids[user] for user in users],
-            offsets,
-            self.rows[events],
-            self.kinds[events],
-            self.values[events],
-            self.timestamps[events],
-        )
-
-    def without_newest(self, count: int = 1) -> "Histories":
-        """The same users with their newest events cut off (users with fewer keep nothing)."""
-        keep = np.ones(len(self.rows), dtype=bool)
-        for back in range(1, count + 1):
-            last = self.offsets[1:] - back
-            keep[last[last >= self.offsets[:-1]]] = False
-        return self.select(keep)
-
-    def select(self, keep: np.ndarray) -> "Histories":
-        """The same users with only the events where `keep` (E,) is true."""
-        owners = np.repeat(np.arange(len(self)), self.lengths)
-        lengths = np.bincount(owners[keep], minlength=len(self))
-        return Histories(
-            self.user_ids,
-            np.concatenate([[0], np.cumsum(lengths)]),
-            self.rows[keep],
-            self.kinds[keep],
-            self.values[keep],
-            self.timestamps[keep],
-        )
-
-
-def histories_of(table: pa.Table, row_of: Mapping[str, int], event_kinds: Sequence[str]) -> Histories:
-    """Histories of an event table; order of equal times is kept. Every item and kind must be known."""
-    table = table.combine_chunks()
-    users = table["user_id"].combine_chunks().dictionary_encode()
-    items = table["item_id"].combine_chunks().dictionary_encode()
-    kinds = table["event"].combine_chunks().dictionary_encode()
-    user_codes = users.indices.to_numpy()
-    timestamps = table["timestamp"].to_numpy()
-    order = np.lexsort((timestamps, user_codes))  # stable: ties keep the table's order
-    item_rows = np.array([row_of[item] for item in items.dictionary.to_pylist()], dtype=np.int32)
-    kind_codes = np.array([event_kinds.index(kind) + 1 for kind in kinds.dictionary.to_pylist()], dtype=np.int8)
-    counts = np.bincount(user_codes, minlength=len(users.dictionary))
-    values = table["value"].to_numpy(zero_copy_only=False).astype(np.float32)
-    return Histories(
-        users.dictionary.to_pylist(),
-        np.concatenate([[0], np.cumsum(counts)]),
-        item_rows[items.indices.to_numpy()][order],
-        kind_codes[kinds.indices.to_numpy()][order],
-        values[order],
-        timestamps[order],
-    )
+from lib.histories import Histories
 
 
 def gap_buckets(timestamps: np.ndarray, first: np.ndarray, buckets: int) -> np.ndarray:

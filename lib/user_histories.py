@@ -8,7 +8,7 @@ import numpy as np
 
 from lib.catalog import Catalog
 from lib.events import Event
-from lib.sequences import Histories
+from lib.histories import Histories
 
 
 @dataclass(slots=True)

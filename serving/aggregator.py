@@ -22,9 +22,8 @@ from lib.datasets import read_events
 from lib.events import CleaningRules, Event, FloodGuard
 from lib.feedback_log import FeedbackLog, LoggedEvent
 from lib.user_histories import History, MicroBatch, SampleSizes, UserHistories
+from serving.names import AGGREGATOR, NAMESPACE
 
-NAMESPACE = "afterclick"
-NAME = "aggregator"
 LOG_FILE = "feedback.sqlite"
 DUPLICATE = "duplicate"
 
@@ -209,13 +208,13 @@ def aggregator_handle() -> ActorHandle:
     Raises:
         ValueError: none is running.
     """
-    return ray.get_actor(NAME, namespace=NAMESPACE)
+    return ray.get_actor(AGGREGATOR, namespace=NAMESPACE)
 
 
 def start_aggregator(state: str, data: str | None, config: AggregatorConfig | None = None) -> ActorHandle:
     """The running aggregator, started if need be; Ray restarts it whenever its process dies, and repeats calls."""
     actor: Any = ray.remote(Aggregator).options(
-        name=NAME,
+        name=AGGREGATOR,
         namespace=NAMESPACE,
         get_if_exists=True,
         lifetime="detached",

@@ -5,7 +5,8 @@ from ray import serve
 from ray.serve import Application
 
 from lib.registry import Registry
-from serving.recommendations import DEPLOYMENT, Recommendations, ReplicaConfig
+from serving.names import DEPLOYMENT
+from serving.recommendations import Recommendations, ReplicaConfig
 
 
 class ServeArguments(BaseModel):

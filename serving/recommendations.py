@@ -26,12 +26,10 @@ from lib.ranking import ItemFilter
 from lib.recommender import Question, RankedItem, Recommender
 from lib.registry import Registry
 from lib.weights import Delta, DeltaMismatch
-from serving.aggregator import NAMESPACE, aggregator_handle, start_aggregator
+from serving.aggregator import aggregator_handle, start_aggregator
 from serving.http import http_application
+from serving.names import APPLICATION, DEPLOYMENT, LEARNER, NAMESPACE
 
-APPLICATION = "afterclick"
-DEPLOYMENT = "Recommendations"
-LEARNER = "learner"  # the name of its actor
 LATENCY_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds
 logger = logging.getLogger("ray.serve")
 

@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from lib.weights import Delta
-from serving.recommendations import APPLICATION, DEPLOYMENT
+from serving.names import APPLICATION, DEPLOYMENT
 
 
 @dataclass(frozen=True)
