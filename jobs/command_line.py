@@ -65,8 +65,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
     verb = arguments[0]
     if verb not in COMMANDS:
         close = get_close_matches(verb, COMMANDS, n=1)
-        meant = f"; did you mean {close[0]}?" if close else ""
-        raise InputError(f"{verb!r} is not a verb of afterclick{meant} There are {', '.join(COMMANDS)}")
+        meant = f"did you mean {close[0]}? There" if close else "there"
+        raise InputError(f"{verb!r} is not a verb of afterclick; {meant} are {', '.join(COMMANDS)}")
     module, function = COMMANDS[verb]
     command = getattr(importlib.import_module(f"jobs.{module}"), function)
     return _run(command, arguments[1:], f"afterclick {verb}")

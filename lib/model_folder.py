@@ -13,14 +13,11 @@ from typing import Any
 
 import safetensors
 from pydantic import BaseModel, Field, ValidationError
-from transformers.utils.logging import disable_progress_bar
 from transformers.utils import logging
 
 from lib.catalog import Catalog
 from lib.encoder import BehaviourEncoder
 from lib.events import InputError
-
-disable_progress_bar()  # reading and writing a model takes moments; what transformers would show is noise
 
 FILES = ("config.json", "model.safetensors", "catalog.parquet")
 MANIFEST = "manifest.json"
