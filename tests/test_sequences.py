@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from lib.events import EVENT_KINDS, EVENT_SCHEMA
+from lib.histories import Histories, histories_of
 from lib.sequences import (
     Batch,
-    Histories,
     SequenceBatches,
     gap_buckets,
     group_by_length,
-    histories_of,
     target_weights,
     value_boundaries,
     value_buckets,

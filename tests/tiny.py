@@ -8,14 +8,16 @@ import torch
 from lib.catalog import Catalog
 from lib.encoder import BehaviourEncoder, BehaviourEncoderConfig
 from lib.events import EVENT_KINDS, Event
+from lib.histories import Histories
 from lib.model_folder import Manifest
 from lib.registry import Registry
-from lib.sequences import Histories
 from lib.user_histories import History, MicroBatch
 from lib.weights import state_of
 
 NOW = 1_700_000_000_000
 SECOND = 1000  # milliseconds
+
+torch.set_num_threads(1)  # threads that wait for each other cost more than so small a model has to compute
 
 
 def tiny_config(items: int = 24, **changes) -> BehaviourEncoderConfig:
