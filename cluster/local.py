@@ -7,6 +7,7 @@ listens on 127.0.0.1. `prepare_environment` must run before ray is imported, sin
 import atexit
 import logging
 import os
+import secrets
 import shutil
 import socket
 import tempfile
@@ -17,6 +18,8 @@ from pathlib import Path
 from lib.events import InputError
 
 HOST = "127.0.0.1"
+REPLICA_PORTS = range(12_000, 32_000)  # below the range that systems give to outgoing connections
+PORTS_PER_CLUSTER = 200
 
 
 def prepare_environment() -> None:
@@ -24,10 +27,8 @@ def prepare_environment() -> None:
     folder = Path(tempfile.gettempdir()) / f"afterclick-haproxy-{os.getpid()}"
     if "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC" not in os.environ:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    if "RAY_ADDRESS" not in os.environ:
-        # by this name, on any system: Ray stays on 127.0.0.1 instead of taking the machine's outward address
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    settings = {
+    settings = {} if "RAY_ADDRESS" in os.environ else _settings_of_one_machine()
+    settings |= {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         # an answer that a killed replica never gave is asked of another one
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
@@ -50,6 +51,19 @@ def prepare_environment() -> None:
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+
+
+def _settings_of_one_machine() -> dict[str, str]:
+    """What a cluster of several machines must not have."""
+    first = REPLICA_PORTS[0] + PORTS_PER_CLUSTER * secrets.randbelow(len(REPLICA_PORTS) // PORTS_PER_CLUSTER)
+    return {
+        # by this name, on any system: Ray stays on 127.0.0.1 instead of taking the machine's outward address
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Replicas of two services here must not follow each other on a port: the HAProxy of the one, which knows a
+        # dead replica by nothing but its port, would send its requests to the other.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + PORTS_PER_CLUSTER),
+    }
 
 
 def free_port() -> int:

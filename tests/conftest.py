@@ -140,9 +140,11 @@ class LiveService:
         """A user's events as the service has them."""
         return self.client.get(f"/v1/users/{user_id}/export").raise_for_status().json()["events"]
 
-    def wait_until(self, what: str, condition: Callable[[dict[str, Any]], Found | None]) -> Found:
+    def wait_until(
+        self, what: str, condition: Callable[[dict[str, Any]], Found | None], patience: float = PATIENCE
+    ) -> Found:
         """Ask for the status until the condition holds of it, and return what that gave; fails with the status."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + patience
         status: Any = None
         while time.monotonic() < deadline:
             try:
@@ -153,7 +155,7 @@ class LiveService:
                 if found := condition(status):
                     return found
             time.sleep(0.1)
-        pytest.fail(f"waited {PATIENCE:.0f} s in vain until {what}; the last status: {status}")
+        pytest.fail(f"waited {patience:.0f} s in vain until {what}; the last status: {status}")
 
     def wait_until_learned(self) -> dict[str, Any]:
         """Wait until all parts are up and every logged event is in the weights of every replica; the status then."""
