@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 import typer
 from rich.console import Console
 
@@ -35,6 +36,7 @@ from lib.datasets import read_events, read_items
 from lib.evaluation import NONE
 from lib.events import InputError
 from lib.recommender import Question, Recommender
+from lib.retrieval import use_threads
 from lib.user_histories import History
 from serving.app import ServeArguments
 
@@ -86,6 +88,8 @@ def replay_world(data: Path, folder: Path) -> World:
 
 def frozen_model(model: Path) -> Frozen:
     """The model as it was before the first click; its weights never change."""
+    torch.set_num_threads(1)  # the cores belong to the service
+    use_threads(1)
     recommender = Recommender.load(model)
     busy = threading.Lock()
 

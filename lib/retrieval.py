@@ -8,6 +8,11 @@ import faiss
 import numpy as np
 
 
+def use_threads(count: int) -> None:
+    """How many threads a search of this process takes; more than one pays for large catalogs and idle cores only."""
+    faiss.omp_set_num_threads(count)
+
+
 class ItemIndex:
     """Exact maximum inner product search over (N, C) float32 item vectors."""
 

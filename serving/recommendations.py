@@ -25,6 +25,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from lib.ranking import ItemFilter
 from lib.recommender import Question, RankedItem, Recommender
 from lib.registry import Registry
+from lib.retrieval import use_threads
 from lib.weights import Delta, DeltaMismatch
 from serving.aggregator import aggregator_handle, start_aggregator
 from serving.http import http_application
@@ -39,7 +40,7 @@ class ReplicaConfig:
     """How one replica works."""
 
     largest_batch: int = 64
-    torch_threads: int = 1
+    threads: int = 1  # of torch and FAISS
     actor_timeout: float = 20.0  # seconds to wait for the aggregator to come back before answering 503
 
 
@@ -57,7 +58,8 @@ class Recommendations:
 
     def __init__(self, state: str, data: str | None, config: ReplicaConfig | None = None):
         self.config = config or ReplicaConfig()
-        torch.set_num_threads(self.config.torch_threads)
+        torch.set_num_threads(self.config.threads)
+        use_threads(self.config.threads)
         self.replica_id = serve.get_replica_context().replica_id.unique_id
         self.registry = Registry(state)
         self.aggregator = start_aggregator(state, data)

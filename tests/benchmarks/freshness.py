@@ -16,7 +16,7 @@ import uuid
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
+import aiohttp
 import numpy as np
 import typer
 from rich.console import Console
@@ -36,7 +36,7 @@ WARM_UP_EVENTS = 64
 class Load:
     """Events and questions at fixed rates."""
 
-    def __init__(self, client: httpx.AsyncClient, users: list[str], items: list[str], seed: int):
+    def __init__(self, client: aiohttp.ClientSession, users: list[str], items: list[str], seed: int):
         self.client = client
         self.users, self.items = users, items
         self.generator = np.random.default_rng(seed)
@@ -74,15 +74,16 @@ class Load:
     async def _timed(self, method: str, path: str, times: list[float], **body: Any) -> Any:
         start = time.perf_counter()
         try:
-            response = await self.client.request(method, path, **body)
-        except httpx.HTTPError as error:
+            async with self.client.request(method, path, **body) as response:
+                text = await response.text()
+        except aiohttp.ClientError as error:
             self.failures.append(f"{method} {path}: {error!r}")
             return None
-        if response.status_code != 200:
-            self.failures.append(f"{method} {path}: {response.status_code} {response.text[:100]}")
+        if response.status != 200:
+            self.failures.append(f"{method} {path}: {response.status} {text[:100]}")
             return None
         times.append((time.perf_counter() - start) * 1e3)
-        return response.json()
+        return json.loads(text)
 
 
 async def at_rate(action: Any, per_second: float, seconds: float) -> None:
@@ -100,13 +101,14 @@ async def measure(url: str, data: Path, events: float, answers: float, seconds: 
     """Put the load on a service and collect what it says."""
     table = read_events(data)
     users, items = sorted(set(table["user_id"].to_pylist())), sorted(set(table["item_id"].to_pylist()))
-    limits = httpx.Limits(max_connections=64)
-    async with httpx.AsyncClient(base_url=url, timeout=30, limits=limits) as client:
+    timeout = aiohttp.ClientTimeout(total=30)
+    # aiohttp: a leaner client leaves the cores to what is measured
+    async with aiohttp.ClientSession(url, timeout=timeout, connector=aiohttp.TCPConnector(limit=64)) as client:
         warm_up = Load(client, users, items, seed + 1)
         await at_rate(warm_up.send_event, WARM_UP_EVENTS, 1)
         await settled(client)
         load = Load(client, users, items, seed)
-        before = (await client.get("/v1/status")).json()
+        before = await status_of(client)
         start = time.perf_counter()
         await asyncio.gather(
             at_rate(load.send_event, events, seconds),
@@ -118,11 +120,18 @@ async def measure(url: str, data: Path, events: float, answers: float, seconds: 
     return results(load, before, status, elapsed)
 
 
-async def settled(client: httpx.AsyncClient) -> dict[str, Any]:
+async def status_of(client: aiohttp.ClientSession) -> dict[str, Any]:
+    """GET /v1/status."""
+    async with client.get("/v1/status") as response:
+        response.raise_for_status()
+        return await response.json()
+
+
+async def settled(client: aiohttp.ClientSession) -> dict[str, Any]:
     """The status once everything acknowledged is learned and live, or after SETTLE_SECONDS."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
-        status = (await client.get("/v1/status")).json()
+        status = await status_of(client)
         learner = status["learner"]
         done = learner.get("log_offset") == status["aggregator"].get("log_offset")
         if (
