@@ -44,6 +44,7 @@ def prepare_environment() -> None:
         "RAY_SERVE_LOG_TO_STDERR": "0",
         "RAY_worker_niceness": "0",  # only the learner yields; Ray would lower the replicas too
         "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # every epoch of a training waits for it; Ray's own is 2 s
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "disabled",  # nothing listens beyond 127.0.0.1

@@ -27,10 +27,9 @@ from lib.datasets import read_events
 from lib.events import InputError
 from lib.learner import LearnerConfig
 from lib.model_folder import load_model
-from serving.aggregator import NAME as AGGREGATOR
-from serving.aggregator import NAMESPACE, aggregator_handle, start_aggregator
+from serving.aggregator import aggregator_handle, start_aggregator
 from serving.app import ServeArguments, build
-from serving.recommendations import APPLICATION, LEARNER
+from serving.names import AGGREGATOR, APPLICATION, LEARNER, NAMESPACE
 
 START_SECONDS = 60.0  # for HAProxy to know the replicas
 STOP_SECONDS = 30.0

@@ -26,11 +26,12 @@ from lib.datasets import read_events, read_items
 from lib.encoder import BehaviourEncoder, BehaviourEncoderConfig
 from lib.evaluation import training_part
 from lib.events import EVENT_KINDS, InputError
+from lib.histories import Histories, histories_of
 from lib.model_folder import Manifest, save_model, write_manifest
 from lib.popularity import DAY, event_counts
 from lib.presets import Preset, preset_for
 from lib.registry import OPTIMIZER_FILE
-from lib.sequences import Histories, SequenceBatches, histories_of, value_boundaries
+from lib.sequences import SequenceBatches, value_boundaries
 from lib.training import Trainer, TrainingConfig
 
 WARMUP_STEPS = 100

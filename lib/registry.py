@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import safetensors.numpy
 from pyarrow import fs
 from pydantic import ValidationError
@@ -62,9 +63,17 @@ class Registry:
     """Publishes, lists, loads and prunes versions."""
 
     def __init__(self, location: str | Path):
+        """Open the registry at a folder or a URI (s3://, gs://, file://).
+
+        Raises:
+            InputError: a URI of an unknown kind.
+        """
         text = str(location)
         if "://" in text:
-            self.fs, self.root = fs.FileSystem.from_uri(text)
+            try:
+                self.fs, self.root = fs.FileSystem.from_uri(text)
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                raise InputError(f"state: {text} is no storage that can be used: {error}") from error
         else:
             self.fs, self.root = fs.LocalFileSystem(), str(Path(text).absolute())
         self.local = isinstance(self.fs, fs.LocalFileSystem)
