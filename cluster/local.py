@@ -1,7 +1,9 @@
 """Ray on this one machine: its environment, its start and its stop.
 
-HTTP goes through HAProxy straight to the replicas, which costs a fifth of what Serve's Python proxy costs. Everything
-listens on 127.0.0.1. `prepare_environment` must run before ray is imported, since ray reads its settings then.
+HTTP goes through HAProxy straight to the replicas, which costs a fifth of what Serve's Python proxy costs. Ray and HTTP
+listen on 127.0.0.1. Serve binds three more kinds of port to every address and has no setting for it: HAProxy's metrics
+and statistics, and each replica's port for calls between deployments; on an open network they need a firewall.
+`prepare_environment` must run before ray is imported, since ray reads its settings then.
 """
 
 import atexit
@@ -47,7 +49,7 @@ def prepare_environment() -> None:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # every epoch of a training waits for it; Ray's own is 2 s
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "disabled",  # nothing listens beyond 127.0.0.1
+        "RAY_AUTH_MODE": "disabled",  # Ray itself does not listen beyond 127.0.0.1
         "HF_HUB_OFFLINE": "1",
     }
     for name, value in settings.items():
