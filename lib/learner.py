@@ -273,7 +273,7 @@ class NearlineLearner:
             own = (queries * self.encoder.item_vectors(wanted)).sum(-1, keepdim=True)
             rest = queries @ self.encoder.item_vectors(others).T
             rest = rest.masked_fill(wanted[:, None] == others[None, :], float("-inf"))
-            ranks.append((rest > own).sum(1).numpy())
+            ranks.append((rest >= own).sum(1).numpy())  # ties count against it: where all are alike, nothing is found
             logits = torch.cat([own, rest], dim=1) / self.encoder.config.temperature
             losses.append(torch.logsumexp(logits, dim=1) - logits[:, 0])
         return float(torch.cat(losses).mean()), float(ndcg_at(np.concatenate(ranks), 10).mean())
