@@ -120,19 +120,29 @@ def _meets(values: pa.ChunkedArray, column: str, condition: Any) -> np.ndarray:
     wanted = condition if isinstance(condition, list) else [condition]
     if not wanted or not all(isinstance(value, str | int | float | bool) for value in wanted):
         raise InputError(f"filter.{column}: give a value, a list of values, or a range with min and max")
-    keep = np.zeros(len(values), dtype=bool)
     if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
-        texts = {str(value) for value in wanted}
-        return np.array([bool(texts & {str(member) for member in members or ()}) for members in values.to_pylist()])
-    text = pc.cast(values, pa.string())
+        texts = {_text(value) for value in wanted}
+        return np.array([bool(texts & {_text(member) for member in members or ()}) for members in values.to_pylist()])
+    try:
+        text = pc.cast(values, pa.string())
+    except pa.ArrowNotImplementedError as error:
+        raise InputError(f"filter.{column}: an attribute of type {values.type} cannot be filtered by") from error
+    keep = np.zeros(len(values), dtype=bool)
+    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):  # 20 is 20.0, whatever it looks like
+        keep |= np.isin(_numbers(values, column), [value for value in wanted if type(value) in (int, float)])
     for value in wanted:
-        word = rf"(^|[\s|,;]){re.escape(str(value))}($|[\s|,;])"
+        word = rf"(^|[\s|,;]){re.escape(_text(value))}($|[\s|,;])"
         keep |= pc.fill_null(pc.match_substring_regex(text, word), False).to_numpy(zero_copy_only=False)
     return keep
+
+
+def _text(value: Any) -> str:
+    """A value as Arrow writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _numbers(values: pa.ChunkedArray, column: str) -> np.ndarray:
     try:
         return pc.cast(values, pa.float64()).to_numpy(zero_copy_only=False)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"filter.{column}: a range needs numbers, and this attribute holds text") from error
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InputError(f"filter.{column}: a range needs numbers, and this attribute is {values.type}") from error
