@@ -101,7 +101,7 @@ def evaluate(
             # ties count against the target: a model to which all items are alike finds none
             rank = (scores >= own[:, None]).sum(dim=1) - 1
             # a target that the user has had before is removed with the seen items: a miss, however few are left
-            ranks[start + places] = torch.where(torch.isfinite(own), rank, len(catalog)).numpy()
+            ranks[start + places] = torch.where(torch.isfinite(own), rank, max(len(catalog), k)).numpy()
             top = scores.topk(min(k, scores.shape[1]), dim=1)
             left = torch.where(torch.isneginf(top.values), 0, top.indices)
             recommended[start + places, : left.shape[1]] = left.numpy()

@@ -1,0 +1,343 @@
+"""Encoder, catalog and index as one value: the right k items, for anybody, of one version."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from lib.catalog import Catalog
+from lib.encoder import BehaviourEncoder
+from lib.events import Event, InputError
+from lib.learner import LearnerConfig, NearlineLearner
+from lib.model_folder import Manifest, save_model
+from lib.ranking import ItemFilter
+from lib.recommender import Question, RankedItem, Recommender
+from lib.registry import Registry
+from lib.user_histories import History
+from lib.weights import Delta, DeltaMismatch, fingerprint
+from tests.tiny import (
+    NOW,
+    assert_same_state,
+    copied_state,
+    history,
+    item_ids,
+    micro_batch,
+    started_registry,
+    tiny_encoder,
+)
+
+ITEMS = 24
+
+
+def described_catalog() -> Catalog:
+    names = item_ids(ITEMS)
+    attributes = {"item_id": names, "parity": ["even" if n % 2 == 0 else "odd" for n in range(1, ITEMS + 1)]}
+    return Catalog(names, pa.table(attributes | {"number": list(range(1, ITEMS + 1))}))
+
+
+@pytest.fixture
+def recommender() -> Recommender:
+    encoder = tiny_encoder(ITEMS + 5)  # five spare rows
+    encoder.item_popularity[1 : ITEMS + 1] = torch.arange(ITEMS, dtype=torch.float32)
+    return Recommender(encoder, described_catalog(), version=3, log_offset=7)
+
+
+def ids(items: list[RankedItem]) -> list[str]:
+    return [item.item_id for item in items]
+
+
+def ask(recommender: Recommender, *items: int | str, k: int = 5, **question) -> list[RankedItem]:
+    return recommender.recommend([Question(history(items), k, **question)])[0]
+
+
+def filter_of(**written) -> ItemFilter:
+    filter = ItemFilter.of(written)
+    assert filter is not None
+    return filter
+
+
+@torch.no_grad()
+def scores_of(encoder: BehaviourEncoder, *items: int) -> np.ndarray:
+    """(items + 1,) s = uT A v of clicks a minute apart, computed the long way."""
+    count = len(items)
+    kinds = torch.full((1, count), 2)  # click
+    gaps = torch.tensor([[0] + [6] * (count - 1)])  # 1 + log2(61 s), rounded down
+    values = torch.zeros(1, count, dtype=torch.long)
+    u = encoder(kinds, gaps, values, torch.tensor([count]), rows=torch.tensor([items]))[0, -1]
+    v = torch.nn.functional.normalize(encoder.item_embeddings.weight, dim=-1)
+    return (u @ encoder.interest_to_item @ v.T).numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who gets what
+
+
+def test_the_ranking_is_by_u_a_v(recommender):
+    scores = scores_of(recommender.encoder, 3, 9, 4)[: ITEMS + 1]
+    scores[[0, 3, 9, 4]] = -np.inf
+    found = ask(recommender, 3, 9, 4, k=10)
+    assert ids(found) == [f"i{row}" for row in np.argsort(-scores)[:10]]
+    assert np.allclose([item.score for item in found], np.sort(scores)[::-1][:10], atol=1e-5)
+    assert all(item.reason is None for item in found)
+
+
+def test_only_the_newest_events_count(recommender):
+    long = [1 + number % ITEMS for number in range(10, 30)]
+    expected = ask(recommender, *long[-8:], k=3, exclude_seen=False)
+    shifted = recommender.recommend([Question(history(long), 3, exclude_seen=False)])[0]
+    assert ids(shifted) == ids(expected)  # up to the gap before the first event that is read
+
+
+@pytest.mark.parametrize("k", [1, 5, 21, 22, 100])
+def test_k_items_whenever_k_exist(recommender, k):
+    found = ask(recommender, 1, 2, 3, k=k)
+    assert len(found) == len(set(ids(found))) == min(k, ITEMS - 3)
+    assert not {"i1", "i2", "i3", ""} & set(ids(found))
+    scores = [item.score for item in found]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_k_items_though_most_of_the_best_are_seen(recommender):
+    best = ids(ask(recommender, 1, k=20))
+    seen = [1, *(int(name[1:]) for name in best[:18])]
+    found = ask(recommender, *seen, 1, k=5)
+    assert len(found) == 5
+    assert not {f"i{row}" for row in seen} & set(ids(found))
+
+
+def test_with_everything_seen_nothing_is_left(recommender):
+    assert ask(recommender, *range(1, ITEMS + 1), k=5) == []
+    assert len(ask(recommender, *range(1, ITEMS), k=5)) == 1
+
+
+def test_seen_items_may_be_asked_for(recommender):
+    found = ask(recommender, 1, 2, 3, k=ITEMS, exclude_seen=False)
+    assert len(found) == ITEMS
+    assert {"i1", "i2", "i3"} <= set(ids(found))
+
+
+def test_seen_is_the_whole_history_and_not_just_what_is_read(recommender):
+    longer_than_the_encoder_reads = list(range(1, 13))
+    found = ask(recommender, *longer_than_the_encoder_reads, k=ITEMS)
+    assert not {f"i{row}" for row in longer_than_the_encoder_reads} & set(ids(found))
+
+
+@pytest.mark.parametrize("k", [1, 3, 30])
+def test_filters_leave_k_items_where_k_pass(recommender, k):
+    even = ask(recommender, 2, 3, k=k, filter=filter_of(parity="even"))
+    assert len(even) == min(k, 11)  # 2 is seen
+    assert all(int(name[1:]) % 2 == 0 for name in ids(even))
+    scores = scores_of(recommender.encoder, 2, 3)[: ITEMS + 1]
+    best = [f"i{row}" for row in np.argsort(-scores) if row % 2 == 0 and row not in (0, 2)]
+    assert ids(even) == best[:k]
+
+
+def test_a_filter_that_leaves_one_item(recommender):
+    assert ids(ask(recommender, 1, 2, filter=filter_of(number=17))) == ["i17"]
+    assert ids(ask(recommender, 1, 2, filter=filter_of(allow=["i9"]))) == ["i9"]
+    assert ids(ask(recommender, 1, 9, filter=filter_of(allow=["i9"]))) == []
+    assert ids(ask(recommender, 1, 9, filter=filter_of(allow=["i9"]), exclude_seen=False)) == ["i9"]
+    assert ids(ask(recommender, 1, filter=filter_of(number={"min": 23}, deny=["i24"]))) == ["i23"]
+    assert ids(ask(recommender, filter=filter_of(number=17))) == ["i17"]
+    assert ask(recommender, filter=filter_of(number=17, deny=["i17"])) == []
+
+
+def test_an_unknown_attribute_is_bad_input(recommender):
+    for asked in ((1, 2), ()):
+        with pytest.raises(InputError, match=r"filter\.colour: no such attribute"):
+            ask(recommender, *asked, filter=filter_of(colour="red"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing known
+
+
+@pytest.mark.parametrize("items", [(), ("nobody", "knows"), ("",)])
+def test_without_a_known_event_what_is_popular(recommender, items):
+    found = ask(recommender, *items, k=4)
+    assert ids(found) == ["i24", "i23", "i22", "i21"]
+    assert all(item.reason == "popular" for item in found)
+    assert [item.score for item in found] == pytest.approx([1.0, 22 / 23, 21 / 23, 20 / 23])
+
+
+def test_an_event_of_an_unknown_kind_is_no_history():
+    recommender = Recommender(tiny_encoder(event_kinds=["click"]), described_catalog(), 1)
+    viewed = history([1, 2], event="view")
+    assert all(item.reason == "popular" for item in recommender.recommend([Question(viewed, 3)])[0])
+
+
+def test_popular_before_anything_happened_is_any_k_items():
+    recommender = Recommender(tiny_encoder(), described_catalog(), 1)
+    found = recommender.popular(5)
+    assert len(set(ids(found))) == 5
+    assert all(item.score == 0 for item in found)
+    assert len(recommender.popular(500)) == ITEMS
+
+
+def test_unknown_items_in_a_history_are_passed_over(recommender):
+    assert ids(ask(recommender, 3, 4, k=6)) == ids(ask(recommender, 3, 4, k=6))
+    mixed = History.of(
+        [
+            Event("u", "unknown", "click", None, NOW - 5000),
+            Event("u", "i3", "click", None, NOW),
+            Event("u", "i4", "click", None, NOW + 60_000),
+            Event("u", "other", "click", None, NOW + 61_000),
+        ]
+    )
+    assert recommender.recommend([Question(mixed, 6)])[0] == ask(recommender, 3, 4, k=6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many at once
+
+
+def test_a_batch_answers_as_each_question_alone(recommender):
+    random = np.random.default_rng(0)
+    filters = [None, filter_of(parity="odd"), filter_of(number={"max": 9}), filter_of(deny=["i1", "i2"])]
+    questions = [
+        Question(
+            history([int(item) for item in random.integers(1, ITEMS + 4, random.integers(0, 14))]),
+            k=int(random.integers(1, 12)),
+            filter=filters[place % 4],
+            exclude_seen=bool(place % 3),
+            explain=bool(place % 2),
+        )
+        for place in range(40)
+    ]
+    together = recommender.recommend(questions)
+    for question, answer in zip(questions, together, strict=True):
+        alone = recommender.recommend([question])[0]
+        assert ids(alone) == ids(answer)
+        assert [item.reason for item in alone] == [item.reason for item in answer]
+        assert np.allclose([item.score for item in alone], [item.score for item in answer], atol=1e-5)
+    assert recommender.recommend([]) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Similar items and reasons
+
+
+def test_similar_items_are_the_nearest_without_itself(recommender):
+    vectors = recommender.encoder.item_vectors().numpy()[: ITEMS + 1]
+    nearness = vectors @ vectors[6]
+    nearness[[0, 6]] = -np.inf
+    found = recommender.similar("i6", 5)
+    assert ids(found) == [f"i{row}" for row in np.argsort(-nearness)[:5]]
+    assert "i6" not in ids(recommender.similar("i6", 500))
+    assert len(recommender.similar("i6", 500)) == ITEMS - 1
+    assert ids(recommender.similar("i6", 5, filter_of(number={"min": 23}))) in (["i23", "i24"], ["i24", "i23"])
+    with pytest.raises(KeyError):
+        recommender.similar("unknown", 5)
+
+
+def test_an_explanation_names_the_event_that_is_nearest(recommender):
+    mixed = history([3])
+    mixed.append(Event("u", "i4", "purchase", None, NOW + 60_000))
+    mixed.append(Event("u", "unknown", "click", None, NOW + 61_000))
+    vectors = recommender.encoder.item_vectors().numpy()
+    found = recommender.recommend([Question(mixed, 22, explain=True)])[0]
+    for item in found:
+        row = recommender.catalog.row_of[item.item_id]
+        nearest = "click i3" if vectors[row] @ vectors[3] > vectors[row] @ vectors[4] else "purchase i4"
+        assert item.reason == nearest
+    assert {item.reason for item in found} == {"click i3", "purchase i4"}
+
+
+def test_an_explanation_looks_past_unknown_items(recommender):
+    found = ask(recommender, 3, *(f"unknown{number}" for number in range(20)), k=4, explain=True)
+    assert [item.reason for item in found] == ["click i3"] * 4
+
+
+def test_an_explanation_of_no_items(recommender):
+    assert ask(recommender, 3, filter=filter_of(allow=[]), explain=True) == []
+    assert {item.reason for item in ask(recommender, explain=True)} == {"popular"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One version
+
+
+@pytest.fixture
+def registry(tmp_path) -> Registry:
+    return started_registry(tmp_path / "store")
+
+
+def replica_of(registry: Registry) -> Recommender:
+    loaded = registry.load()
+    return Recommender(loaded.encoder, loaded.catalog, loaded.version, loaded.log_offset)
+
+
+def learned(registry: Registry, items: tuple[int | str, ...] = (1, 2, "new")) -> Delta:
+    learner = NearlineLearner(registry, LearnerConfig(negatives=8, held_out_users=0, learning_rate=0.05))
+    outcome = learner.learn(micro_batch(learner.version * 10, [history(items)]))
+    assert isinstance(outcome, Delta)
+    return Delta.from_bytes(outcome.to_bytes())
+
+
+def assert_one_version(replica: Recommender, registry: Registry) -> None:
+    """All parts are what a replica that loads the newest version has."""
+    fresh = replica_of(registry)
+    assert replica.version == fresh.version == registry.head()
+    assert replica.log_offset == fresh.log_offset
+    assert replica.checksum == fresh.checksum == fingerprint(replica.encoder)
+    assert_same_state(copied_state(replica.encoder), copied_state(fresh.encoder))
+    assert np.array_equal(replica.index.vectors, fresh.index.vectors)
+    assert np.array_equal(replica.index.vectors, replica.encoder.item_vectors().numpy())
+    assert replica.catalog.item_ids == fresh.catalog.item_ids
+    questions = [Question(history(items), 10) for items in ([1, 2], ["new"], [], [5, 9, 1])]
+    assert replica.recommend(questions) == fresh.recommend(questions)
+
+
+def test_after_a_delta_encoder_index_catalog_and_version_are_of_the_new_version(registry):
+    replica = replica_of(registry)
+    before = ask(replica, 1, 2, k=10)
+    for number in range(3):
+        replica.apply(learned(registry, (1, 2 + number, f"new{number}")))
+        assert_one_version(replica, registry)
+    assert ask(replica, 1, 2, k=10) != before
+
+
+def test_a_delta_of_another_parent_changes_nothing(registry):
+    replica, early = replica_of(registry), replica_of(registry)
+    first = learned(registry)
+    second = learned(registry, (4, 5, "newer"))
+    state, vectors = copied_state(early.encoder), early.index.vectors.copy()
+    with pytest.raises(DeltaMismatch, match="delta 3 follows version 2, this is 1"):
+        early.apply(second)
+    assert_same_state(state, copied_state(early.encoder))
+    assert np.array_equal(vectors, early.index.vectors)
+    assert (early.version, len(early.catalog), early.checksum) == (1, ITEMS, fingerprint(early.encoder))
+    replica.apply(first)
+    with pytest.raises(DeltaMismatch, match="delta 2 follows version 1, this is 2"):
+        replica.apply(first)  # twice
+    replica.apply(second)
+    assert_one_version(replica, registry)
+
+
+@pytest.mark.parametrize("name", ["interest_to_item", "item_embeddings.weight", "item_popularity"])
+def test_a_delta_that_comes_out_otherwise_is_noticed(registry, name):
+    replica = replica_of(registry)
+    delta = learned(registry)
+    delta.tensors[name] = delta.tensors[name] + np.float32(1e-3)
+    with pytest.raises(DeltaMismatch, match="version 2 came out as"):
+        replica.apply(delta)
+    assert replica.version == 1
+
+
+def test_a_replica_that_drifted_is_noticed(registry):
+    learned(registry)
+    loaded = registry.load()
+    delta = learned(registry)
+    row = np.setdiff1d(np.arange(1, ITEMS + 1), delta.rows)[0]  # one that the delta does not mend
+    loaded.encoder.item_popularity[int(row)] += 1e-3
+    with pytest.raises(DeltaMismatch, match="version 3 came out as"):
+        Recommender(loaded.encoder, loaded.catalog, loaded.version).apply(delta)
+
+
+def test_a_model_folder_makes_a_recommender(tmp_path):
+    save_model(tmp_path / "model", tiny_encoder(), described_catalog(), Manifest(version=4, log_offset=9))
+    loaded = Recommender.load(tmp_path / "model")
+    assert (loaded.version, loaded.log_offset) == (4, 9)
+    assert ask(loaded, 1, 2) == ask(Recommender(tiny_encoder(), described_catalog(), 4), 1, 2)
+    with pytest.raises(InputError, match="no folder"):
+        Recommender.load(tmp_path / "missing")
