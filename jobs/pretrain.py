@@ -194,12 +194,12 @@ def _reason(error: "TrainingFailedError") -> Exception:
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     rank = min(failures, default=None)
     failure: BaseException = error if rank is None else failures[rank]
-    for wrapped in ("_base_exc", "health_check_failure", "controller_failure"):
-        failure = getattr(failure, wrapped, failure)
+    for wrapped in ("_base_exc", "health_check_failure", "controller_failure", "cause"):
+        failure = getattr(failure, wrapped, None) or failure
     if isinstance(failure, InputError):
         return InputError(str(failure))
     where = "training" if rank is None else f"worker {rank} and its {RESTARTS} restarts"
-    reason = f"{type(failure).__name__}: {failure}"
+    reason = f"{type(failure).__name__}: {failure}".splitlines()[0]  # the rest is a traceback, for the log
     return RuntimeError(f"{where} failed: {reason}; the same command goes on from the newest checkpoint")
 
 
