@@ -58,23 +58,25 @@ def test_each_input_matters(encoder, name):
     assert ((encoder.interests(**inputs) - before).abs().amax(dim=-1) > 1e-3).all()
 
 
-def test_positions_count_from_the_newest_event(encoder):
+@pytest.mark.parametrize("place", range(8))
+def test_positions_count_from_the_newest_event(encoder, place):
     inputs = random_inputs(5)
+    before = vectors(encoder, inputs)
+    with torch.no_grad():
+        encoder.position_embeddings.weight[place] += torch.randn(16)
+    changed = (vectors(encoder, inputs) - before).abs().amax(dim=(0, 2)) > 1e-4
+    # the event that has `place` events after it, and whatever looks back at it
+    assert changed.tolist() == [column >= 4 - place and place < 5 for column in range(5)]
+
+
+def test_a_padded_history_counts_from_its_own_newest_event(encoder):
+    inputs = random_inputs(6)
+    inputs["lengths"] = torch.tensor([2, 4, 6])
     before = encoder.interests(**inputs)
     with torch.no_grad():
-        encoder.position_embeddings.weight[5:] += 1.0  # places that a history of five events does not have
-    assert torch.equal(encoder.interests(**inputs), before)
-    with torch.no_grad():
-        encoder.position_embeddings.weight[0] += torch.randn(16)
-    assert not torch.allclose(encoder.interests(**inputs), before, atol=1e-2)
-    # the newest event stands at place 0 whatever the length: alone, nothing else of the position table is read
-    with torch.no_grad():
-        encoder.position_embeddings.weight[1:] = 7.0
-    one = random_inputs(1)
-    alone = encoder.interests(**one)
-    with torch.no_grad():
-        encoder.position_embeddings.weight[1:] = -7.0
-    assert torch.equal(encoder.interests(**one), alone)
+        encoder.position_embeddings.weight[3] += torch.randn(16)  # read where there are four events or more
+    changed = (encoder.interests(**inputs) - before).abs().amax(dim=1) > 1e-4
+    assert changed.tolist() == [False, True, True]
 
 
 def test_vectors_are_of_unit_length_and_the_padding_item_is_zero(encoder):

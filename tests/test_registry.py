@@ -145,21 +145,27 @@ def test_an_unfinished_write_is_not_a_version(registry):
     assert_same_state(copied_state(learner.encoder), copied_state(registry.load(3).encoder))
 
 
-def test_a_crash_before_the_manifest_leaves_no_snapshot(registry, monkeypatch):
-    written = registry._write
-
-    def crash(name: str, data: bytes, replace: bool = False) -> None:
-        if name.endswith(MANIFEST):
-            raise OSError("killed")
-        written(name, data, replace)
-
+@pytest.mark.parametrize("survived", range(5))
+def test_a_crash_between_the_files_leaves_no_snapshot(registry, monkeypatch, survived):
     learner = NearlineLearner(registry, CONFIG)
     learner.learn(micro_batch(10, [history([1, 2])]))
-    monkeypatch.setattr(registry, "_write", crash)
-    with pytest.raises(OSError, match="killed"):
-        learner.save_snapshot({})
+    write, written = registry._write, []
+
+    def crash(name: str, data: bytes, replace: bool = False) -> None:
+        if len(written) == survived:
+            raise OSError("killed")
+        write(name, data, replace)
+        written.append(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "_write", crash)
+        with pytest.raises(OSError, match="killed"):
+            learner.save_snapshot({})
     assert registry.snapshots() == [1]
     assert registry.load().version == 2
+    learner.save_snapshot({})
+    assert registry.snapshots() == [1, 2]
+    assert len(list((files_of(registry) / "snapshots" / "0000000002").iterdir())) == 5
 
 
 def test_writes_leave_no_temporary_files(registry):
