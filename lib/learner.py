@@ -29,6 +29,7 @@ class LearnerConfig:
     """How the weights follow the feedback."""
 
     learning_rate: float = 1e-3
+    context_length: int = 32  # events read before a user's new ones, and of a replayed history; never over max_length
     replay_events: int = 1024  # of random users' histories, learned again with every update
     replay_weight: float = 0.5  # of a replayed target, where a new event's is 1
     negatives: int = 512
@@ -116,7 +117,7 @@ class NearlineLearner:
     def sample_sizes(self) -> SampleSizes:
         """What the learner wants with the new events of a micro-batch."""
         config = self.config
-        length = self.encoder.config.max_length
+        length = min(config.context_length, self.encoder.config.max_length)
         return SampleSizes(length, config.replay_events, config.held_out_users, config.held_out_length)
 
     @property
@@ -218,9 +219,9 @@ class NearlineLearner:
 
     def _training_batch(self, batch: MicroBatch) -> Batch | None:
         """New events as targets with their context, and the replayed histories at a lower weight."""
-        limit = self.encoder.config.max_length + 1
-        histories = [h.newest(limit - 1 + n) for h, n in zip(batch.histories, batch.new_counts, strict=True)]
-        replay = [history.newest(limit) for history in batch.replay]
+        length = self.sample_sizes.history_length
+        histories = [h.newest(length + n) for h, n in zip(batch.histories, batch.new_counts, strict=True)]
+        replay = [history.newest(length + 1) for history in batch.replay]
         flat = to_histories([*histories, *replay], self.catalog, self.kind_codes)
         sequences = SequenceBatches(flat, self.encoder.config)
         share = np.zeros(len(flat.rows), dtype=np.float32)
