@@ -16,11 +16,9 @@ all of them, RecTools takes each user's newest events once an epoch. Run it on a
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +29,7 @@ from rich.table import Table
 
 from lib.datasets import EVENTS_FILE
 from lib.events import InputError
+from tests.benchmarks.machine import describe_machine
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PEER_PROGRAM = Path(__file__).with_name("rectools_peer.py")
@@ -51,29 +50,6 @@ TRAINING_KEYS = ("seconds", "sequences_per_second", *PEER_SHAPE.values())
 def available_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cpu_model() -> str:
-    """The processor's name as the system tells it."""
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def describe_machine() -> dict[str, Any]:
-    """What a reader needs to judge the timings; the load average tells whether others were at work."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cores": available_cores(),
-        "cpu": cpu_model(),
-        "system": platform.platform(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "ray", "transformers")},
-    }
 
 
 def run(name: str, command: list[str], environment: dict[str, str] | None = None) -> None:
@@ -170,7 +146,7 @@ def compare(afterclick: dict[str, Any], peer: dict[str, Any]) -> dict[str, dict[
 
 def print_comparison(rows: dict[str, dict[str, float]], machine: dict[str, Any]) -> None:
     """Print the comparison as a table."""
-    table = Table(title=f"Leave-one-out, all items ranked; {machine['cores']} cores, {machine['cpu']}")
+    table = Table(title=f"Leave-one-out, all items ranked; {machine['cores']} cores, {machine['processor']}")
     for heading, side in (("", "left"), ("Afterclick", "right"), (f"RecTools {RECTOOLS}", "right"), ("ratio", "right")):
         table.add_column(heading, justify=side)  # pyright: ignore[reportArgumentType]
     for name, row in rows.items():
@@ -204,7 +180,7 @@ def benchmark(
             f"peer-python: {peer_python} cannot import RecTools {RECTOOLS}, torch and pyarrow; leave it out"
         )
     machine = describe_machine()
-    if machine["load_average"] > BUSY_LOAD:
+    if machine["load_before"] > BUSY_LOAD:
         Console(stderr=True).print(
             f"The machine is busy (load {machine['load_average']:.1f}): do not trust the timings."
         )
