@@ -133,13 +133,27 @@ def read_events(data: str | Path) -> pa.Table:
     Users are contiguous and each user's events in time order, events of equal time in the order of the file. Raises
     InputError when there is no such dataset, or a column is missing, of the wrong type, null or of an unknown kind.
     """
+    path = events_file(data)
+    with parquet_file(path) as file:
+        # Further columns are of no use here; ingested data has none.
+        table = file.read([name for name in file.schema_arrow.names if name in EVENT_SCHEMA.names])
+    return order_events(checked_events(table, path))
+
+
+def events_file(data: str | Path) -> Path:
+    """The events file of a dataset folder, or that file itself; InputError when there is none."""
     path = _file_in(data, EVENTS_FILE)
     if path is None:
         found = "does not exist" if not Path(data).exists() else f"holds no {EVENTS_FILE}"
         raise InputError(f"data {str(data)!r} {found}; make it with 'afterclick ingest --source PATH --out {data}'")
-    with parquet_file(path) as file:
-        # Further columns are of no use here; ingested data has none.
-        table = file.read([name for name in file.schema_arrow.names if name in EVENT_SCHEMA.names])
+    return path
+
+
+def checked_events(table: pa.Table, path: Path) -> pa.Table:
+    """Events read from a file, of EVENT_SCHEMA, in their order.
+
+    Raises InputError when a column is missing, of the wrong type, null or of an unknown kind.
+    """
     try:
         table = conform(table)
     except InputError as error:
@@ -151,7 +165,7 @@ def read_events(data: str | Path) -> pa.Table:
     unknown = sorted(set(pc.unique(table["event"]).to_pylist()) - set(EVENT_KINDS))
     if unknown:
         raise InputError(f"{path}: unknown event {unknown[0]!r}; ingest the data with --event-kind {unknown[0]}=KIND")
-    return order_events(table.cast(EVENT_SCHEMA))
+    return table.cast(EVENT_SCHEMA)
 
 
 def read_items(data: str | Path) -> pa.Table | None:
@@ -263,7 +277,7 @@ def _partitions(reader: _Reader, work: Path, partition_bytes: int) -> list[Calla
     writers = [pa.ipc.new_stream(str(path), _SPILL_SCHEMA, options=options) for path in paths]
     try:
         for table in _gathered(reader.tables(), partition_bytes // 8):
-            partition = _partition_of(table["user_id"], count)
+            partition = partition_of(table["user_id"], count)
             order = np.argsort(partition, kind="stable")  # the events of a user keep their order
             ends = np.cumsum(np.bincount(partition, minlength=count))
             table = table.take(pa.array(order))
@@ -288,7 +302,8 @@ def _gathered(tables: Iterator[pa.Table], size: int) -> Iterator[pa.Table]:
         yield pa.concat_tables(gathered)
 
 
-def _partition_of(users: pa.ChunkedArray, count: int) -> np.ndarray:
+def partition_of(users: pa.ChunkedArray, count: int) -> np.ndarray:
+    """(E,) which of `count` partitions each event is in: all of a user's in one, the same in every process."""
     encoded = pc.dictionary_encode(pc.fill_null(users, "")).combine_chunks()
     if isinstance(encoded, pa.ChunkedArray):  # what combine_chunks makes of no chunks
         return np.zeros(0, dtype=np.int64)
