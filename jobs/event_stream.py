@@ -1,0 +1,248 @@
+"""Datasets larger than memory, streamed from Parquet through Ray Data.
+
+`prepare_stream` runs once a run, before the workers. It reads events.parquet three times, in pieces: to see what it
+holds, to put each user's events into one bucket, and to write each bucket as the histories that are trained on. A
+training worker then streams the buckets of each epoch (`StreamedData`), with one read ahead while it trains on another.
+"""
+
+import json
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+from ray.data import Dataset, ExecutionResources, TaskPoolStrategy
+
+from lib.catalog import Catalog
+from lib.datasets import events_file, read_items
+from lib.encoder import BehaviourEncoderConfig
+from lib.event_pieces import Piece, merged, pieces_of, read_piece, survey
+from lib.events import EVENT_KINDS, order_events
+from lib.histories import Histories, histories_of
+from lib.source_files import parquet_file
+from lib.user_buckets import (
+    SAMPLED_VALUES,
+    BucketBatches,
+    BucketFigures,
+    StreamFigures,
+    bucket_count,
+    figures_of,
+    histories_in,
+    part_to_train,
+    stream_figures,
+    table_of,
+    with_bucket,
+)
+
+EVENTS_PER_BUCKET = 2_000_000  # 35 MB of histories, and what one task holds of the events
+IN_MEMORY_BYTES = 400  # of an event, where a worker reads all of them at once
+MEMORY_SHARE = 0.5  # of the machine's, that reading all at once may take
+PLACES_A_TASK = 4  # of the cluster's CPUs, while the stream is prepared: each task holds a bucket
+AHEAD = 2  # buckets that are read before they are needed
+FIGURES_FILE, ITEMS_FILE, PARTS_FOLDER, BUCKETS_FOLDER = "figures.json", "items.parquet", "parts", "buckets"
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class StreamedData:
+    """A prepared stream: what a training worker knows of the data without holding it."""
+
+    folder: Path
+    catalog: Catalog  # of all items
+    figures: StreamFigures  # of the events that are trained on
+
+    def histories(self, buckets: Sequence[int] | None = None) -> Iterator[Histories]:
+        """The histories of these buckets (or of all) one bucket after another, streamed."""
+        buckets = self.figures.buckets if buckets is None else buckets
+        return stream_buckets(self.folder, buckets, AHEAD * self.figures.bucket_bytes)
+
+    def batches(self, config: BehaviourEncoderConfig) -> BucketBatches:
+        """Training batches for an encoder."""
+        return BucketBatches(self.histories, self.figures.buckets, config)
+
+
+def prepare_stream(
+    data: str | Path, folder: Path, holdout: str, seed: int, events_per_bucket: int = EVENTS_PER_BUCKET
+) -> StreamFigures:
+    """Make `folder` the stream of a dataset, on the running Ray; one that is complete is left as it is.
+
+    Raises:
+        InputError: the data is missing or breaks a rule of lib/datasets.py.
+    """
+    if (folder / FIGURES_FILE).exists():
+        return _read_figures(folder)
+    if folder.exists():  # of a preparation that was killed
+        shutil.rmtree(folder)
+    (folder / BUCKETS_FOLDER).mkdir(parents=True)
+    path = events_file(data)
+    pieces = pieces_of(path, events_per_bucket)
+    tasks = max(1, int(ray.cluster_resources().get("CPU", 0)) // PLACES_A_TASK)
+    whole = merged(_mapped(pieces, partial(survey, path), tasks))
+    pq.write_table(whole.first_uses.select(["item_id"]), folder / ITEMS_FILE)
+    _write_parts(path, pieces, folder / PARTS_FOLDER, bucket_count(whole.events, events_per_bucket), tasks)
+    finish = partial(
+        _finish_bucket,
+        folder=folder,
+        holdout=holdout,
+        span=(whole.oldest, whole.newest),
+        value_share=SAMPLED_VALUES / max(whole.values, 1),
+        seed=seed,
+    )
+    found: list[BucketFigures] = []
+    held = 0
+    for figures, events in _mapped(_buckets_in(folder / PARTS_FOLDER), finish, tasks):
+        shutil.rmtree(_part(folder, figures.bucket))
+        found.append(figures)
+        held += events
+    (folder / PARTS_FOLDER).rmdir()
+    if held != whole.events:
+        raise RuntimeError(f"{folder}: the buckets hold {held} of {whole.events} events; start again")
+    figures = stream_figures(found)
+    partial_file = folder / f"{FIGURES_FILE}.partial"
+    partial_file.write_text(json.dumps(asdict(figures), indent=2) + "\n")
+    partial_file.rename(folder / FIGURES_FILE)  # the last step: where it is, everything is
+    return figures
+
+
+def read_stream(data: str | Path, folder: Path) -> StreamedData:
+    """What `prepare_stream` has made of a dataset."""
+    items = read_items(data)
+    catalog = Catalog(pq.read_table(folder / ITEMS_FILE)["item_id"].to_pylist(), items)
+    if items is not None:
+        catalog.extend(items["item_id"].to_pylist())
+    return StreamedData(folder, catalog, _read_figures(folder))
+
+
+def stream_buckets(folder: Path, buckets: Sequence[int], bytes_ahead: int) -> Iterator[Histories]:
+    """The histories of buckets in this order, while the next are being read; about `bytes_ahead` of these are held."""
+    dataset = _dataset(buckets)
+    options = dataset.context.execution_options
+    options.resource_limits = ExecutionResources.for_limits(object_store_memory=bytes_ahead)
+    dataset.context.target_max_block_size = None  # a bucket is one block
+    dataset.context.execution_no_progress_timeout_s = -1  # training on a bucket may take long
+    # no CPU: the training workers may have taken all that there are, and would wait for a reader that waits for them
+    dataset = dataset.map_batches(
+        partial(_read_buckets, folder=folder), batch_size=None, compute=TaskPoolStrategy(1), num_cpus=0
+    )
+    tables: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+    expected = iter(buckets)
+    for table in tables:
+        found, bucket = table["bucket"].unique().to_pylist(), next(expected)
+        if found != [bucket]:
+            raise RuntimeError(f"{folder}: bucket {bucket} was to come, and Ray Data gave {found}")
+        yield histories_in(table.drop_columns(["bucket"]))
+    if missing := list(expected):
+        raise RuntimeError(f"{folder}: Ray Data did not give buckets {missing}")
+
+
+def must_stream(data: str | Path, workers: int) -> bool:
+    """Whether that many workers, each with all events in memory, would take more than MEMORY_SHARE of this machine's.
+
+    Raises:
+        InputError: there is no such dataset.
+    """
+    with parquet_file(events_file(data)) as file:
+        events = file.metadata.num_rows
+    return events * IN_MEMORY_BYTES * workers > MEMORY_SHARE * machine_memory()
+
+
+def machine_memory() -> int:
+    """Bytes of memory of this machine, or of the container that it is."""
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if path.exists() and (limit := path.read_text().strip()).isdecimal():
+            return min(installed, int(limit))
+    return installed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three passes
+
+
+def _dataset(items: Iterable[Any]) -> Dataset:
+    """The items, pickled, as a Ray Data dataset of one block each and in this order; it does not print what it does."""
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns of the bars that are not shown
+    rows = [{"item": pickle.dumps(item)} for item in items]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    dataset.context.enable_progress_bars = False
+    dataset.context.execution_options.preserve_order = True
+    return dataset
+
+
+def _mapped(items: Sequence[Item], function: Callable[[Item], Result], tasks: int) -> Iterator[Result]:
+    """The function's results, in the order of the items; at most so many tasks at once."""
+    compute = TaskPoolStrategy(min(tasks, len(items)))
+    for row in _dataset(items).map(partial(_applied, function=function), compute=compute).iter_rows():
+        yield pickle.loads(row["item"])
+
+
+def _applied(row: dict[str, bytes], function: Callable[[Any], Any]) -> dict[str, bytes]:
+    return {"item": pickle.dumps(function(pickle.loads(row["item"])))}
+
+
+def _write_parts(path: Path, pieces: Sequence[Piece], folder: Path, buckets: int, tasks: int) -> None:
+    """Write all events, with their bucket and their place in the file, to a folder for each bucket."""
+    tasks = min(tasks, len(pieces))
+    dataset = _dataset(pieces).map_batches(
+        partial(_bucketed, path=path, buckets=buckets), batch_size=None, compute=TaskPoolStrategy(tasks)
+    )
+    dataset.write_parquet(str(folder), partition_cols=["bucket"], concurrency=tasks)
+
+
+def _bucketed(batch: Any, path: Path, buckets: int) -> Iterator[pa.Table]:
+    for item in batch["item"]:
+        yield with_bucket(read_piece(path, pickle.loads(item)), buckets)
+
+
+def _part(folder: Path, bucket: int) -> Path:
+    return folder / PARTS_FOLDER / f"bucket={bucket}"  # as Arrow names it
+
+
+def _buckets_in(folder: Path) -> list[int]:
+    return sorted(int(path.name.partition("=")[2]) for path in folder.iterdir())
+
+
+def _bucket_file(folder: Path, bucket: int) -> Path:
+    return folder / BUCKETS_FOLDER / f"{bucket:04d}.parquet"
+
+
+def _finish_bucket(
+    bucket: int, folder: Path, holdout: str, span: tuple[int, int], value_share: float, seed: int
+) -> tuple[BucketFigures, int]:
+    """Write a bucket's histories without what is held out; what they hold, and how many events there were before."""
+    # by ParquetFile, because read_table would take a column from the name of the folder
+    parts = [pq.ParquetFile(path).read() for path in sorted(_part(folder, bucket).iterdir())]
+    events = order_events(pa.concat_tables(parts).sort_by("position"))
+    items = pq.read_table(folder / ITEMS_FILE)["item_id"].to_pylist()
+    histories = histories_of(events, Catalog(items).row_of, EVENT_KINDS)
+    trained = part_to_train(histories, holdout, *span)
+    path = _bucket_file(folder, bucket)
+    partial_file = path.with_suffix(f".{os.getpid()}")  # a task may be started again while its first try still runs
+    table = table_of(trained)
+    pq.write_table(table, partial_file)
+    partial_file.rename(path)
+    return figures_of(bucket, trained, table.nbytes, value_share, seed), len(events)
+
+
+def _read_buckets(batch: Any, folder: Path) -> Iterator[pa.Table]:
+    for item in batch["item"]:
+        bucket = pickle.loads(item)
+        table = pq.read_table(_bucket_file(folder, bucket))
+        yield table.append_column("bucket", pa.array(np.full(len(table), bucket, dtype=np.int32)))
+
+
+def _read_figures(folder: Path) -> StreamFigures:
+    return StreamFigures(**json.loads((folder / FIGURES_FILE).read_text()))
