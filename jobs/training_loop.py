@@ -103,7 +103,7 @@ def new_encoder(training_data: TrainingData, preset: Preset, seed: int) -> Behav
     config = BehaviourEncoderConfig(
         item_rows=len(training_data.catalog) + 1,
         hidden_size=preset.hidden_size,
-        intermediate_size=4 * preset.hidden_size,
+        intermediate_size=2 * preset.hidden_size,
         num_hidden_layers=preset.num_hidden_layers,
         num_attention_heads=preset.num_attention_heads,
         max_length=preset.max_length,

@@ -332,7 +332,7 @@ class _Drive:
         Both leave out what the user already had; a dislike is nothing to recommend; and where a failed request
         leaves open what the service knows of a user, the two histories may differ.
         """
-        disliked = EVENT_WEIGHTS[step.kind] == 0 or (
+        disliked = EVENT_WEIGHTS[step.kind] < 0 or (
             step.kind == "rating" and step.value is not None and step.value <= NEGATIVE_RATING
         )
         if disliked or step.user_id in self.unsure:

@@ -28,8 +28,9 @@ EVENT_SCHEMA = pa.schema(
     ]
 )
 
-# What a reaction is worth as a training target. The order is the order of the encoder's kind embedding (code 0 is
-# padding, so a kind's code is its place here plus one): append, never reorder.
+# What a reaction is worth as a training target; below zero it is pushed away from, never aimed at. The order is the
+# order of the encoder's kind embedding (code 0 is padding, so a kind's code is its place here plus one): append, never
+# reorder.
 EVENT_WEIGHTS = {
     "view": 1.0,
     "click": 1.0,
@@ -38,8 +39,8 @@ EVENT_WEIGHTS = {
     "purchase": 1.0,
     "rating": 1.0,
     "like": 1.0,
-    "dislike": 0.0,
-    "skip": 0.0,
+    "dislike": -1.0,
+    "skip": -1.0,
 }
 EVENT_KINDS = tuple(EVENT_WEIGHTS)
 NEGATIVE_RATING = 2.0  # a rating at or below this is a dislike

@@ -336,6 +336,8 @@ class NearlineLearner:
 
 def _trainer_of(loaded: LoadedVersion, config: TrainingConfig) -> Trainer:
     """A trainer with the optimiser state of a loaded version."""
+    # a change of these would move every item's vector, and a delta is to name the few items that it moves
+    loaded.encoder.attribute_embeddings.requires_grad_(False)
     trainer = Trainer(loaded.encoder, len(loaded.catalog), config)
     if loaded.optimizer is not None:
         trainer.load_optimizer_state(loaded.optimizer)

@@ -14,7 +14,7 @@ from lib.ranking import ItemFilter, most_popular, without_seen
 from lib.retrieval import ItemIndex
 from lib.sequences import SequenceBatches
 from lib.user_histories import History, to_histories
-from lib.weights import Delta, DeltaMismatch, Fingerprint, apply_delta, state_of
+from lib.weights import ATTRIBUTE_TABLE, Delta, DeltaMismatch, Fingerprint, apply_delta, state_of
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ class Recommender:
         apply_delta(self.encoder, delta)
         self.catalog.extend(delta.new_items)
         rows = np.union1d(delta.rows, np.arange(len(self.index), delta.item_rows))
+        if ATTRIBUTE_TABLE in delta.tensors:  # every item's vector has moved
+            rows = np.arange(delta.item_rows)
         self.index.update(rows, self._vectors(rows))
         checksum = self.fingerprint.update(state_of(self.encoder), delta.rows, set(delta.tensors))
         if checksum != delta.checksum:

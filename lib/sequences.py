@@ -42,12 +42,15 @@ def value_boundaries(values: np.ndarray, buckets: int = 16) -> list[float]:
 
 
 def target_weights(kinds: np.ndarray, values: np.ndarray, event_kinds: Sequence[str]) -> np.ndarray:
-    """(E,) float32 what each event is worth as a target; 0 for a dislike, a skip and a rating of 1 or 2."""
+    """(E,) float32 what each event is worth as a target; below 0 for a dislike, a skip and a rating of 1 or 2.
+
+    What is below 0 is never a target: it is pushed away from (lib/objective.py).
+    """
     by_code = np.array([0.0] + [EVENT_WEIGHTS[kind] for kind in event_kinds], dtype=np.float32)
     weights = by_code[kinds]
     if "rating" in event_kinds:
         disliked = (kinds == event_kinds.index("rating") + 1) & (values <= NEGATIVE_RATING)
-        weights[disliked] = 0.0
+        weights[disliked] = EVENT_WEIGHTS["dislike"]
     return weights
 
 
@@ -61,7 +64,11 @@ class Batch:
     values: Tensor  # (B, T) int64
     lengths: Tensor  # (B,) int64
     target_rows: Tensor  # (B, T) int64, the item of the next event
-    target_weights: Tensor  # (B, T) float32, 0 where there is no target
+    target_weights: Tensor  # (B, T) float32, 0 where there is no target, below 0 where it was disliked
+
+    def __getitem__(self, lines: slice) -> "Batch":
+        """Some of the histories."""
+        return Batch(**{name: tensor[lines] for name, tensor in vars(self).items()})
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""

@@ -1,8 +1,9 @@
 """The one training step that pretraining, fine-tuning and near-line learning share.
 
 The step gathers each item row it needs once, lets autograd own that small matrix alone, and updates just those rows
-of the table, so its cost follows the batch and not the catalog. With several workers the gradients are summed and
-divided by the global number of targets: the result is that of one worker with the whole batch.
+of the table, so its cost follows the batch and not the catalog. With several workers, or a batch that is worked off in
+parts, gradients are summed and divided by the weight of all targets: the result is that of one worker with the whole
+batch at once.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,10 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.encoder import BehaviourEncoder
-from lib.objective import sampled_softmax, uniform_negatives
+from lib.objective import next_item_losses, sampled_margins, uniform_negatives, unit_length
 from lib.sequences import Batch
-
-ITEM_TABLE = "item_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,9 @@ class TrainingConfig:
     epsilon: float = 1e-8
     clip_norm: float = 5.0
     negatives: int = 512
+    dislike_weight: float = 0.1  # of pushing away what was disliked, relative to drawing near what was liked
+    accumulation: int = 1  # parts that a batch is worked off in, one after another, where memory is short
+    precision: str = "float32"  # or "bfloat16", of the blocks' activations
     seed: int = 0
 
 
@@ -67,15 +69,16 @@ class RowAdam:
     def step(self, table: Tensor, rows: Tensor, gradient: Tensor, learning_rate: float) -> None:
         """Update table[rows] in place; rows (R,) distinct, gradient (R, C)."""
         beta1, beta2 = self.config.betas
-        steps = self.steps[rows] + 1
-        first = torch.lerp(gradient, self.first[rows], beta1)
-        second = torch.lerp(gradient.square(), self.second[rows], beta2)
-        self.steps[rows], self.first[rows], self.second[rows] = steps, first, second
-        first = first / (1 - beta1**steps)[:, None]
-        second = second / (1 - beta2**steps)[:, None]
-        update = first / (second.sqrt() + self.config.epsilon)
-        values = table[rows]
-        table[rows] = values - learning_rate * (update + self.config.weight_decay * values)
+        steps = self.steps.index_select(0, rows).add_(1)
+        first = self.first.index_select(0, rows).lerp_(gradient, 1 - beta1)
+        second = self.second.index_select(0, rows).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        for state, value in ((self.steps, steps), (self.first, first), (self.second, second)):
+            state.index_copy_(0, rows, value)
+        first.div_((1 - beta1**steps)[:, None])
+        second.div_((1 - beta2**steps)[:, None])
+        update = first.div_(second.sqrt_().add_(self.config.epsilon))
+        values = table.index_select(0, rows).mul_(1 - learning_rate * self.config.weight_decay)
+        table.index_copy_(0, rows, values.sub_(update, alpha=learning_rate))
 
 
 class Trainer:
@@ -91,9 +94,9 @@ class Trainer:
         table = encoder.item_embeddings.weight
         table.requires_grad_(False)
         self.row_optimizer = RowAdam(table, config)
-        self.dense = {name: parameter for name, parameter in encoder.named_parameters() if name != ITEM_TABLE}
+        self.dense = {name: parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            self._groups(), lr=config.learning_rate, betas=config.betas, eps=config.epsilon, foreach=True
+            self._groups(), lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True
         )
         for parameter in self.dense.values():  # what AdamW would make at its first step, so that it can always be saved
             moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
@@ -138,51 +141,35 @@ class Trainer:
             {"params": vectors, "weight_decay": 0.0},
         ]
 
-    def loss(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Weighted sum of the losses of a batch, the sum of weights, and the gathered rows with their vectors."""
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
-        negative_rows = uniform_negatives(self.config.negatives, self.items, generator).to(batch.rows.device)
-        has_target = batch.target_weights > 0  # (B, T)
-        target_rows = batch.target_rows[has_target]  # (M,)
-        rows, places = torch.unique(torch.cat([batch.rows.flatten(), target_rows, negative_rows]), return_inverse=True)
-        table = self.encoder.item_embeddings.weight[rows].requires_grad_()  # (R, C), a leaf of its own
-        inputs, positives, negatives = places.split([batch.rows.numel(), len(target_rows), len(negative_rows)])
-        hidden = self.encoder(
-            batch.kinds, batch.gaps, batch.values, batch.lengths, item_vectors=table[inputs].view(*batch.rows.shape, -1)
-        )
-        unit = F.normalize(table, dim=-1)
-        losses = sampled_softmax(
-            self.encoder.queries(hidden[has_target]),
-            unit[positives],
-            unit[negatives],
-            target_rows,
-            negative_rows,
-            self.encoder.config.temperature,
-        )
-        weights = batch.target_weights[has_target]
-        return (losses * weights).sum(), weights.sum(), rows, table
-
     def step(self, batch: Batch) -> StepResult:
         """Train on one batch (this worker's part of it)."""
         self.encoder.train()
         self.steps += 1
-        self.optimizer.zero_grad(set_to_none=False)
-        loss, weight, rows, table = self.loss(batch, self.steps)
-        loss.backward()
+        self.optimizer.zero_grad()
+        weights = self._weights(batch)
+        targets = batch.target_rows * (weights != 0)
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.steps)
+        negatives = uniform_negatives(self.config.negatives, self.items, generator).to(targets.device)
+        every = torch.cat([batch.rows.flatten(), targets.flatten(), negatives])
+        rows, places = torch.unique(every, return_inverse=True)
+        table = self.encoder.item_embeddings.weight.index_select(0, rows).requires_grad_()  # (R, C), a leaf of its own
+        inputs, positives, negatives = places.split([targets.numel(), targets.numel(), len(negatives)])
+        total_weight = summed_over_workers(weights.abs().sum())
+        loss = torch.zeros((), device=table.device)
+        for part in torch.arange(len(targets)).chunk(self.config.accumulation):
+            lines = slice(int(part[0]), int(part[-1]) + 1)
+            inputs_of, positives_of = inputs.view_as(targets)[lines], positives.view_as(targets)[lines]
+            partial = self._loss(batch[lines], rows, table, inputs_of, positives_of, negatives, weights[lines])
+            partial = partial / total_weight.clamp(min=1e-9)
+            partial.backward()
+            loss += partial.detach()
         assert table.grad is not None
-        rows, gradient, totals = gather_gradients(
-            rows, table.grad, list(self.dense.values()), torch.stack([loss.detach(), weight])
-        )
-        total_loss, total_weight = totals.tolist()
-        scale = 1.0 / max(total_weight, 1e-9)
+        rows, gradient, loss = gather_gradients(rows, table.grad, list(self.dense.values()), loss)
         dense_gradients = [p.grad for p in self.dense.values() if p.grad is not None]
-        torch._foreach_mul_(dense_gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
-        gradient.mul_(scale)
         norm = nn.utils.get_total_norm([*dense_gradients, gradient])
         shrink = min(1.0, self.config.clip_norm / (float(norm) + 1e-6))
         if shrink < 1.0:
-            torch._foreach_mul_(dense_gradients, shrink)  # pyright: ignore[reportPrivateImportUsage]
-            gradient.mul_(shrink)
+            torch._foreach_mul_([*dense_gradients, gradient], shrink)  # pyright: ignore[reportPrivateImportUsage]
         rows, gradient = rows[rows > 0], gradient[rows > 0]  # the padding row stays zero
         if self.before_update is not None:
             self.before_update(rows)
@@ -190,18 +177,72 @@ class Trainer:
             group["lr"] = self.learning_rate
         self.optimizer.step()
         self.row_optimizer.step(self.encoder.item_embeddings.weight, rows, gradient, self.learning_rate)
-        return StepResult(total_loss * scale, total_weight, float(norm), rows)
+        return StepResult(float(loss), float(total_weight), float(norm), rows)
+
+    def _weights(self, batch: Batch) -> Tensor:
+        """(B, T) what each target counts: below zero where the person disliked it, zero where there is none."""
+        weights = batch.target_weights
+        return torch.where(weights < 0, weights * self.config.dislike_weight, weights)
+
+    def _loss(
+        self,
+        batch: Batch,
+        rows: Tensor,
+        table: Tensor,
+        inputs: Tensor,
+        positives: Tensor,
+        negatives: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        """Weighted sum of the losses of a part of a batch.
+
+        Args:
+            batch: the part, B sequences of at most T events.
+            rows: (R,) distinct rows that the whole batch needs.
+            table: (R, C) their embeddings.
+            inputs: (B, T) places in `rows` of the events' items.
+            positives: (B, T) places in `rows` of the targets.
+            negatives: (N,) places in `rows` of the shared negatives.
+            weights: (B, T) from `_weights`.
+        """
+        vectors = self.encoder.described(table, rows)
+        item_vectors = vectors.index_select(0, inputs.flatten()).view(*inputs.shape, -1)
+        half = self.config.precision == "bfloat16"
+        with torch.autocast(table.device.type, dtype=torch.bfloat16, enabled=half):
+            hidden = self.encoder(batch.kinds, batch.gaps, batch.values, batch.lengths, item_vectors=item_vectors)
+        has_target = weights.flatten().nonzero().flatten()  # (M,)
+        weights = weights.flatten().index_select(0, has_target)
+        positives = positives.flatten().index_select(0, has_target)
+        unit = unit_length(vectors)
+        margins = sampled_margins(
+            self.encoder.queries(hidden.flatten(0, 1).index_select(0, has_target)),
+            unit.index_select(0, positives),
+            unit.index_select(0, negatives),
+            rows.index_select(0, positives),
+            rows.index_select(0, negatives),
+            self.encoder.config.temperature,
+        )
+        return (next_item_losses(margins, weights.sign()) * weights.abs()).sum()
+
+
+def summed_over_workers(value: Tensor) -> Tensor:
+    """The sum of a tensor over all workers."""
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        distributed.all_reduce(value)
+    return value
 
 
 def gather_gradients(
-    rows: Tensor, gradient: Tensor, dense: list[nn.Parameter], totals: Tensor
+    rows: Tensor, gradient: Tensor, dense: list[nn.Parameter], loss: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum dense gradients, totals and item-row gradients over all workers; each worker gets the same result."""
+    """Sum dense gradients, loss and item-row gradients over all workers; each worker gets the same result."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return rows, gradient, totals
-    flat = torch.cat([totals] + [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in dense])
+        return rows, gradient, loss
+    flat = torch.cat(
+        [loss.view(1)] + [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in dense]
+    )
     distributed.all_reduce(flat)
-    totals, rest = flat[: len(totals)], flat[len(totals) :]
+    loss, rest = flat[0], flat[1:]
     for parameter, part in zip(dense, rest.split([p.numel() for p in dense]), strict=True):
         parameter.grad = part.view_as(parameter).clone()
     world = distributed.get_world_size()
@@ -218,4 +259,4 @@ def gather_gradients(
     rows, places = torch.unique(torch.cat(all_rows), return_inverse=True)
     summed = gradient.new_zeros(len(rows), gradient.shape[1])
     summed.index_add_(0, places, torch.cat(all_gradients))
-    return rows, summed, totals
+    return rows, summed, loss

@@ -1,6 +1,6 @@
 """Snapshots and deltas of a model's weights, and the fingerprint that proves two copies equal to the bit.
 
-A state is the encoder's named tensors. Two of them are row tensors, one line per item: a delta carries just their
+A state is the encoder's named tensors. Three of them are row tensors, one line per item: a delta carries just their
 changed rows, and of the other tensors those that changed.
 """
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lib.encoder import BehaviourEncoder
 
-ROW_TENSORS = ("item_embeddings.weight", "item_popularity")
+ROW_TENSORS = ("item_embeddings.weight", "item_popularity", "item_attributes")
+ATTRIBUTE_TABLE = "attribute_embeddings.weight"
 OPTIMIZER_PREFIX = "optimizer."
 
 
@@ -107,7 +108,9 @@ def grow_items(encoder: BehaviourEncoder, item_rows: int) -> None:
     grown = torch.cat([table.detach(), table.new_zeros(missing, table.shape[1])])
     encoder.item_embeddings.weight = nn.Parameter(grown, requires_grad=table.requires_grad)
     encoder.item_embeddings.num_embeddings = item_rows
-    encoder.item_popularity = torch.cat([encoder.item_popularity, encoder.item_popularity.new_zeros(missing)])
+    for name in ("item_popularity", "item_attributes"):
+        known = getattr(encoder, name)
+        setattr(encoder, name, torch.cat([known, known.new_zeros(missing, *known.shape[1:])]))
     encoder.config.item_rows = item_rows
 
 

@@ -16,7 +16,7 @@ from lib.weights import Delta, fingerprint
 from tests.tiny import NOW, assert_same_state, copied_state, history, micro_batch, started_registry
 
 CONFIG = LearnerConfig(negatives=8, held_out_candidates=12)
-HELD_OUT = [history([7, 8, 9]), history([3, 1, 2, 6])]
+HELD_OUT = [history([7, 8, 9]), history([3, 1, 2, 6]), history([12, 13, 14]), history([20, 4]), history([5, 18, 22])]
 REPLAY = [history([10, 11, 12, 13]), history([14, 15])]
 
 
@@ -44,9 +44,9 @@ def update(learner: NearlineLearner, number: int, *items: int | str) -> Delta:
     return outcome
 
 
-def rejected_update(learner: NearlineLearner, batch: MicroBatch) -> Rejection:
+def rejected_update(learner: NearlineLearner, batch: MicroBatch, learning_rate: float = float("inf")) -> Rejection:
     """Learn with a learning rate that destroys any model."""
-    learner.trainer.learning_rate = 1e6
+    learner.trainer.learning_rate = learning_rate
     outcome = learner.learn(batch)
     learner.trainer.learning_rate = CONFIG.learning_rate
     assert isinstance(outcome, Rejection), outcome
@@ -131,13 +131,14 @@ def test_events_of_an_unknown_kind_do_not_shift_what_is_new(tmp_path):
     assert trained.target_rows[trained.target_weights > 0].tolist() == [3]
 
 
-def test_dislikes_and_skips_are_read_but_not_learned_as_targets(learner):
+@pytest.mark.parametrize("kind", ["dislike", "skip"])
+def test_dislikes_and_skips_are_pushed_away_from(learner, kind):
     disliked = history([1, 2])
-    disliked.append(Event("u", "i3", "dislike", None, NOW + DAY))
-    assert learner._training_batch(micro_batch(1, [disliked])) is None
-    outcome = learner.learn(micro_batch(1, [disliked]))
-    assert isinstance(outcome, Delta)
-    assert outcome.facts["loss"] is None
+    disliked.append(Event("u", "i3", kind, None, NOW + DAY))
+    batch = learner._training_batch(micro_batch(1, [disliked]))
+    assert batch is not None
+    assert batch.target_rows[batch.target_weights < 0].tolist() == [3]
+    assert not (batch.target_weights > 0).any()
 
 
 def test_a_batch_in_which_nothing_can_be_trained(registry, learner):
@@ -281,7 +282,7 @@ def test_a_rejected_update_leaves_everything_as_it_was(registry, learner):
     before, optimizer = copied_state(learner.encoder), optimizer_of(learner)
     checksum, trained = learner.checksum, learner.events_trained
     arrived = [history([1, 2, 3]), history([4, 5, 6]), history([20])]  # the last is a first event: it is counted alone
-    rejection = rejected_update(learner, micro_batch(8, arrived, [2, 1, 1], replay=REPLAY, held_out=HELD_OUT))
+    rejection = rejected_update(learner, micro_batch(8, arrived, [2, 1, 1], replay=REPLAY, held_out=HELD_OUT), 1e6)
     assert rejection.last_offset == 8
     assert rejection.events == 4
     assert "held-out" in rejection.reason

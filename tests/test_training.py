@@ -11,12 +11,12 @@ import safetensors.torch
 import torch
 import torch.distributed as distributed
 import torch.nn.functional as F
-from torch import multiprocessing
+from torch import Tensor, multiprocessing
 
 from lib.encoder import BehaviourEncoder
 from lib.events import EVENT_KINDS
 from lib.histories import Histories
-from lib.objective import sampled_softmax, uniform_negatives
+from lib.objective import next_item_losses, sampled_margins, uniform_negatives, unit_length
 from lib.sequences import Batch, SequenceBatches
 from lib.training import RowAdam, Trainer, TrainingConfig
 from lib.weights import state_of
@@ -53,24 +53,89 @@ def assert_same_optimizer(one: Trainer, other: Trainer) -> None:
 # The objective
 
 
-def test_sampled_softmax_with_all_items_as_negatives_is_the_full_softmax():
+def test_the_loss_with_all_items_as_negatives_is_the_full_softmax():
     encoder = tiny_encoder()
     queries = torch.randn(7, 16, generator=torch.Generator().manual_seed(1))
     targets = torch.tensor([1, 5, 5, 24, 3, 9, 2])
     vectors, everything = encoder.item_vectors(), torch.arange(1, 25)
-    found = sampled_softmax(queries, vectors[targets], vectors[1:], targets, everything, temperature=0.05)
+    margins = sampled_margins(queries, vectors[targets], vectors[1:], targets, everything, temperature=0.05)
     expected = F.cross_entropy(queries @ vectors[1:].T / 0.05, targets - 1, reduction="none")
-    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(next_item_losses(margins, torch.ones(7)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_accidental_hit_does_not_push_its_own_target_away():
     vectors = F.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(1)), dim=-1)
     target = torch.tensor([3])
-    without = sampled_softmax(vectors[:1], vectors[3:4], vectors[[1, 2]], target, torch.tensor([1, 2]), 0.1)
-    with_hits = sampled_softmax(
+    without = sampled_margins(vectors[:1], vectors[3:4], vectors[[1, 2]], target, torch.tensor([1, 2]), 0.1)
+    with_hits = sampled_margins(
         vectors[:1], vectors[3:4], vectors[[3, 1, 3, 2]], target, torch.tensor([3, 1, 3, 2]), 0.1
     )
     assert torch.allclose(without, with_hits)
+
+
+def test_a_target_whose_negatives_are_all_hits_costs_nothing():
+    vectors = F.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(1)), dim=-1)
+    query = vectors[:1].clone().requires_grad_()
+    margins = sampled_margins(query, vectors[3:4], vectors[[3, 3]], torch.tensor([3]), torch.tensor([3, 3]), 0.1)
+    loss = next_item_losses(margins, torch.ones(1)).sum()
+    loss.backward()
+    assert loss.item() == 0
+    assert query.grad is not None
+    assert torch.equal(query.grad, torch.zeros_like(query))
+
+
+def test_the_written_gradients_are_those_of_autograd():
+    generator = torch.Generator().manual_seed(0)
+    queries, positives, negatives = (
+        torch.randn(n, 8, generator=generator, dtype=torch.float64, requires_grad=True) for n in (6, 6, 5)
+    )
+    target_rows, negative_rows = torch.tensor([1, 2, 3, 4, 5, 6]), torch.tensor([7, 3, 8, 3, 9])
+
+    def margins(q, p, n):
+        return sampled_margins(q, p, n, target_rows, negative_rows, 0.5)
+
+    assert torch.autograd.gradcheck(margins, (queries, positives, negatives))
+    assert torch.autograd.gradcheck(unit_length, (queries,))
+
+
+def score_after_training(weight: float, dislike_weight: float = 1.0) -> float:
+    """Mean score of item 7 where it came next for some users and counted as `weight`; others liked it."""
+    trainer = new_trainer(replace(CONFIG, learning_rate=1e-2, dislike_weight=dislike_weight), dropout=0.0)
+    batches = batches_of()
+    for batch in batches:
+        batch.target_rows[::2] = torch.where(batch.target_weights[::2] > 0, 7, batch.target_rows[::2])
+        batch.target_weights.abs_()[1::2][batch.target_rows[1::2] == 7] *= weight
+    for _ in range(10):
+        for batch in batches:
+            trainer.step(batch)
+    encoder, scores = trainer.encoder.eval(), []
+    with torch.no_grad():
+        for batch in batches:
+            hidden = encoder(batch.kinds, batch.gaps, batch.values, batch.lengths, rows=batch.rows)
+            queries = encoder.queries(hidden[1::2][batch.target_rows[1::2] == 7])
+            scores += (queries @ encoder.item_vectors(torch.tensor([7]))[0]).tolist()
+    return float(np.mean(scores))
+
+
+def test_what_is_disliked_is_pushed_away_and_never_aimed_at():
+    disliked, ignored, liked = (score_after_training(weight) for weight in (-1.0, 0.0, 1.0))
+    assert disliked < ignored - 0.1
+    assert ignored < liked
+
+
+def test_no_weight_on_dislikes_leaves_them_out():
+    assert score_after_training(-1.0, dislike_weight=0.0) == score_after_training(0.0)
+
+
+def test_a_batch_in_parts_gives_the_step_of_the_whole():
+    whole, parts = (new_trainer(replace(CONFIG, accumulation=count), dropout=0.0) for count in (1, 3))
+    for batch in batches_of(3):
+        one, other = whole.step(batch), parts.step(batch)
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        assert one.gradient_norm == pytest.approx(other.gradient_norm, rel=1e-4)
+    mine, theirs = state_of(whole.encoder), state_of(parts.encoder)
+    for name in mine:
+        assert torch.allclose(mine[name], theirs[name], atol=1e-5), name
 
 
 def test_negatives_are_uniform_over_the_items_and_never_padding():
@@ -167,7 +232,12 @@ def test_every_tensor_but_the_popularity_learns():
         trainer.step(batch)
     after = state_of(trainer.encoder)
     unchanged = {name for name in before if torch.equal(before[name], after[name])}
-    assert unchanged == {"item_popularity", "popularity_reference"}
+    assert unchanged == {
+        "item_popularity",
+        "popularity_reference",
+        "item_attributes",
+        "attribute_embeddings.weight",  # this encoder's items have no attributes
+    }
 
 
 def test_the_loss_is_the_weighted_mean_over_targets():
@@ -183,8 +253,10 @@ def test_the_loss_is_the_weighted_mean_over_targets():
             target = int(batch.target_rows[line, place])
             others = [row for row in negatives.tolist() if row != target]
             scores = encoder.queries(hidden[line, place]) @ encoder.item_vectors(torch.tensor([target, *others])).T
-            losses.append(F.cross_entropy(scores[None] / 0.05, torch.tensor([0])))
-            weights.append(batch.target_weights[line, place])
+            share = F.softmax(scores / 0.05, dim=0)[0]
+            liked = batch.target_weights[line, place] > 0
+            losses.append(-torch.log(share) if liked else -torch.log1p(-share))
+            weights.append(batch.target_weights[line, place].abs() * (1.0 if liked else CONFIG.dislike_weight))
     weight = torch.stack(weights)
     result = trainer.step(batch)
     assert result.targets == pytest.approx(float(weight.sum()), rel=1e-5)
