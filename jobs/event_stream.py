@@ -2,7 +2,7 @@
 
 `prepare_stream` runs once a run, before the workers. It reads events.parquet three times, in pieces: to see what it
 holds, to put each user's events into one bucket, and to write each bucket as the histories that are trained on. A
-training worker then streams the buckets of each epoch (`StreamedData`), with one read ahead while it trains on another.
+training worker then streams the buckets of each epoch (`StreamedData`): it trains on one while the next is read.
 """
 
 import json
@@ -11,17 +11,17 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
-from ray.data import Dataset, ExecutionResources, TaskPoolStrategy
+from ray.data import Dataset, TaskPoolStrategy
 
 from lib.catalog import Catalog
 from lib.datasets import events_file, read_items
@@ -45,10 +45,9 @@ from lib.user_buckets import (
 )
 
 EVENTS_PER_BUCKET = 2_000_000  # 35 MB of histories, and what one task holds of the events
-IN_MEMORY_BYTES = 400  # of an event, where a worker reads all of them at once
+IN_MEMORY_BYTES = 250  # of an event, at the peak, where a process reads all of them at once
 MEMORY_SHARE = 0.5  # of the machine's, that reading all at once may take
 PLACES_A_TASK = 4  # of the cluster's CPUs, while the stream is prepared: each task holds a bucket
-AHEAD = 2  # buckets that are read before they are needed
 FIGURES_FILE, ITEMS_FILE, PARTS_FOLDER, BUCKETS_FOLDER = "figures.json", "items.parquet", "parts", "buckets"
 
 Item = TypeVar("Item")
@@ -65,8 +64,7 @@ class StreamedData:
 
     def histories(self, buckets: Sequence[int] | None = None) -> Iterator[Histories]:
         """The histories of these buckets (or of all) one bucket after another, streamed."""
-        buckets = self.figures.buckets if buckets is None else buckets
-        return stream_buckets(self.folder, buckets, AHEAD * self.figures.bucket_bytes)
+        return stream_buckets(self.folder, self.figures.buckets if buckets is None else buckets)
 
     def batches(self, config: BehaviourEncoderConfig) -> BucketBatches:
         """Training batches for an encoder."""
@@ -125,37 +123,36 @@ def read_stream(data: str | Path, folder: Path) -> StreamedData:
     return StreamedData(folder, catalog, _read_figures(folder))
 
 
-def stream_buckets(folder: Path, buckets: Sequence[int], bytes_ahead: int) -> Iterator[Histories]:
-    """The histories of buckets in this order, while the next are being read; about `bytes_ahead` of these are held."""
-    dataset = _dataset(buckets)
-    options = dataset.context.execution_options
-    options.resource_limits = ExecutionResources.for_limits(object_store_memory=bytes_ahead)
-    dataset.context.target_max_block_size = None  # a bucket is one block
-    dataset.context.execution_no_progress_timeout_s = -1  # training on a bucket may take long
-    # no CPU: the training workers may have taken all that there are, and would wait for a reader that waits for them
-    dataset = dataset.map_batches(
-        partial(_read_buckets, folder=folder), batch_size=None, compute=TaskPoolStrategy(1), num_cpus=0
-    )
-    tables: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
-    expected = iter(buckets)
-    for table in tables:
-        found, bucket = table["bucket"].unique().to_pylist(), next(expected)
-        if found != [bucket]:
-            raise RuntimeError(f"{folder}: bucket {bucket} was to come, and Ray Data gave {found}")
-        yield histories_in(table.drop_columns(["bucket"]))
-    if missing := list(expected):
-        raise RuntimeError(f"{folder}: Ray Data did not give buckets {missing}")
+def stream_buckets(folder: Path, buckets: Sequence[int]) -> Iterator[Histories]:
+    """The histories of buckets in this order; the next bucket is read while one is trained on."""
+    # a dataset for each bucket: the scheduler of one dataset for all would take a core for as long as it held back
+    # what is read too early
+    with ThreadPoolExecutor(1, "buckets") as reader:
+        coming = reader.submit(_streamed_bucket, folder, buckets[0])
+        for following in buckets[1:]:
+            histories = coming.result()
+            coming = reader.submit(_streamed_bucket, folder, following)
+            yield histories
+        yield coming.result()
 
 
-def must_stream(data: str | Path, workers: int) -> bool:
-    """Whether that many workers, each with all events in memory, would take more than MEMORY_SHARE of this machine's.
+def _streamed_bucket(folder: Path, bucket: int) -> Histories:
+    # Neither takes a CPU, nor asks for one as ray.data.read_parquet does to plan its reading: the training workers may
+    # have taken all that there are, and would wait for a reader that waits for them.
+    dataset = _dataset([bucket]).map_batches(partial(_read_buckets, folder=folder), batch_size=None, num_cpus=0)
+    tables: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    return histories_in(pa.concat_tables(tables))
+
+
+def must_stream(data: str | Path, readers: int) -> bool:
+    """Whether so many processes, each with all events in memory, would take more than MEMORY_SHARE of this machine's.
 
     Raises:
         InputError: there is no such dataset.
     """
     with parquet_file(events_file(data)) as file:
         events = file.metadata.num_rows
-    return events * IN_MEMORY_BYTES * workers > MEMORY_SHARE * machine_memory()
+    return events * IN_MEMORY_BYTES * readers > MEMORY_SHARE * machine_memory()
 
 
 def machine_memory() -> int:
@@ -231,17 +228,14 @@ def _finish_bucket(
     trained = part_to_train(histories, holdout, *span)
     path = _bucket_file(folder, bucket)
     partial_file = path.with_suffix(f".{os.getpid()}")  # a task may be started again while its first try still runs
-    table = table_of(trained)
-    pq.write_table(table, partial_file)
+    pq.write_table(table_of(trained), partial_file)
     partial_file.rename(path)
-    return figures_of(bucket, trained, table.nbytes, value_share, seed), len(events)
+    return figures_of(bucket, trained, value_share, seed), len(events)
 
 
 def _read_buckets(batch: Any, folder: Path) -> Iterator[pa.Table]:
     for item in batch["item"]:
-        bucket = pickle.loads(item)
-        table = pq.read_table(_bucket_file(folder, bucket))
-        yield table.append_column("bucket", pa.array(np.full(len(table), bucket, dtype=np.int32)))
+        yield pq.read_table(_bucket_file(folder, pickle.loads(item)))
 
 
 def _read_figures(folder: Path) -> StreamFigures:

@@ -41,7 +41,6 @@ class BucketFigures:
 
     bucket: int
     events: int
-    bytes: int  # in memory, as a table of BUCKET_SCHEMA
     users_of_length: np.ndarray  # (longest + 1,) how many users have so many events
     rows: np.ndarray  # distinct rows of its events
     newest: int | None  # milliseconds; None where no event is left to train on
@@ -53,7 +52,6 @@ class StreamFigures:
     """What must be known of all buckets before they are trained on."""
 
     buckets: list[int]  # those that have users
-    bucket_bytes: int  # of the largest, in memory
     events: int
     users_of_length: list[list[int]]  # (length, users with so many events), the length rising from 1
     items: int  # that have events
@@ -122,15 +120,14 @@ def histories_in(table: pa.Table) -> Histories:
     return Histories(users.to_pylist(), offsets - offsets[0], *columns)
 
 
-def figures_of(bucket: int, histories: Histories, size: int, value_share: float, seed: int) -> BucketFigures:
-    """What a bucket of `size` bytes holds, with that share of its values (1 or more: all of them)."""
+def figures_of(bucket: int, histories: Histories, value_share: float, seed: int) -> BucketFigures:
+    """What a bucket holds, with that share of its values (1 or more: all of them)."""
     values = histories.values[~np.isnan(histories.values)]
     if value_share < 1:
         values = values[np.random.default_rng((seed, bucket)).random(len(values)) < value_share]
     return BucketFigures(
         bucket=bucket,
         events=len(histories.rows),
-        bytes=size,
         users_of_length=np.bincount(histories.lengths),
         rows=np.unique(histories.rows),
         newest=int(histories.timestamps.max()) if len(histories.timestamps) else None,
@@ -147,7 +144,6 @@ def stream_figures(parts: Sequence[BucketFigures]) -> StreamFigures:
         rows[part.rows] = True
     return StreamFigures(
         buckets=sorted(part.bucket for part in parts),
-        bucket_bytes=max(part.bytes for part in parts),
         events=sum(part.events for part in parts),
         users_of_length=[[int(length), int(users[length])] for length in np.flatnonzero(users) if length > 0],
         items=int(rows.sum()),

@@ -205,12 +205,11 @@ def test_buckets_hold_out_what_the_whole_holds_out(holdout):
 def test_figures_of_buckets_are_those_of_the_whole():
     histories = random_histories(60, 24, np.random.default_rng(2), longest=9)
     parts = [*split(histories, 3), random_histories(0, 24, np.random.default_rng(0))]
-    figures = stream_figures([figures_of(bucket, part, bucket, 1.0, 0) for bucket, part in enumerate(parts)])
+    figures = stream_figures([figures_of(bucket, part, 1.0, 0) for bucket, part in enumerate(parts)])
     assert (figures.events, figures.users) == (len(histories.rows), 60)
     assert figures.users_to_learn_from == int((histories.lengths >= 2).sum()) < 60
     assert figures.newest == histories.timestamps.max()
     assert figures.value_boundaries == value_boundaries(histories.values)
-    assert figures.bucket_bytes == 3
     small = figures.miniature()
     assert sorted(small.lengths) == sorted(histories.lengths)
     assert len(np.unique(small.rows)) == figures.items == len(np.unique(histories.rows))
@@ -221,7 +220,7 @@ def test_figures_of_buckets_are_those_of_the_whole():
 def test_a_miniature_has_the_proportions_of_the_whole(monkeypatch, items):
     monkeypatch.setattr(lib.user_buckets, "MINIATURE_USERS", 500)
     histories = random_histories(5000, items, np.random.default_rng(3), longest=80)
-    figures = stream_figures([figures_of(0, histories, 0, 1.0, 0)])
+    figures = stream_figures([figures_of(0, histories, 1.0, 0)])
     small = figures.miniature()
     assert len(small) == 500
     assert np.quantile(small.lengths, 0.95) == pytest.approx(np.quantile(histories.lengths, 0.95), abs=1)
@@ -235,13 +234,11 @@ def test_a_share_of_the_values_gives_boundaries_close_to_those_of_all():
     rated = ~np.isnan(histories.values)
     values = np.where(rated, np.random.default_rng(5).random(len(rated)), np.nan).astype(np.float32)
     parts = split(replace(histories, values=values), 4)
-    figures = [figures_of(bucket, part, 0, 0.25, 0) for bucket, part in enumerate(parts)]
+    figures = [figures_of(bucket, part, 0.25, 0) for bucket, part in enumerate(parts)]
     assert sum(len(part.values) for part in figures) == pytest.approx(rated.sum() / 4, rel=0.05)
     boundaries = stream_figures(figures).value_boundaries
     np.testing.assert_allclose(boundaries, value_boundaries(values), atol=0.02)
-    assert (
-        boundaries == stream_figures([figures_of(b, part, 0, 0.25, 0) for b, part in enumerate(parts)]).value_boundaries
-    )
+    assert boundaries == stream_figures([figures_of(b, part, 0.25, 0) for b, part in enumerate(parts)]).value_boundaries
 
 
 # ------------------------------------------------------------------------------------------------------------ batches
@@ -393,10 +390,10 @@ def test_bad_input_in_a_later_piece_is_told_as_such(ray_session, dataset, tmp_pa
 def test_what_would_fill_memory_is_streamed(dataset, monkeypatch):
     needed = 1200 * event_stream.IN_MEMORY_BYTES / event_stream.MEMORY_SHARE
     monkeypatch.setattr(event_stream, "machine_memory", lambda: needed + 1)
-    assert not must_stream(dataset, workers=1)
-    assert must_stream(dataset, workers=2)
+    assert not must_stream(dataset, readers=1)
+    assert must_stream(dataset, readers=2)
     monkeypatch.setattr(event_stream, "machine_memory", lambda: needed - 1)
-    assert must_stream(dataset, workers=1)
+    assert must_stream(dataset, readers=1)
 
 
 def test_the_memory_of_this_machine():
