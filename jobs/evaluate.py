@@ -1,79 +1,253 @@
-"""Evaluate a model offline: recall@10, ndcg@10, mrr and coverage under a protocol.
+"""Evaluate models offline, side by side with each other and with simple baselines.
 
-python -m jobs.evaluate --data DATA --model MODEL --protocol leave-one-out [--json FILE]
+python -m jobs.evaluate --data DATA --model MODEL [--model OTHER] --protocol leave-one-out [--json FILE] [--plot FILE]
+
+All contenders answer the same cases, and what they achieve is resampled with the same draws of users. The baselines are
+counted on what the protocol leaves for training.
 """
 
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from jobs.configuration import write_json
+from jobs.evaluation_report import plot_comparison, print_comparison
+from jobs.pretrain import PretrainSettings
+from lib.baselines import NEIGHBOURS, ItemToItem, Popularity
+from lib.comparison import Comparison, Estimate, activity, compare, item_popularity
 from lib.datasets import read_events
 from lib.events import EVENT_KINDS, InputError
+from lib.metrics import LEVEL, RESAMPLES
+from lib.popularity import DAY
 
 if TYPE_CHECKING:
+    from lib.catalog import Catalog
+    from lib.encoder import BehaviourEncoder
+    from lib.evaluation import Contender
+    from lib.histories import Histories
     from lib.model_folder import Manifest
 
+BASELINES = ("popularity", "item-to-item")
 
-def evaluate_model(data: str | Path, model: str | Path, protocol: str, allow_leak: bool = False) -> dict[str, Any]:
-    """Metrics of a model folder on a dataset.
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model folder under the name that the tables have for it."""
+
+    name: str
+    folder: Path
+    encoder: "BehaviourEncoder"
+    catalog: "Catalog"
+    manifest: "Manifest"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A comparison, and what there is to know of each contender beside it."""
+
+    protocol: str
+    comparison: Comparison
+    facts: list[dict[str, Any]]  # of each contender
+    models: int  # the first so many contenders
+    items: int  # of the dataset and all models: what coverage is a share of
+
+    def as_json(self) -> dict[str, Any]:
+        """What --json writes; a single model's own figures stand at the top, too."""
+        comparison = self.comparison
+        contenders = [_contender_json(self, place) for place in range(len(self.facts))]
+        whole = {
+            "protocol": self.protocol,
+            "cases": comparison.cases,
+            "users": comparison.users,
+            "all_items": self.items,
+            "resamples": RESAMPLES,
+            "level": LEVEL,
+            "contenders": contenders,
+        }
+        if self.models > 1:
+            return whole
+        metrics = {name: estimate.value for name, estimate in comparison.results[0].metrics.items()}
+        return metrics | self.facts[0] | whole
+
+
+def _contender_json(evaluation: Evaluation, place: int) -> dict[str, Any]:
+    comparison = evaluation.comparison
+    result = comparison.results[place]
+    written = {"name": result.name} | evaluation.facts[place] | _estimates_json(result.metrics)
+    if result.differences:
+        written["difference"] = {"from": comparison.results[0].name} | _estimates_json(result.differences)
+    for breakdown, estimates in zip(comparison.breakdowns, result.breakdowns, strict=True):
+        written[f"by_{breakdown.by}"] = [
+            {"bucket": label, "cases": cases}
+            | ({"items": breakdown.items[bucket]} if breakdown.items is not None else {})
+            | _estimates_json(estimates[bucket])
+            for bucket, (label, cases) in enumerate(zip(breakdown.labels, breakdown.cases, strict=True))
+        ]
+    return written
+
+
+def _estimates_json(estimates: dict[str, Estimate]) -> dict[str, Any]:
+    """The values by name, and under "intervals" low and high of those that have one; null is no case."""
+    values = {name: None if math.isnan(estimate.value) else estimate.value for name, estimate in estimates.items()}
+    intervals = {name: [e.low, e.high] for name, e in estimates.items() if not math.isnan(e.low)}
+    return values | {"intervals": intervals}
+
+
+def evaluate_models(
+    data: str | Path, models: Sequence[str | Path], protocol: str, allow_leak: bool = False, baselines: bool = True
+) -> Evaluation:
+    """Compare model folders, and baselines, on the cases of a dataset.
 
     Raises:
-        InputError: unknown protocol, or a model that was trained on what the protocol tests.
+        InputError: unknown protocol, a model that was trained on what the protocol tests, or data without cases.
     """
     # torch and transformers, which `--help` need not wait for
-    from lib.evaluation import PROTOCOLS, cases_of, evaluate, known_histories
-    from lib.model_folder import load_model
+    from lib.catalog import Catalog
+    from lib.evaluation import PROTOCOLS, cases_of, rank, training_part
+    from lib.histories import histories_of
 
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol: {protocol!r} is not one of {', '.join(PROTOCOLS)}")
-    encoder, catalog, manifest = load_model(model)
-    if not allow_leak:
-        _refuse_leak(manifest, protocol)
-    histories, left_out = known_histories(read_events(data), catalog, list(EVENT_KINDS))
+    loaded = _load(models, None if allow_leak else protocol)
+    events = read_events(data)
+    items = Catalog(events["item_id"].unique().to_pylist())
+    for model in loaded:
+        if not any(item_id in items.row_of for item_id in model.catalog.item_ids):
+            raise InputError(
+                f"data: none of its items is in the catalog of {model.folder}; evaluate with the data it was trained on"
+            )
+    for model in loaded:
+        items.extend(model.catalog.item_ids[1:])
+    histories = histories_of(events, items.row_of, EVENT_KINDS)
     cases = cases_of(histories, protocol)
     if len(cases.users) == 0:
         raise InputError(
-            f"data: {data} has no case for {protocol}: no user with two events or more; ingest more events"
+            f"data: {data} has no case for {protocol}: no event that earlier ones of its user could predict; "
+            "ingest more events"
         )
-    metrics = evaluate(encoder, catalog, cases)
-    return metrics | {
-        "protocol": protocol,
-        "model_version": manifest.version,
-        "items": len(catalog),
-        "events_of_unknown_items": left_out,
-    }
+    training = training_part(histories, protocol)
+    counts = np.bincount(training.rows, minlength=len(items) + 1)
+    rankings, facts = [], []
+    for contender, described in _contenders(loaded, items, histories, training, baselines):
+        with Console(stderr=True).status(f"ranking for {len(cases.users):,} cases: {contender.name}"):
+            ranking = rank(contender, cases)
+        rankings.append((contender.name, ranking))
+        unknown = {
+            "cases_of_unknown_target": ranking.unknown_targets,
+            "cases_without_known_input": ranking.unknown_inputs,
+        }
+        facts.append(described | unknown)
+    breakdowns = [activity(cases), item_popularity(cases.targets, counts)]
+    return Evaluation(protocol, compare(rankings, cases, breakdowns, counts), facts, len(loaded), len(items))
 
 
-def _refuse_leak(manifest: "Manifest", protocol: str) -> None:
+def _load(folders: Sequence[str | Path], protocol: str | None) -> list[LoadedModel]:
+    """The models, each under a name of its own; those that have seen the targets of `protocol` are refused."""
+    from lib.model_folder import load_model
+
+    if not folders:
+        raise InputError("model: none is given; name one or more model folders")
+    loaded = []
+    for name, folder in zip(_names([Path(folder) for folder in folders]), folders, strict=True):
+        encoder, catalog, manifest = load_model(folder)
+        if protocol is not None:
+            _refuse_leak(folder, manifest, protocol)
+        loaded.append(LoadedModel(name, Path(folder), encoder, catalog, manifest))
+    return loaded
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' own names, with as many of the folders above as tell them apart; numbered where one is repeated."""
+    paths = [folder.resolve() for folder in folders]
+    names: list[str] = []
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(set(paths)) and not set(names) & set(BASELINES):
+            break
+    times: Counter[str] = Counter()
+    numbered = []
+    for name in names:
+        times[name] += 1
+        numbered.append(name if times[name] == 1 else f"{name} ({times[name]})")
+    return numbered
+
+
+def _refuse_leak(folder: str | Path, manifest: "Manifest", protocol: str) -> None:
     held_out = manifest.training.get("holdout")
     if held_out == protocol:
         return
     raise InputError(
-        f"protocol: the model was trained with holdout {held_out!r}, so {protocol} would test it on what it has seen; "
+        f"protocol: {folder} was trained with holdout {held_out!r}, so {protocol} would test it on what it has seen; "
         f"pretrain with --holdout {protocol}, or add --allow-leak"
+    )
+
+
+def _contenders(
+    models: Sequence[LoadedModel], items: "Catalog", histories: "Histories", training: "Histories", baselines: bool
+) -> Iterator[tuple["Contender", dict[str, Any]]]:
+    """The models, then the baselines; each with what there is to know of it."""
+    from lib.evaluation import baseline_contender, model_contender
+
+    for model in models:
+        contender = model_contender(model.name, model.encoder, model.catalog, items)
+        yield (
+            contender,
+            {
+                "kind": "model",
+                "folder": str(model.folder),
+                "model_version": model.manifest.version,
+                "items": len(model.catalog),
+                "events_of_unknown_items": int((contender.own_rows[histories.rows] == 0).sum()),
+            },
+        )
+    if not baselines:
+        return
+    half_life = PretrainSettings.popularity_half_life_days
+    popularity = Popularity.count(training, len(items), half_life * DAY)
+    yield (
+        baseline_contender(BASELINES[0], popularity.scores, items),
+        {"kind": "baseline", "items": len(items), "half_life_days": half_life},
+    )
+    neighbours = ItemToItem.count(training, len(items))
+    yield (
+        baseline_contender(BASELINES[1], neighbours.scores, items),
+        {
+            "kind": "baseline",
+            "items": len(items),
+            "window": neighbours.window,
+            "neighbours": NEIGHBOURS,
+            "recency_half_life_events": neighbours.half_life,
+        },
     )
 
 
 def evaluate_command(
     data: Annotated[Path, typer.Option(help="Ingested dataset.")],
-    model: Annotated[Path, typer.Option(help="Model folder.")],
+    model: Annotated[list[Path], typer.Option(help="Model folder; repeatable. Differences are from the first.")],
     protocol: Annotated[str, typer.Option(help="leave-one-out or temporal.")] = "leave-one-out",
-    json_: Annotated[Path | None, typer.Option("--json", help="Write the metrics there.")] = None,
-    allow_leak: Annotated[bool, typer.Option(help="Evaluate although the model has seen the targets.")] = False,
+    baselines: Annotated[bool, typer.Option(help="Compare with popularity and item-to-item, too.")] = True,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw them there, as a PNG file.")] = None,
+    allow_leak: Annotated[bool, typer.Option(help="Evaluate although a model has seen the targets.")] = False,
 ) -> None:
-    """Evaluate a model offline."""
-    metrics = evaluate_model(data, model, protocol, allow_leak)
+    """Evaluate models offline, side by side, with popularity and item-to-item recommendations as baselines."""
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise InputError(f"plot: {plot} is no PNG file; give a name that ends in .png")
+    evaluation = evaluate_models(data, model, protocol, allow_leak, baselines)
     if json_ is not None:
-        write_json(json_, metrics)
-    table = Table("metric", "value", title=f"{protocol}, {metrics['cases']} cases")
-    for name, value in metrics.items():
-        if isinstance(value, float):
-            table.add_row(name, f"{value:.4f}")
-    Console().print(table)
+        write_json(json_, evaluation.as_json())
+    comparison = evaluation.comparison
+    title = f"{data.resolve().name}, {protocol}, {comparison.cases:,} cases of {comparison.users:,} users"
+    print_comparison(comparison, title)
+    if plot is not None:
+        plot_comparison(comparison, title, plot)
 
 
 if __name__ == "__main__":

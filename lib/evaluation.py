@@ -1,33 +1,33 @@
-"""The two offline protocols, and what they measure.
+"""The two offline protocols, and where a contender ranks the target of each of their cases.
 
 leave-one-out: per user the newest event is the target and everything before it the input.
 temporal: the newest 20% of the time span is the test; every test event is a target, its user's history so far the input
 (histories advance with time, weights stay).
 
-Both rank all items of the catalog with the user's seen items removed.
+Both rank all items with the user's seen items removed.
+
+The cases are those of the dataset, whatever the contenders know, so that all answer the same questions: an item has one
+row for all of them, each contender maps it to its own, leaves what it does not know out of the input, and misses a
+target that it does not know.
 """
 
-# pyarrow.compute makes its functions as it is imported, so a type checker cannot see them.
-# pyright: reportAttributeAccessIssue=false
-
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
+from torch import Tensor
 
+from lib.baselines import spans
 from lib.catalog import Catalog
-from lib.encoder import BehaviourEncoder
-from lib.events import InputError
-from lib.histories import Histories, histories_of
-from lib.metrics import coverage_at, ndcg_at, recall_at, reciprocal_rank
+from lib.encoder import PADDING_ROW, BehaviourEncoder
+from lib.histories import Histories
 from lib.sequences import SequenceBatches
 
 LEAVE_ONE_OUT, TEMPORAL, NONE = "leave-one-out", "temporal", "none"
 PROTOCOLS = (LEAVE_ONE_OUT, TEMPORAL)
 TEST_SHARE = 0.2  # of the time span
+MOST_SCORES = 1 << 23  # in memory at once
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Cases:
     histories: Histories
     users: np.ndarray  # (cases,)
     inputs: np.ndarray  # (cases,) number of the user's events that come before the target
+
+    @property
+    def targets(self) -> np.ndarray:
+        """(cases,) int32 rows of the items to be predicted."""
+        return self.histories.rows[self.histories.offsets[self.users] + self.inputs]
 
 
 def cutoff_time(timestamps: np.ndarray) -> int:
@@ -69,64 +74,110 @@ def cases_of(histories: Histories, protocol: str) -> Cases:
     return Cases(histories, owners[tested], places[tested])
 
 
-def known_histories(table: pa.Table, catalog: Catalog, event_kinds: list[str]) -> tuple[Histories, int]:
-    """Histories of the events whose item the catalog knows, and the number of events left out."""
-    known = pc.is_in(table["item_id"], value_set=pa.array(catalog.item_ids[1:], pa.string()))
-    kept = table.filter(known)
-    if len(kept) == 0:
-        raise InputError("data: none of its items is in the model's catalog; evaluate with the data it was trained on")
-    return histories_of(kept, catalog.row_of, event_kinds), len(table) - len(kept)
-
-
-@torch.inference_mode()
-def evaluate(
-    encoder: BehaviourEncoder, catalog: Catalog, cases: Cases, k: int = 10, batch: int = 256
-) -> dict[str, Any]:
-    """recall@k, ndcg@k, mrr (over the whole ranking) and coverage@k of a model on the cases of a protocol."""
-    encoder.eval()
-    vectors = encoder.item_vectors(torch.arange(len(catalog) + 1))  # (N + 1, C)
-    ranks = np.empty(len(cases.users), dtype=np.int64)
-    recommended = np.zeros((len(cases.users), k), dtype=np.int64)
-    for start in range(0, len(cases.users), batch):
-        part = slice(start, start + batch)
-        inputs, targets = case_inputs(cases, part)
-        for places, b in SequenceBatches(inputs, encoder.config).inference():
-            interests = encoder.interests(b.kinds, b.gaps, b.values, b.lengths, b.rows)
-            scores = encoder.queries(interests) @ vectors.T  # (B, N + 1)
-            for line, place in enumerate(places):
-                seen = inputs.rows[inputs.offsets[place] : inputs.offsets[place + 1]]
-                scores[line, torch.from_numpy(seen.astype(np.int64))] = float("-inf")
-            scores[:, 0] = float("-inf")
-            own = scores[torch.arange(len(places)), torch.from_numpy(targets[places])]
-            # ties count against the target: a model to which all items are alike finds none
-            rank = (scores >= own[:, None]).sum(dim=1) - 1
-            # a target that the user has had before is removed with the seen items: a miss, however few are left
-            ranks[start + places] = torch.where(torch.isfinite(own), rank, max(len(catalog), k)).numpy()
-            top = scores.topk(min(k, scores.shape[1]), dim=1)
-            left = torch.where(torch.isneginf(top.values), 0, top.indices)
-            recommended[start + places, : left.shape[1]] = left.numpy()
-    return {
-        f"recall@{k}": float(recall_at(ranks, k).mean()),
-        f"ndcg@{k}": float(ndcg_at(ranks, k).mean()),
-        "mrr": float(reciprocal_rank(ranks).mean()),
-        f"coverage@{k}": coverage_at(recommended, len(catalog)),
-        "cases": len(ranks),
-    }
-
-
-def case_inputs(cases: Cases, part: slice) -> tuple[Histories, np.ndarray]:
-    """The input histories of some cases, and their targets' rows."""
+def case_inputs(cases: Cases, part: slice) -> Histories:
+    """The input histories of some cases."""
     users, lengths = cases.users[part], cases.inputs[part]
-    starts = cases.histories.offsets[users]
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    events = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
     source = cases.histories
-    inputs = Histories(
+    events = spans(source.offsets[users], lengths)
+    return Histories(
         [source.user_ids[user] for user in users],
-        offsets,
+        np.concatenate([[0], np.cumsum(lengths)]),
         source.rows[events],
         source.kinds[events],
         source.values[events],
         source.timestamps[events],
     )
-    return inputs, source.rows[starts + lengths].astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contenders
+
+Scored = tuple[np.ndarray, Tensor]  # places of some histories, (B,), and their scores of all own rows, (B, R)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that scores all of its items for a history; R rows of its own, row 0 for none."""
+
+    name: str
+    own_rows: np.ndarray  # (N + 1,) int32, the contender's row of each of the dataset's items, 0 where it has none
+    dataset_rows: np.ndarray  # (R,) int32, the other way round
+    score: Callable[[Histories], Iterator[Scored]]  # of histories in own rows; -inf for what is never recommended
+
+
+def model_contender(name: str, encoder: BehaviourEncoder, catalog: Catalog, items: Catalog) -> Contender:
+    """A model; `items` has every item of its catalog."""
+    dataset_rows = np.array([PADDING_ROW] + [items.row_of[item_id] for item_id in catalog.item_ids[1:]], dtype=np.int32)
+    own_rows = np.zeros(len(items) + 1, dtype=np.int32)
+    own_rows[dataset_rows] = np.arange(len(dataset_rows))
+    encoder.eval()
+    with torch.inference_mode():
+        vectors = encoder.item_vectors(torch.arange(len(catalog) + 1))  # (R, C)
+
+    def score(histories: Histories) -> Iterator[Scored]:
+        for places, b in SequenceBatches(histories, encoder.config).inference():
+            interests = encoder.interests(b.kinds, b.gaps, b.values, b.lengths, b.rows)
+            yield places, encoder.queries(interests) @ vectors.T
+        # of whom nothing is known: what is popular, as the service answers
+        unknown = np.flatnonzero(histories.lengths == 0)
+        popularity = encoder.item_popularity[: len(catalog) + 1]
+        yield unknown, popularity.where(popularity > 0, float("-inf")).repeat(len(unknown), 1)
+
+    return Contender(name, own_rows, dataset_rows, score)
+
+
+def baseline_contender(name: str, scores: Callable[[Histories], np.ndarray], items: Catalog) -> Contender:
+    """A recommender of lib/baselines.py, which has the dataset's rows."""
+    same = np.arange(len(items) + 1, dtype=np.int32)
+
+    def score(histories: Histories) -> Iterator[Scored]:
+        yield np.arange(len(histories)), torch.from_numpy(scores(histories))
+
+    return Contender(name, same, same, score)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a contender made of the cases."""
+
+    ranks: np.ndarray  # (cases,) int64, place of the target, 0 is the top
+    recommended: np.ndarray  # (cases, k) int32, the dataset's rows, 0 for none
+    unknown_targets: int  # cases whose target the contender does not know: misses
+    unknown_inputs: int  # cases of whose input it knows nothing
+
+
+@torch.inference_mode()
+def rank(contender: Contender, cases: Cases, k: int = 10, batch: int = 256) -> Ranking:
+    """Rank all of a contender's items for each case, and find the target."""
+    items = len(contender.own_rows) - 1
+    batch = max(1, min(batch, MOST_SCORES // len(contender.dataset_rows)))
+    own_targets = contender.own_rows[cases.targets].astype(np.int64)
+    ranks = np.zeros(len(cases.users), dtype=np.int64)
+    recommended = np.zeros((len(cases.users), k), dtype=np.int32)
+    unknown_inputs = 0
+    for start in range(0, len(cases.users), batch):
+        inputs = case_inputs(cases, slice(start, start + batch))
+        inputs = replace(inputs, rows=contender.own_rows[inputs.rows])
+        inputs = inputs.select(inputs.rows > 0)
+        unknown_inputs += int((inputs.lengths == 0).sum())
+        for places, scores in contender.score(inputs):
+            _remove_seen(scores, inputs, places)
+            own = scores[torch.arange(len(places)), torch.from_numpy(own_targets[start + places])]
+            # ties count against the target: a model to which all items are alike finds none
+            found = (scores >= own[:, None]).sum(dim=1) - 1
+            # a target that is unknown, or that the user has had before and is removed with the seen items, is a miss,
+            # however few items are left
+            ranks[start + places] = torch.where(torch.isfinite(own), found, max(items, k)).numpy()
+            top = scores.topk(min(k, scores.shape[1]), dim=1)
+            left = torch.where(torch.isneginf(top.values), 0, top.indices).numpy()
+            recommended[start + places, : left.shape[1]] = contender.dataset_rows[left]
+    return Ranking(ranks, recommended, int((own_targets == 0).sum()), unknown_inputs)
+
+
+def _remove_seen(scores: Tensor, inputs: Histories, places: np.ndarray) -> None:
+    """Make -inf of the items in each history, and of row 0."""
+    lengths = inputs.lengths[places]
+    seen = inputs.rows[spans(inputs.offsets[places], lengths)]
+    lines = np.repeat(np.arange(len(places)), lengths)
+    scores[torch.from_numpy(lines), torch.from_numpy(seen).long()] = float("-inf")
+    scores[:, PADDING_ROW] = float("-inf")

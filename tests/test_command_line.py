@@ -119,7 +119,7 @@ def test_help_does_not_wait_for_what_only_the_job_needs():
         "from jobs.command_line import COMMANDS\n"
         f"for verb in {verbs}:\n"
         "    importlib.import_module(f'jobs.{COMMANDS[verb][0]}')\n"
-        "print([name for name in ('torch', 'ray', 'transformers') if name in sys.modules])"
+        "print([name for name in ('torch', 'ray', 'transformers', 'matplotlib') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
@@ -150,6 +150,12 @@ def test_help_does_not_wait_for_what_only_the_job_needs():
             "name a YAML file",
         ),
         (["evaluate", "--data", "d", "--model", "m", "--protocol", "luck"], "error: protocol: 'luck'", "leave-one-out"),
+        (
+            ["evaluate", "--data", "d", "--model", "m", "--plot", "p.pdf"],
+            "error: plot: p.pdf is no PNG",
+            "ends in .png",
+        ),
+        (["evaluate", "--data", "d"], "error: Missing option '--model'", "--help lists the options"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(afterclick, arguments, beginning, remedy):

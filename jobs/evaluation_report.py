@@ -1,0 +1,139 @@
+"""A comparison for people: tables for the terminal, and a PNG of three panels."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from lib.comparison import Breakdown, Comparison, Estimate
+from lib.events import InputError
+from lib.metrics import LEVEL, RESAMPLES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+HEADINGS = {
+    "activity": "events of the user before the target",
+    "item_popularity": "popularity of the target in training",
+}
+
+
+def print_comparison(comparison: Comparison, title: str) -> None:
+    """Print the contenders' metrics, their differences from the first, and ndcg of each bucket of cases."""
+    console = Console()
+    names = list(comparison.results[0].metrics)
+    table = _table(title, names)
+    for result in comparison.results:
+        table.add_row(result.name, *(_cell(result.metrics[name]) for name in names))
+    table.caption = f"second lines: {LEVEL:.0%} intervals, {RESAMPLES:,} resamples of the users"
+    console.print(table)
+    if len(comparison.results) > 1:
+        names = list(comparison.results[1].differences)
+        table = _table(f"difference from {comparison.results[0].name}, paired", names)
+        for result in comparison.results[1:]:
+            table.add_row(result.name, *(_cell(result.differences[name], signed=True) for name in names))
+        console.print(table)
+    for place, breakdown in enumerate(comparison.breakdowns):
+        metric = ndcg_name(comparison)
+        table = _table(f"{metric} by {HEADINGS[breakdown.by]}", bucket_names(breakdown))
+        for result in comparison.results:
+            table.add_row(result.name, *(_cell(bucket[metric]) for bucket in result.breakdowns[place]))
+        console.print(table)
+
+
+def ndcg_name(comparison: Comparison) -> str:
+    """ndcg@k."""
+    return next(name for name in comparison.results[0].metrics if name.startswith("ndcg@"))
+
+
+def bucket_names(breakdown: Breakdown) -> list[str]:
+    """Label, items where it is of items, and number of cases, a line each."""
+    sizes = (
+        [f"\n{items:,} items" for items in breakdown.items]
+        if breakdown.items is not None
+        else [""] * len(breakdown.labels)
+    )
+    return [
+        f"{label}{size}\n{cases:,} cases"
+        for label, size, cases in zip(breakdown.labels, sizes, breakdown.cases, strict=True)
+    ]
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    table.add_column("", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _cell(estimate: Estimate, signed: bool = False) -> str:
+    """The value, and in a second line its interval."""
+    if math.isnan(estimate.value):
+        return "-"
+    value = f"{estimate.value:{'+' if signed else ''}.4f}"
+    if math.isnan(estimate.low):
+        return value
+    separator = ".." if signed else "-"
+    return f"{value}\n{_bound(estimate.low, signed)}{separator}{_bound(estimate.high, signed)}"
+
+
+def _bound(value: float, signed: bool) -> str:
+    """Three digits, without the 0 before the point: six columns with intervals have to fit into 80 characters."""
+    sign = "+" if signed else ""
+    return f"{value:{sign}.2f}" if abs(value) >= 1 else f"{value:{sign}.3f}".replace("0.", ".", 1)
+
+
+def plot_comparison(comparison: Comparison, title: str, path: Path) -> None:
+    """Draw recall and ndcg of each contender, and ndcg by activity and by item popularity, with their intervals.
+
+    Raises:
+        InputError: it cannot be written there.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second to import
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"{title}; lines: {LEVEL:.0%} intervals")
+    panels = figure.subplots(1, 1 + len(comparison.breakdowns))
+    metrics = [name for name in comparison.results[0].metrics if name.startswith(("recall@", "ndcg@"))]
+    _bars(panels[0], metrics, [(r.name, [r.metrics[name] for name in metrics]) for r in comparison.results])
+    panels[0].set_title("all cases")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    metric = ndcg_name(comparison)
+    for place, breakdown in enumerate(comparison.breakdowns):
+        series = [(r.name, [bucket[metric] for bucket in r.breakdowns[place]]) for r in comparison.results]
+        _bars(panels[place + 1], bucket_names(breakdown), series)
+        panels[place + 1].set_title(f"{metric} by {HEADINGS[breakdown.by]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise InputError(f"plot: {path} cannot be written ({error.strerror}); name another file") from error
+
+
+def _bars(axes: "Axes", groups: Sequence[str], series: Sequence[tuple[str, list[Estimate]]]) -> None:
+    """Groups of bars, one of each contender, with error bars."""
+    width = 0.8 / len(series)
+    for place, (name, estimates) in enumerate(series):
+        centres = [group + (place - (len(series) - 1) / 2) * width for group in range(len(groups))]
+        values = [0.0 if math.isnan(e.value) else e.value for e in estimates]
+        down = [0.0 if math.isnan(e.low) else max(e.value - e.low, 0.0) for e in estimates]
+        up = [0.0 if math.isnan(e.high) else max(e.high - e.value, 0.0) for e in estimates]
+        axes.bar(
+            centres,
+            values,
+            width * 0.92,
+            label=name,
+            yerr=[down, up],
+            error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#333333"},
+        )
+    axes.set_xticks(range(len(groups)), groups, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
