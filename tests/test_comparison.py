@@ -162,12 +162,13 @@ def test_tables_are_plain_and_fit_into_80_columns(comparison, capsys):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 users and 24 items, and an item that no model knows: the newest of user 0, the only one before of user 1."""
+    """40 users and 24 items, and two items that no model knows, one of which is nothing but a target."""
     folder = tmp_path_factory.mktemp("evaluated") / "films"
     folder.mkdir()
     generator = np.random.default_rng(0)
     rows = [(f"u{user}", f"i{item}") for user in range(40) for item in generator.integers(1, 25, 2 + user % 9)]
     rows = [("new", "i1"), ("new", "unknown"), ("old", "unknown"), ("old", "i2"), *rows]
+    rows += [("late", "i1"), ("late", "only a target")]
     times = [NOW + place * SECOND for place in range(len(rows))]
     columns = {
         "user_id": [user for user, _ in rows],
@@ -197,7 +198,7 @@ def test_one_models_figures_stand_at_the_top(data, models):
     own = written["contenders"][0]
     for name in ("recall@10", "ndcg@10", "mrr", "coverage@10", "novelty@10", "items", "model_version"):
         assert written[name] == own[name]
-    assert (written["cases"], written["users"], written["all_items"]) == (42, 42, 25)
+    assert (written["cases"], written["users"], written["all_items"]) == (43, 43, 26)
     assert (written["protocol"], written["model_version"], written["items"]) == (LEAVE_ONE_OUT, 3, 24)
     assert [contender["name"] for contender in written["contenders"]] == ["large", "popularity", "item-to-item"]
     json.dumps(written, allow_nan=False)
@@ -205,7 +206,7 @@ def test_one_models_figures_stand_at_the_top(data, models):
 
 def test_what_a_model_does_not_know_is_counted(data, models):
     large, small = evaluate_models(data, models, LEAVE_ONE_OUT, baselines=False).facts
-    assert (large["events_of_unknown_items"], large["cases_of_unknown_target"]) == (2, 1)
+    assert (large["events_of_unknown_items"], large["cases_of_unknown_target"]) == (3, 2)
     assert large["cases_without_known_input"] == 1
     assert small["events_of_unknown_items"] > 50
     assert small["cases_of_unknown_target"] > 10
@@ -216,10 +217,10 @@ def test_all_contenders_have_the_same_cases_whatever_they_know(data, models):
     both = evaluate_models(data, models, LEAVE_ONE_OUT)
     written = both.as_json()
     assert "recall@10" not in written  # whose?
-    assert written["cases"] == 42
+    assert written["cases"] == 43
     for contender in written["contenders"]:
         for breakdown in ("by_activity", "by_item_popularity"):
-            assert sum(bucket["cases"] for bucket in contender[breakdown]) == 42
+            assert sum(bucket["cases"] for bucket in contender[breakdown]) == 43
     alone = evaluate_models(data, models[1:], LEAVE_ONE_OUT, baselines=False)
     # another model beside it changes nothing but the universe of items that coverage is a share of
     assert both.comparison.results[1].metrics["ndcg@10"] == alone.comparison.results[0].metrics["ndcg@10"]
@@ -250,7 +251,7 @@ def test_contenders_have_different_names(tmp_path, monkeypatch):
 def test_json_and_plot_are_written(data, models, tmp_path, capsys):
     evaluate_command(data, models, json_=tmp_path / "new" / "f.json", plot=tmp_path / "new" / "f.PNG")
     out = capsys.readouterr().out
-    for text in ("films, leave-one-out, 42 cases of 42 users", "large", "small", "popularity", "item-to-item"):
+    for text in ("films, leave-one-out, 43 cases of 43 users", "large", "small", "popularity", "item-to-item"):
         assert text in out
     written = json.loads((tmp_path / "new" / "f.json").read_text())
     assert len(written["contenders"]) == 4
@@ -299,10 +300,19 @@ def test_data_without_cases(data, models, tmp_path):
     refused("data: ", "ingest more events", tmp_path / "few", models)
 
 
+def test_targets_are_not_counted_as_training(data, models):
+    evaluation = evaluate_models(data, models[:1], LEAVE_ONE_OUT)
+    # the one item that is nothing but a target is new, and no baseline can find it
+    assert evaluation.comparison.breakdowns[1].cases[3] == 1
+    for result in evaluation.comparison.results[1:]:
+        assert result.breakdowns[1][3]["recall@10"].value == 0
+
+
 def test_no_number_that_json_does_not_know(data, models, tmp_path):
-    # nobody has an item that was never trained on, so there is a bucket without cases
-    evaluation = evaluate_models(data, models[:1], LEAVE_ONE_OUT, baselines=False)
-    buckets = evaluation.as_json()["contenders"][0]["by_item_popularity"]
-    assert [bucket["bucket"] for bucket in buckets] == ["head", "mid", "tail", "new"]
-    write_json(tmp_path / "f.json", evaluation.as_json())
+    table = pq.read_table(data / "events.parquet")
+    pq.write_table(table.slice(0, len(table) - 2), tmp_path / "events.parquet")
+    written = evaluate_models(tmp_path, models[:1], LEAVE_ONE_OUT, baselines=False).as_json()
+    empty = written["contenders"][0]["by_item_popularity"][3]  # no target is new now
+    assert empty == {"bucket": "new", "cases": 0, "items": 0, "recall@10": None, "ndcg@10": None, "intervals": {}}
+    write_json(tmp_path / "f.json", written)
     assert "NaN" not in (tmp_path / "f.json").read_text()
