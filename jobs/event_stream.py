@@ -34,12 +34,12 @@ from lib.user_buckets import (
     SAMPLED_VALUES,
     BucketBatches,
     BucketFigures,
-    StreamFigures,
+    Figures,
     bucket_count,
     figures_of,
+    figures_of_all,
     histories_in,
     part_to_train,
-    stream_figures,
     table_of,
     with_bucket,
 )
@@ -60,20 +60,20 @@ class StreamedData:
 
     folder: Path
     catalog: Catalog  # of all items
-    figures: StreamFigures  # of the events that are trained on
+    figures: Figures  # of the events that are trained on
 
-    def histories(self, buckets: Sequence[int] | None = None) -> Iterator[Histories]:
+    def parts(self, buckets: Sequence[int] | None = None) -> Iterator[Histories]:
         """The histories of these buckets (or of all) one bucket after another, streamed."""
         return stream_buckets(self.folder, self.figures.buckets if buckets is None else buckets)
 
     def batches(self, config: BehaviourEncoderConfig) -> BucketBatches:
         """Training batches for an encoder."""
-        return BucketBatches(self.histories, self.figures.buckets, config)
+        return BucketBatches(self.parts, self.figures.buckets, config)
 
 
 def prepare_stream(
     data: str | Path, folder: Path, holdout: str, seed: int, events_per_bucket: int = EVENTS_PER_BUCKET
-) -> StreamFigures:
+) -> Figures:
     """Make `folder` the stream of a dataset, on the running Ray; one that is complete is left as it is.
 
     Raises:
@@ -107,7 +107,7 @@ def prepare_stream(
     (folder / PARTS_FOLDER).rmdir()
     if held != whole.events:
         raise RuntimeError(f"{folder}: the buckets hold {held} of {whole.events} events; start again")
-    figures = stream_figures(found)
+    figures = figures_of_all(found)
     partial_file = folder / f"{FIGURES_FILE}.partial"
     partial_file.write_text(json.dumps(asdict(figures), indent=2) + "\n")
     partial_file.rename(folder / FIGURES_FILE)  # the last step: where it is, everything is
@@ -238,5 +238,5 @@ def _read_buckets(batch: Any, folder: Path) -> Iterator[pa.Table]:
         yield pq.read_table(_bucket_file(folder, pickle.loads(item)))
 
 
-def _read_figures(folder: Path) -> StreamFigures:
-    return StreamFigures(**json.loads((folder / FIGURES_FILE).read_text()))
+def _read_figures(folder: Path) -> Figures:
+    return Figures(**json.loads((folder / FIGURES_FILE).read_text()))

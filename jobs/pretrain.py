@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # the names that lib/evaluation.py gives its protocols, without the torch that it imports: `--help` is to answer at once
 HOLDOUTS = ("leave-one-out", "temporal", "none")
 RESTARTS = 3  # of a failed worker
-RUN_FILE = "run.json"
+RUN_FILE, STREAM_FOLDER = "run.json", "stream"
 LIVE_FOLDER = "live"  # where `afterclick serve` keeps the log and the versions of a model
 LARGEST_SEED = 2**31 - 1
 LEAST = {
@@ -70,6 +70,7 @@ class PretrainSettings:
     negatives: int | None = None
     clip_norm: float | None = None
     popularity_half_life_days: float = 7.0
+    stream: bool | None = None  # events from disk; None: where they would fill the machine's memory
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -107,21 +108,46 @@ def pretrain(
         InputError: the data cannot be trained on, `out` must not be replaced, or the cluster is too small.
         RuntimeError: the workers failed more often than they are restarted.
     """
+    from jobs.event_stream import must_stream
     from jobs.training_loop import preset_of, read_training_data
     from lib.model_folder import read_manifest
 
     settings = settings or PretrainSettings()
     data, out = Path(data).absolute(), Path(out).absolute()
     _refuse_loss(out, overwrite)
-    preset_of(settings, read_training_data(str(data), settings.holdout).histories)  # bad input before Ray is started
+    if settings.stream is None:
+        settings = replace(settings, stream=must_stream(data, workers + 1))  # this process reads them, too
+    if not settings.stream:  # bad input before Ray is started
+        preset_of(settings, read_training_data(str(data), settings.holdout).histories)
     storage = out.with_name(f".{out.name}.training")
     _prepare(storage, data, settings)
     with running_ray():
+        if settings.stream:
+            _prepare_stream(data, storage, settings)
         _train(data, out, storage, settings, workers, gpu)
     manifest = read_manifest(storage / "result")
     _install(storage / "result", out)
     shutil.rmtree(storage)
     return manifest
+
+
+def _prepare_stream(data: Path, storage: Path, settings: PretrainSettings) -> None:
+    """Put the events where the workers stream them from, unless an interrupted run has done so.
+
+    Raises:
+        InputError: the data cannot be trained on; nothing of the run is left then.
+    """
+    from jobs.event_stream import prepare_stream
+    from jobs.training_loop import preset_of, refuse_too_small
+
+    print(f"streaming {data} by way of {storage / STREAM_FOLDER}", file=sys.stderr)
+    try:
+        figures = prepare_stream(data, storage / STREAM_FOLDER, settings.holdout, settings.seed)
+        refuse_too_small(data, settings.holdout, figures)
+        preset_of(settings, figures.miniature())
+    except InputError:
+        shutil.rmtree(storage)
+        raise
 
 
 def _train(data: Path, out: Path, storage: Path, settings: PretrainSettings, workers: int, gpu: bool | None) -> None:
@@ -139,6 +165,7 @@ def _train(data: Path, out: Path, storage: Path, settings: PretrainSettings, wor
             train_loop_config={
                 "settings": asdict(settings),
                 "data": str(data),
+                "stream": str(storage / STREAM_FOLDER),
                 "result": str(storage / "result"),
                 "tensorboard": str(out.with_name(f"{out.name}.runs")),
                 "threads": max(1, torch.get_num_threads() // workers),

@@ -8,7 +8,9 @@ number of workers sees the same batches.
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from ray.train.torch import get_device
 from ray.util.queue import Queue
 from torch.utils.tensorboard import SummaryWriter
 
+from jobs.event_stream import StreamedData, read_stream
 from jobs.pretrain import PretrainSettings
 from lib.catalog import Catalog
 from lib.datasets import read_events, read_items
@@ -31,8 +34,9 @@ from lib.model_folder import Manifest, save_model, write_manifest
 from lib.popularity import DAY, event_counts
 from lib.presets import Preset, preset_for
 from lib.registry import OPTIMIZER_FILE
-from lib.sequences import SequenceBatches, value_boundaries
+from lib.sequences import SequenceBatches
 from lib.training import Trainer, TrainingConfig
+from lib.user_buckets import Figures, figures_of, figures_of_all
 
 WARMUP_STEPS = 100
 FINAL_LEARNING_RATE = 0.05  # of the peak, at the end of a linear decay
@@ -63,6 +67,19 @@ class TrainingData:
     catalog: Catalog
     histories: Histories
 
+    @cached_property
+    def figures(self) -> Figures:
+        """What must be known of them before training."""
+        return figures_of_all([figures_of(0, self.histories)])
+
+    def parts(self) -> Iterator[Histories]:
+        """All histories, at once."""
+        yield self.histories
+
+    def batches(self, config: BehaviourEncoderConfig) -> SequenceBatches:
+        """Training batches for an encoder."""
+        return SequenceBatches(self.histories, config)
+
 
 def read_training_data(data: str, holdout: str) -> TrainingData:
     """Read an ingested dataset.
@@ -76,11 +93,21 @@ def read_training_data(data: str, holdout: str) -> TrainingData:
     if items is not None:
         catalog.extend(items["item_id"].to_pylist())
     histories = training_part(histories_of(events, catalog.row_of, EVENT_KINDS), holdout)
-    if int((histories.lengths >= 2).sum()) == 0:
+    training_data = TrainingData(catalog, histories)
+    refuse_too_small(data, holdout, training_data.figures)
+    return training_data
+
+
+def refuse_too_small(data: str | Path, holdout: str, figures: Figures) -> None:
+    """Refuse data that has nothing to learn from.
+
+    Raises:
+        InputError: no user has two events.
+    """
+    if figures.users_to_learn_from == 0:
         raise InputError(
             f"data: {data} leaves no user with two events to learn from (holdout {holdout}); ingest more events"
         )
-    return TrainingData(catalog, histories)
 
 
 def preset_of(settings: PretrainSettings, histories: Histories) -> Preset:
@@ -98,7 +125,7 @@ def preset_of(settings: PretrainSettings, histories: Histories) -> Preset:
     return preset
 
 
-def new_encoder(training_data: TrainingData, preset: Preset, seed: int) -> BehaviourEncoder:
+def new_encoder(training_data: TrainingData | StreamedData, preset: Preset, seed: int) -> BehaviourEncoder:
     """A fresh encoder for this data; equal seeds give equal weights."""
     config = BehaviourEncoderConfig(
         item_rows=len(training_data.catalog) + 1,
@@ -109,17 +136,19 @@ def new_encoder(training_data: TrainingData, preset: Preset, seed: int) -> Behav
         max_length=preset.max_length,
         dropout=preset.dropout,
         event_kinds=list(EVENT_KINDS),
-        value_boundaries=value_boundaries(training_data.histories.values),
+        value_boundaries=training_data.figures.value_boundaries,
     )
     torch.manual_seed(seed)
     return BehaviourEncoder(config)
 
 
-def count_popularity(encoder: BehaviourEncoder, histories: Histories, half_life: float) -> None:
+def count_popularity(encoder: BehaviourEncoder, data: TrainingData | StreamedData, half_life: float) -> None:
     """Fill in what is popular at the end of the training data."""
-    reference = int(histories.timestamps.max())
-    counts = event_counts(histories.timestamps, reference, half_life)
-    totals = np.bincount(histories.rows, weights=counts, minlength=encoder.config.item_rows)
+    reference = data.figures.newest
+    totals = np.zeros(encoder.config.item_rows)
+    for histories in data.parts():
+        counts = event_counts(histories.timestamps, reference, half_life)
+        totals += np.bincount(histories.rows, weights=counts, minlength=encoder.config.item_rows)
     encoder.item_popularity.copy_(torch.from_numpy(totals.astype(np.float32)))
     encoder.popularity_reference.fill_(reference)
 
@@ -140,12 +169,16 @@ def training_loop(run: dict[str, Any]) -> None:
     device = get_device()
     if device.type == "cpu":
         torch.set_num_threads(run["threads"])
-    data = read_training_data(run["data"], settings.holdout)
-    preset = preset_of(settings, data.histories)
+    if settings.stream:
+        data = read_stream(run["data"], Path(run["stream"]))
+        preset = preset_of(settings, data.figures.miniature())
+    else:
+        data = read_training_data(run["data"], settings.holdout)
+        preset = preset_of(settings, data.histories)
     encoder = new_encoder(data, preset, settings.seed)
     encoder.to(device)  # pyright: ignore[reportArgumentType]  transformers wraps it and hides its signature
     trainer = Trainer(encoder, len(data.catalog), _training_config(settings, preset))
-    batches = SequenceBatches(data.histories, encoder.config)
+    batches = data.batches(encoder.config)
     done = _resume(trainer)
     # a killed run may have written scalars of an epoch that it did not checkpoint: they are purged
     writer = SummaryWriter(run["tensorboard"], purge_step=trainer.steps + 1) if rank == 0 else None
@@ -171,7 +204,7 @@ def training_loop(run: dict[str, Any]) -> None:
         _report(trainer, done, rank)
     if writer is not None:
         writer.close()
-        count_popularity(encoder, data.histories, settings.popularity_half_life_days * DAY)
+        count_popularity(encoder, data, settings.popularity_half_life_days * DAY)
         _save_result(Path(run["result"]), trainer, data, _facts(settings, preset, data, done, world, device))
 
 
@@ -222,10 +255,14 @@ def _write_scalars(writer: SummaryWriter, trainer: Trainer, done: Done) -> None:
 
 
 def _facts(
-    settings: PretrainSettings, preset: Preset, data: TrainingData, done: Done, workers: int, device: torch.device
+    settings: PretrainSettings,
+    preset: Preset,
+    data: TrainingData | StreamedData,
+    done: Done,
+    workers: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """What the manifest says of the training."""
-    histories = data.histories
     return {
         **asdict(settings),
         **asdict(_training_config(settings, preset)),
@@ -235,13 +272,13 @@ def _facts(
         "loss": done.loss,
         "workers": workers,
         "device": str(device),
-        "events": len(histories.rows),
-        "users": int((histories.lengths > 0).sum()),
+        "events": data.figures.events,
+        "users": data.figures.users,
         "items": len(data.catalog),
     }
 
 
-def _save_result(folder: Path, trainer: Trainer, data: TrainingData, training: dict[str, Any]) -> None:
+def _save_result(folder: Path, trainer: Trainer, data: TrainingData | StreamedData, training: dict[str, Any]) -> None:
     """The model folder, with the optimiser's state so that learning goes on where it stopped."""
     manifest = Manifest(training=training)
     save_model(folder, trainer.encoder.cpu(), data.catalog, manifest)

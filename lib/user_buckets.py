@@ -48,10 +48,10 @@ class BucketFigures:
 
 
 @dataclass(frozen=True)
-class StreamFigures:
-    """What must be known of all buckets before they are trained on."""
+class Figures:
+    """What must be known of all histories before they are trained on."""
 
-    buckets: list[int]  # those that have users
+    buckets: list[int]  # that have users
     events: int
     users_of_length: list[list[int]]  # (length, users with so many events), the length rising from 1
     items: int  # that have events
@@ -120,7 +120,7 @@ def histories_in(table: pa.Table) -> Histories:
     return Histories(users.to_pylist(), offsets - offsets[0], *columns)
 
 
-def figures_of(bucket: int, histories: Histories, value_share: float, seed: int) -> BucketFigures:
+def figures_of(bucket: int, histories: Histories, value_share: float = 1.0, seed: int = 0) -> BucketFigures:
     """What a bucket holds, with that share of its values (1 or more: all of them)."""
     values = histories.values[~np.isnan(histories.values)]
     if value_share < 1:
@@ -135,14 +135,14 @@ def figures_of(bucket: int, histories: Histories, value_share: float, seed: int)
     )
 
 
-def stream_figures(parts: Sequence[BucketFigures]) -> StreamFigures:
+def figures_of_all(parts: Sequence[BucketFigures]) -> Figures:
     """What all buckets hold."""
     users = np.zeros(max(len(part.users_of_length) for part in parts), dtype=np.int64)
     rows = np.zeros(1 + max(int(part.rows.max(initial=0)) for part in parts), dtype=bool)
     for part in parts:
         users[: len(part.users_of_length)] += part.users_of_length
         rows[part.rows] = True
-    return StreamFigures(
+    return Figures(
         buckets=sorted(part.bucket for part in parts),
         events=sum(part.events for part in parts),
         users_of_length=[[int(length), int(users[length])] for length in np.flatnonzero(users) if length > 0],

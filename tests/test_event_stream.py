@@ -10,27 +10,32 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import safetensors.numpy
 import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 
 import lib.user_buckets
 from jobs import event_stream
 from jobs.event_stream import StreamedData, must_stream, prepare_stream, read_stream
+from jobs.pretrain import PretrainSettings, pretrain
 from jobs.training_loop import read_training_data
+from lib.catalog import Catalog
 from lib.datasets import read_events
 from lib.evaluation import LEAVE_ONE_OUT, NONE, TEMPORAL, training_part
 from lib.event_pieces import Piece, first_uses, merged, pieces_of, read_piece, survey
 from lib.events import InputError
 from lib.histories import Histories
+from lib.model_folder import read_manifest
 from lib.presets import preset_for
+from lib.registry import OPTIMIZER_FILE
 from lib.sequences import Batch, SequenceBatches, value_boundaries
 from lib.user_buckets import (
     BucketBatches,
     bucket_count,
     figures_of,
+    figures_of_all,
     histories_in,
     part_to_train,
-    stream_figures,
     table_of,
     with_bucket,
 )
@@ -205,7 +210,7 @@ def test_buckets_hold_out_what_the_whole_holds_out(holdout):
 def test_figures_of_buckets_are_those_of_the_whole():
     histories = random_histories(60, 24, np.random.default_rng(2), longest=9)
     parts = [*split(histories, 3), random_histories(0, 24, np.random.default_rng(0))]
-    figures = stream_figures([figures_of(bucket, part, 1.0, 0) for bucket, part in enumerate(parts)])
+    figures = figures_of_all([figures_of(bucket, part, 1.0, 0) for bucket, part in enumerate(parts)])
     assert (figures.events, figures.users) == (len(histories.rows), 60)
     assert figures.users_to_learn_from == int((histories.lengths >= 2).sum()) < 60
     assert figures.newest == histories.timestamps.max()
@@ -220,7 +225,7 @@ def test_figures_of_buckets_are_those_of_the_whole():
 def test_a_miniature_has_the_proportions_of_the_whole(monkeypatch, items):
     monkeypatch.setattr(lib.user_buckets, "MINIATURE_USERS", 500)
     histories = random_histories(5000, items, np.random.default_rng(3), longest=80)
-    figures = stream_figures([figures_of(0, histories, 1.0, 0)])
+    figures = figures_of_all([figures_of(0, histories, 1.0, 0)])
     small = figures.miniature()
     assert len(small) == 500
     assert np.quantile(small.lengths, 0.95) == pytest.approx(np.quantile(histories.lengths, 0.95), abs=1)
@@ -236,9 +241,9 @@ def test_a_share_of_the_values_gives_boundaries_close_to_those_of_all():
     parts = split(replace(histories, values=values), 4)
     figures = [figures_of(bucket, part, 0.25, 0) for bucket, part in enumerate(parts)]
     assert sum(len(part.values) for part in figures) == pytest.approx(rated.sum() / 4, rel=0.05)
-    boundaries = stream_figures(figures).value_boundaries
+    boundaries = figures_of_all(figures).value_boundaries
     np.testing.assert_allclose(boundaries, value_boundaries(values), atol=0.02)
-    assert boundaries == stream_figures([figures_of(b, part, 0.25, 0) for b, part in enumerate(parts)]).value_boundaries
+    assert boundaries == figures_of_all([figures_of(b, part, 0.25, 0) for b, part in enumerate(parts)]).value_boundaries
 
 
 # ------------------------------------------------------------------------------------------------------------ batches
@@ -336,7 +341,7 @@ def test_one_bucket_is_the_dataset(ray_session, dataset, tmp_path, holdout):
     memory = read_training_data(str(dataset), holdout)
     stream = streamed(dataset, tmp_path / "stream", holdout, 10_000)
     assert stream.catalog.item_ids == memory.catalog.item_ids
-    (histories,) = stream.histories()
+    (histories,) = stream.parts()
     assert_same_histories(histories, memory.histories)
     assert stream.figures.value_boundaries == value_boundaries(memory.histories.values)
     assert not (tmp_path / "stream" / "parts").exists()
@@ -348,10 +353,10 @@ def test_several_buckets_hold_every_event_in_its_order(ray_session, dataset, tmp
     stream = streamed(dataset, tmp_path / "stream", holdout, 130)
     assert stream.figures.buckets == list(range(10))
     assert stream.catalog.item_ids == memory.catalog.item_ids
-    assert events_by_user(list(stream.histories())) == events_by_user([memory.histories])
+    assert events_by_user(list(stream.parts())) == events_by_user([memory.histories])
     order = [7, 0, 9, 3]
-    in_order = [part.user_ids for part in stream.histories(order)]
-    assert in_order == [next(iter(stream.histories([bucket]))).user_ids for bucket in order]
+    in_order = [part.user_ids for part in stream.parts(order)]
+    assert in_order == [next(iter(stream.parts([bucket]))).user_ids for bucket in order]
     assert stream.figures.events == len(memory.histories.rows)
 
 
@@ -366,7 +371,7 @@ def test_a_complete_stream_is_kept_and_an_incomplete_one_made_anew(ray_session, 
     (folder / "parts").mkdir()
     (buckets / "0001.parquet").write_bytes(b"half of it")
     assert prepare_stream(dataset, folder, NONE, 0, 500) == figures
-    assert len(events_by_user(list(read_stream(dataset, folder).histories()))) == figures.users
+    assert len(events_by_user(list(read_stream(dataset, folder).parts()))) == figures.users
 
 
 def test_buckets_are_read_where_training_has_taken_all_places(ray_session, dataset, tmp_path):
@@ -374,7 +379,7 @@ def test_buckets_are_read_where_training_has_taken_all_places(ray_session, datas
     taken = placement_group([{"CPU": int(ray.available_resources()["CPU"])}])
     try:
         ray.get(taken.ready())
-        assert len(list(stream.histories())) == 3
+        assert len(list(stream.parts())) == 3
     finally:
         remove_placement_group(taken)
 
@@ -398,3 +403,42 @@ def test_what_would_fill_memory_is_streamed(dataset, monkeypatch):
 
 def test_the_memory_of_this_machine():
     assert 1 << 28 < event_stream.machine_memory() < 1 << 50
+
+
+# --------------------------------------------------------------------------------------------------------- pretraining
+
+
+def test_streamed_training_gives_the_weights_of_training_in_memory(
+    ray_session, small_model, shop_dataset, tmp_path, monkeypatch, capsys
+):
+    """To the bit where the stream is a single bucket; here it is chosen because the machine is said to be tiny."""
+    monkeypatch.setattr(event_stream, "machine_memory", lambda: 1000)
+    out = tmp_path / "model"
+    manifest = pretrain(shop_dataset, out, PretrainSettings(epochs=2, max_length=20, hidden_size=32), gpu=False)
+    expected = read_manifest(small_model).training
+    measured = {name: manifest.training[name] for name in ("seconds", "sequences_per_second")}
+    assert manifest.training == expected | measured | {"stream": True}
+    for name in ("model.safetensors", OPTIMIZER_FILE):
+        ours, theirs = (safetensors.numpy.load_file(folder / name) for folder in (out, small_model))
+        assert ours.keys() == theirs.keys()
+        assert [key for key in ours if not np.array_equal(ours[key], theirs[key])] == []
+    assert Catalog.load(out / "catalog.parquet").item_ids == Catalog.load(small_model / "catalog.parquet").item_ids
+    assert not (tmp_path / ".model.training").exists()
+    assert f"streaming {shop_dataset}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, r"^data: .* leaves no user with two events to learn from \(holdout none\)"),
+        ({"hidden_size": 16, "num_attention_heads": 3}, "^hidden_size: 16 is not a multiple of num_attention_heads 3$"),
+    ],
+)
+def test_what_cannot_be_trained_on_leaves_nothing_of_a_streamed_run(ray_session, dataset, tmp_path, changes, reason):
+    if not changes:
+        events = pq.read_table(dataset / "events.parquet").slice(0, 1)
+        pq.write_table(events, dataset / "events.parquet")
+    settings = PretrainSettings(stream=True, holdout="none", **changes)
+    with pytest.raises(InputError, match=reason):
+        pretrain(dataset, tmp_path / "model", settings, gpu=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
