@@ -2,7 +2,7 @@
 
 Notable features:
 - one table of item embeddings serves as input and as output (tied), so a click on an item moves its vector too
-- four inputs per event: the item, the kind of event, the time since the event before, the value (rating, price)
+- inputs per event: the item (with its attributes), the kind of event, the time since the event before, the value
 - positions are counted back from the newest event, so "the last thing they did" has one place at every length
 - pre-norm blocks: causal attention and SwiGLU, each residual branch behind a sigmoid gate of its input; the gate and
   what it gates come of one matrix product
@@ -29,6 +29,7 @@ from lib.events import InputError
 from lib.objective import unit_length
 
 PADDING_ROW = 0  # row 0 of the item table belongs to no item
+INPUTS = ("kind", "gap", "value", "attributes")  # what is read of an event beside its item and its place
 
 
 class BehaviourEncoderConfig(PreTrainedConfig):
@@ -47,6 +48,7 @@ class BehaviourEncoderConfig(PreTrainedConfig):
     event_kinds: list[str] | None = None  # kind code = place in this list + 1
     value_boundaries: list[float] | None = None  # value bucket = number of boundaries at or below the value, + 1
     gap_buckets: int = 32  # log2 seconds
+    inputs: list[str] | None = None  # of INPUTS; all where nothing is said
     attribute_values: list[str] | None = None  # "genres=Comedy": the code of an attribute is its place here + 1
     attributes_per_item: int = 1  # width of the table of codes
     layer_norm_eps: float = 1e-6
@@ -56,12 +58,16 @@ class BehaviourEncoderConfig(PreTrainedConfig):
         """Fill in the lists, which must not be shared between configurations.
 
         Raises:
-            InputError: a width that the heads do not divide.
+            InputError: a width that the heads do not divide, or an unknown input.
         """
         self.event_kinds = list(self.event_kinds or [])
+        self.inputs = list(INPUTS if self.inputs is None else self.inputs)
         self.value_boundaries = list(self.value_boundaries or [])
         self.attribute_values = list(self.attribute_values or [])
         super().__post_init__(**kwargs)
+        unknown = [name for name in self.inputs if name not in INPUTS]
+        if unknown:
+            raise InputError(f"inputs: {', '.join(unknown)} unknown; there are {', '.join(INPUTS)}")
         if self.hidden_size % self.num_attention_heads != 0:
             raise InputError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
@@ -217,6 +223,8 @@ class BehaviourEncoder(PreTrainedModel):
         # what each item is (lib/attributes.py); 0: nothing
         self.attribute_embeddings = nn.Embedding(len(config.attribute_values) + 1, width, padding_idx=PADDING_ROW)
         self.attribute_embeddings.requires_grad_(bool(config.attribute_values))
+        for name in ("kind", "gap", "value"):
+            self.get_submodule(f"{name}_embeddings").requires_grad_(name in (config.inputs or ()))
         self.register_buffer(
             "item_attributes", torch.zeros(config.item_rows, config.attributes_per_item, dtype=torch.int32)
         )
@@ -263,13 +271,10 @@ class BehaviourEncoder(PreTrainedModel):
             item_vectors = self.described(self.item_embeddings(rows), rows)
         length = kinds.shape[1]
         places = (lengths[:, None] - 1 - torch.arange(length, device=kinds.device)).clamp(min=0)  # (B, T)
-        x = (
-            item_vectors
-            + self.position_embeddings(places)
-            + self.kind_embeddings(kinds)
-            + self.gap_embeddings(gaps)
-            + self.value_embeddings(values)
-        )
+        x = item_vectors + self.position_embeddings(places)
+        for name, codes in (("kind", kinds), ("gap", gaps), ("value", values)):
+            if name in (self.config.inputs or ()):
+                x = x + self.get_submodule(f"{name}_embeddings")(codes)
         return unit_length(self.trunk(self.input_dropout(x), lengths))
 
     def trunk(self, x: Tensor, lengths: Tensor) -> Tensor:
