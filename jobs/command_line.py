@@ -36,7 +36,7 @@ SUMMARY = {
     "demo": "a synthetic shop that learns from its visitors, on this machine",
     "ingest": "event files of any common format -> a dataset folder",
     "pretrain": "a dataset folder -> a model folder, on Ray Train",
-    "evaluate": "recall, ndcg, mrr and coverage of a model, offline",
+    "evaluate": "recall, ndcg, mrr and coverage of models, offline",
     "serve": "HTTP answers, feedback, near-line learning and pushes, on this machine",
     "nearline": "keep a near-line learner on a cluster that serves",
     "status": "what a running service says of itself",

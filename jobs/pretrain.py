@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 # the names that lib/evaluation.py gives its protocols, without the torch that it imports: `--help` is to answer at once
 HOLDOUTS = ("leave-one-out", "temporal", "none")
+INPUTS = ("kind", "gap", "value", "attributes")  # those of lib/encoder.py, for the same reason
 RESTARTS = 3  # of a failed worker
 RUN_FILE, STREAM_FOLDER = "run.json", "stream"
 LIVE_FOLDER = "live"  # where `afterclick serve` keeps the log and the versions of a model
@@ -69,6 +70,8 @@ class PretrainSettings:
     weight_decay: float | None = None
     negatives: int | None = None
     clip_norm: float | None = None
+    dislike_weight: float | None = None
+    inputs: list[str] = field(default_factory=lambda: list(INPUTS))  # what is read of an event beside its item
     popularity_half_life_days: float = 7.0
     stream: bool | None = None  # events from disk; None: where they would fill the machine's memory
     seed: int = 0
@@ -76,18 +79,23 @@ class PretrainSettings:
     def __post_init__(self) -> None:
         if self.holdout not in HOLDOUTS:
             raise InputError(f"holdout: {self.holdout!r} is not one of {', '.join(HOLDOUTS)}")
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in (each.name for each in fields(self)):
+            value = getattr(self, name)
             if isinstance(value, float) and not math.isfinite(value):
-                raise InputError(f"{field.name}: {value} is no number to train with; give a finite one")
-            if value is not None and value < LEAST.get(field.name, value):
-                raise InputError(f"{field.name}: {value} is too small; give {LEAST[field.name]} or more")
-            if value is not None and field.name in POSITIVE and value <= 0:
-                raise InputError(f"{field.name}: {value} is too small; give more than 0")
+                raise InputError(f"{name}: {value} is no number to train with; give a finite one")
+            if value is not None and value < LEAST.get(name, value):
+                raise InputError(f"{name}: {value} is too small; give {LEAST[name]} or more")
+            if value is not None and name in POSITIVE and value <= 0:
+                raise InputError(f"{name}: {value} is too small; give more than 0")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise InputError(f"dropout: {self.dropout} is not from 0 to below 1")
         if self.weight_decay is not None and self.weight_decay < 0:
             raise InputError(f"weight_decay: {self.weight_decay} is below 0")
+        if self.dislike_weight is not None and self.dislike_weight < 0:
+            raise InputError(f"dislike_weight: {self.dislike_weight} is below 0")
+        unknown = [name for name in self.inputs if name not in INPUTS]
+        if unknown:
+            raise InputError(f"inputs: {', '.join(unknown)} unknown; give some of [{', '.join(INPUTS)}]")
         if not 0 <= self.seed <= LARGEST_SEED:
             raise InputError(f"seed: {self.seed} is not from 0 to {LARGEST_SEED}")
 

@@ -6,9 +6,10 @@ number of workers sees the same batches.
 """
 
 import json
+import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +25,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from jobs.event_stream import StreamedData, read_stream
 from jobs.pretrain import PretrainSettings
+from lib.attributes import attribute_codes, attribute_values
 from lib.catalog import Catalog
 from lib.datasets import read_events, read_items
-from lib.encoder import BehaviourEncoder, BehaviourEncoderConfig
+from lib.encoder import INPUTS, BehaviourEncoder, BehaviourEncoderConfig
 from lib.evaluation import training_part
 from lib.events import EVENT_KINDS, InputError
 from lib.histories import Histories, histories_of
@@ -35,11 +37,11 @@ from lib.popularity import DAY, event_counts
 from lib.presets import Preset, preset_for
 from lib.registry import OPTIMIZER_FILE
 from lib.sequences import SequenceBatches
-from lib.training import Trainer, TrainingConfig
+from lib.training import Trainer, TrainingConfig, keep_freed_memory
 from lib.user_buckets import Figures, figures_of, figures_of_all
 
 WARMUP_STEPS = 100
-FINAL_LEARNING_RATE = 0.05  # of the peak, at the end of a linear decay
+FINAL_LEARNING_RATE = 0.05  # of the peak, at the end of the decay
 NEWS_EVERY = 10  # steps
 STATE_FILE, METRICS_FILE = "state.safetensors", "metrics.json"
 ENCODER_PREFIX = "encoder."
@@ -125,10 +127,15 @@ def preset_of(settings: PretrainSettings, histories: Histories) -> Preset:
     return preset
 
 
-def new_encoder(training_data: TrainingData | StreamedData, preset: Preset, seed: int) -> BehaviourEncoder:
+def new_encoder(
+    training_data: TrainingData | StreamedData, preset: Preset, seed: int, inputs: Sequence[str] = INPUTS
+) -> BehaviourEncoder:
     """A fresh encoder for this data; equal seeds give equal weights."""
+    catalog = training_data.catalog
+    attributes = attribute_values(catalog) if "attributes" in inputs else []
+    codes = attribute_codes(catalog, attributes)
     config = BehaviourEncoderConfig(
-        item_rows=len(training_data.catalog) + 1,
+        item_rows=len(catalog) + 1,
         hidden_size=preset.hidden_size,
         intermediate_size=2 * preset.hidden_size,
         num_hidden_layers=preset.num_hidden_layers,
@@ -137,9 +144,14 @@ def new_encoder(training_data: TrainingData | StreamedData, preset: Preset, seed
         dropout=preset.dropout,
         event_kinds=list(EVENT_KINDS),
         value_boundaries=training_data.figures.value_boundaries,
+        inputs=list(inputs),
+        attribute_values=attributes,
+        attributes_per_item=codes.shape[1],
     )
     torch.manual_seed(seed)
-    return BehaviourEncoder(config)
+    encoder = BehaviourEncoder(config)
+    encoder.item_attributes.copy_(torch.from_numpy(codes))
+    return encoder
 
 
 def count_popularity(encoder: BehaviourEncoder, data: TrainingData | StreamedData, half_life: float) -> None:
@@ -154,11 +166,12 @@ def count_popularity(encoder: BehaviourEncoder, data: TrainingData | StreamedDat
 
 
 def learning_rate_at(step: int, total: int, peak: float) -> float:
-    """Linear warm-up, then linear decay."""
+    """Linear warm-up, then a cosine (Loshchilov & Hutter 2017) down to a twentieth."""
     warmup = min(WARMUP_STEPS, total // 10 + 1)
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * (1 - (1 - FINAL_LEARNING_RATE) * (step - warmup) / max(total - warmup, 1))
+    decay = 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(total - warmup, 1))
+    return peak * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * decay)
 
 
 def training_loop(run: dict[str, Any]) -> None:
@@ -169,13 +182,14 @@ def training_loop(run: dict[str, Any]) -> None:
     device = get_device()
     if device.type == "cpu":
         torch.set_num_threads(run["threads"])
+        keep_freed_memory()
     if settings.stream:
         data = read_stream(run["data"], Path(run["stream"]))
         preset = preset_of(settings, data.figures.miniature())
     else:
         data = read_training_data(run["data"], settings.holdout)
         preset = preset_of(settings, data.histories)
-    encoder = new_encoder(data, preset, settings.seed)
+    encoder = new_encoder(data, preset, settings.seed, settings.inputs)
     encoder.to(device)  # pyright: ignore[reportArgumentType]  transformers wraps it and hides its signature
     trainer = Trainer(encoder, len(data.catalog), _training_config(settings, preset))
     batches = data.batches(encoder.config)
@@ -209,7 +223,7 @@ def training_loop(run: dict[str, Any]) -> None:
 
 
 def _training_config(settings: PretrainSettings, preset: Preset) -> TrainingConfig:
-    given = {name: getattr(settings, name) for name in ("weight_decay", "negatives", "clip_norm")}
+    given = {name: getattr(settings, name) for name in ("weight_decay", "negatives", "clip_norm", "dislike_weight")}
     given = {name: value for name, value in given.items() if value is not None}
     return TrainingConfig(learning_rate=preset.learning_rate, seed=settings.seed, **given)
 

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 import torch.distributed as distributed
 import torch.nn.functional as F
-from torch import Tensor, multiprocessing
+from torch import multiprocessing
 
 from lib.encoder import BehaviourEncoder
 from lib.events import EVENT_KINDS
