@@ -28,17 +28,17 @@ EVENT_SCHEMA = pa.schema(
     ]
 )
 
-# What a reaction is worth as a training target; below zero it is pushed away from, never aimed at. The order is the
-# order of the encoder's kind embedding (code 0 is padding, so a kind's code is its place here plus one): append, never
-# reorder.
+# What a reaction is worth as a training target, relative to a view; below zero it is pushed away from, never aimed at.
+# The order is the order of the encoder's kind embedding (code 0 is padding, so a kind's code is its place here plus
+# one): append, never reorder.
 EVENT_WEIGHTS = {
     "view": 1.0,
     "click": 1.0,
     "play": 1.0,
-    "cart": 1.0,
-    "purchase": 1.0,
+    "cart": 2.0,
+    "purchase": 3.0,
     "rating": 1.0,
-    "like": 1.0,
+    "like": 2.0,
     "dislike": -1.0,
     "skip": -1.0,
 }

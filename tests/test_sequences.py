@@ -163,7 +163,13 @@ def test_dislikes_skips_and_low_ratings_are_inputs_and_count_against():
     assert batch.target_weights[0].tolist() == [-1, -1, -1, 1, 1]
     assert batch.values[0].tolist() == [0, 0, 0, 2, 3]
     # a low value matters for a rating alone
-    assert target_weights(np.array([KINDS.index("cart") + 1], dtype=np.int8), np.array([1.0]), KINDS).tolist() == [1]
+    assert target_weights(np.array([KINDS.index("cart") + 1], dtype=np.int8), np.array([1.0]), KINDS).tolist() == [2]
+
+
+def test_a_purchase_is_worth_more_than_a_cart_and_a_cart_more_than_a_view():
+    kinds = np.array([KINDS.index(name) + 1 for name in ("view", "cart", "purchase")], dtype=np.int8)
+    view, cart, purchase = target_weights(kinds, np.full(3, np.nan), KINDS)
+    assert 0 < view < cart < purchase
 
 
 def test_padded_places_are_zero_and_no_targets():
