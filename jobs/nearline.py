@@ -27,6 +27,7 @@ from ray.actor import ActorHandle
 from lib.events import InputError
 from lib.learner import LearnerConfig, NearlineLearner, Rejection
 from lib.registry import Registry
+from lib.training import keep_freed_memory
 from lib.user_histories import MicroBatch
 from lib.weights import Delta
 from serving.aggregator import aggregator_handle
@@ -94,6 +95,7 @@ class Learner:
     def __init__(self, state: str, config: LearnerConfig):
         os.nice(NICENESS)
         torch.set_num_threads(1)
+        keep_freed_memory()
         self.config = config
         self.state = state
         self.learner = NearlineLearner(Registry(state), config)

@@ -18,7 +18,7 @@ class Preset:
     dropout: float = 0.3
     epochs: int = 60
     events_per_batch: int = 2048
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
 
 
 def preset_for(histories: Histories) -> Preset:
