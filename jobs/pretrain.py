@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 # the names that lib/evaluation.py gives its protocols, without the torch that it imports: `--help` is to answer at once
 HOLDOUTS = ("leave-one-out", "temporal", "none")
 INPUTS = ("kind", "gap", "value", "attributes")  # those of lib/encoder.py, for the same reason
+PRESETS = ("small", "base", "large")  # those of lib/presets.py, for the same reason
+PRECISIONS = ("float32", "bfloat16")
 RESTARTS = 3  # of a failed worker
 RUN_FILE, STREAM_FOLDER = "run.json", "stream"
 LIVE_FOLDER = "live"  # where `afterclick serve` keeps the log and the versions of a model
@@ -50,6 +52,7 @@ LEAST = {
     "epochs": 1,
     "events_per_batch": 1,
     "negatives": 1,
+    "accumulation": 1,
 }
 POSITIVE = ("learning_rate", "clip_norm", "popularity_half_life_days")
 
@@ -59,6 +62,7 @@ class PretrainSettings:
     """What a run is made of; what is None is chosen from the data (lib/presets.py) or by lib/training.py."""
 
     holdout: str = HOLDOUTS[0]
+    preset: str = PRESETS[0]
     hidden_size: int | None = None
     num_hidden_layers: int | None = None
     num_attention_heads: int | None = None
@@ -72,13 +76,20 @@ class PretrainSettings:
     clip_norm: float | None = None
     dislike_weight: float | None = None
     inputs: list[str] = field(default_factory=lambda: list(INPUTS))  # what is read of an event beside its item
+    precision: str | None = None  # of the blocks; None: bfloat16 for base and large on a GPU, else float32
+    activation_checkpointing: bool | None = None
+    accumulation: int | None = None  # parts that a worker works a batch off in
+    compile: bool = False  # the blocks, by torch.compile: worth its minute on a GPU only
+    sharded: bool = False  # weights are shared out among the workers (FSDP2)
     popularity_half_life_days: float = 7.0
     stream: bool | None = None  # events from disk; None: where they would fill the machine's memory
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.holdout not in HOLDOUTS:
-            raise InputError(f"holdout: {self.holdout!r} is not one of {', '.join(HOLDOUTS)}")
+        for name, known in (("preset", PRESETS), ("holdout", HOLDOUTS), ("precision", (None, *PRECISIONS))):
+            value = getattr(self, name)
+            if value not in known:
+                raise InputError(f"{name}: {value!r} is not one of {', '.join(filter(None, known))}")
         for name in (each.name for each in fields(self)):
             value = getattr(self, name)
             if isinstance(value, float) and not math.isfinite(value):

@@ -10,7 +10,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -113,13 +113,14 @@ def refuse_too_small(data: str | Path, holdout: str, figures: Figures) -> None:
 
 
 def preset_of(settings: PretrainSettings, histories: Histories) -> Preset:
-    """The preset for this data, with what was set by hand.
+    """The preset that was asked for, fitted to this data, with what was set by hand.
 
     Raises:
         InputError: the heads do not divide the width.
     """
-    given = {f.name: getattr(settings, f.name) for f in fields(Preset) if getattr(settings, f.name) is not None}
-    preset = replace(preset_for(histories), **given)
+    preset = preset_for(histories, settings.preset)
+    given = {name: value for name, value in asdict(settings).items() if name in asdict(preset) and value is not None}
+    preset = replace(preset, **given)
     if preset.hidden_size % preset.num_attention_heads != 0:
         raise InputError(
             f"hidden_size: {preset.hidden_size} is not a multiple of num_attention_heads {preset.num_attention_heads}"
@@ -191,7 +192,7 @@ def training_loop(run: dict[str, Any]) -> None:
         preset = preset_of(settings, data.histories)
     encoder = new_encoder(data, preset, settings.seed, settings.inputs)
     encoder.to(device)  # pyright: ignore[reportArgumentType]  transformers wraps it and hides its signature
-    trainer = Trainer(encoder, len(data.catalog), _training_config(settings, preset))
+    trainer = Trainer(encoder, len(data.catalog), _training_config(settings, preset, device))
     batches = data.batches(encoder.config)
     done = _resume(trainer)
     # a killed run may have written scalars of an epoch that it did not checkpoint: they are purged
@@ -216,16 +217,27 @@ def training_loop(run: dict[str, Any]) -> None:
             _write_scalars(writer, trainer, done)
             board.put(_news(epoch, preset.epochs, 1.0) | {"loss": done.loss, "seconds": done.seconds})
         _report(trainer, done, rank)
-    if writer is not None:
+    if writer is None:
+        trainer.hand_over()
+    else:
         writer.close()
         count_popularity(encoder, data, settings.popularity_half_life_days * DAY)
         _save_result(Path(run["result"]), trainer, data, _facts(settings, preset, data, done, world, device))
 
 
-def _training_config(settings: PretrainSettings, preset: Preset) -> TrainingConfig:
+def _training_config(settings: PretrainSettings, preset: Preset, device: torch.device) -> TrainingConfig:
     given = {name: getattr(settings, name) for name in ("weight_decay", "negatives", "clip_norm", "dislike_weight")}
     given = {name: value for name, value in given.items() if value is not None}
-    return TrainingConfig(learning_rate=preset.learning_rate, seed=settings.seed, **given)
+    return TrainingConfig(
+        learning_rate=preset.learning_rate,
+        precision=settings.precision or (preset.gpu_precision if device.type == "cuda" else "float32"),
+        activation_checkpointing=preset.activation_checkpointing,
+        accumulation=preset.accumulation,
+        compile=settings.compile,
+        sharded=settings.sharded,
+        seed=settings.seed,
+        **given,
+    )
 
 
 def _news(epoch: int, epochs: int, share: float) -> dict[str, Any]:
@@ -242,9 +254,7 @@ def _resume(trainer: Trainer) -> Done:
         state = safetensors.numpy.load_file(Path(folder) / STATE_FILE)
         done = Done(**json.loads((Path(folder) / METRICS_FILE).read_text()))
     weights = {name: t for name, t in state.items() if name.startswith(ENCODER_PREFIX)}
-    trainer.encoder.load_state_dict(
-        {name.removeprefix(ENCODER_PREFIX): torch.from_numpy(t) for name, t in weights.items()}
-    )
+    trainer.load_weights({name.removeprefix(ENCODER_PREFIX): torch.from_numpy(t) for name, t in weights.items()})
     trainer.load_optimizer_state({name: t for name, t in state.items() if name not in weights})
     return done
 
@@ -252,10 +262,11 @@ def _resume(trainer: Trainer) -> Done:
 def _report(trainer: Trainer, done: Done, rank: int) -> None:
     """Hand the epoch's metrics to Ray Train, with a checkpoint from the first worker."""
     if rank != 0:
+        trainer.hand_over()
         train.report(asdict(done))
         return
     with tempfile.TemporaryDirectory() as folder:
-        weights = {f"{ENCODER_PREFIX}{name}": t.cpu().numpy() for name, t in trainer.encoder.state_dict().items()}
+        weights = {f"{ENCODER_PREFIX}{name}": t.cpu().numpy() for name, t in trainer.weights()}
         safetensors.numpy.save_file(weights | trainer.optimizer_state(), Path(folder) / STATE_FILE)
         (Path(folder) / METRICS_FILE).write_text(json.dumps(asdict(done)))
         train.report(asdict(done), checkpoint=train.Checkpoint.from_directory(folder))
@@ -279,7 +290,7 @@ def _facts(
     """What the manifest says of the training."""
     return {
         **asdict(settings),
-        **asdict(_training_config(settings, preset)),
+        **asdict(_training_config(settings, preset, device)),
         **asdict(preset),
         "seconds": done.seconds,
         "sequences_per_second": done.sequences_per_second,
@@ -295,6 +306,6 @@ def _facts(
 def _save_result(folder: Path, trainer: Trainer, data: TrainingData | StreamedData, training: dict[str, Any]) -> None:
     """The model folder, with the optimiser's state so that learning goes on where it stopped."""
     manifest = Manifest(training=training)
-    save_model(folder, trainer.encoder.cpu(), data.catalog, manifest)
+    save_model(folder, trainer.whole_encoder().cpu(), data.catalog, manifest)
     safetensors.numpy.save_file(trainer.optimizer_state(), folder / OPTIMIZER_FILE)
     write_manifest(folder, manifest)

@@ -174,14 +174,22 @@ class FeedForward(nn.Module):
         return torch.sigmoid(gate) * self.down(F.silu(inner) * up)
 
 
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in float32, also where a sharded block is gathered in half precision."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape (..., C)."""
+        return F.layer_norm(input.float(), self.normalized_shape, self.weight.float(), None, self.eps)
+
+
 class Block(nn.Module):
     """One pre-norm transformer block."""
 
     def __init__(self, config: BehaviourEncoderConfig):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        self.attention_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
         self.attention = CausalAttention(config)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        self.feed_forward_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
         self.feed_forward = FeedForward(config)
         self.dropout = Dropout(config.dropout)
 

@@ -3,18 +3,23 @@
 The step gathers each item row it needs once, lets autograd own that small matrix alone, and updates just those rows
 of the table, so its cost follows the batch and not the catalog. With several workers, or a batch that is worked off in
 parts, gradients are summed and divided by the weight of all targets: the result is that of one worker with the whole
-batch at once.
+batch at once. So it is where the workers share the dense weights out among them (FSDP2): each keeps and updates its
+shard, and what is saved is whole.
 """
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 import torch.distributed as distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lib.encoder import BehaviourEncoder
 from lib.objective import next_item_losses, sampled_margins, uniform_negatives, unit_length
@@ -34,6 +39,9 @@ class TrainingConfig:
     dislike_weight: float = 0.1  # of pushing away what was disliked, relative to drawing near what was liked
     accumulation: int = 1  # parts that a batch is worked off in, one after another, where memory is short
     precision: str = "float32"  # or "bfloat16", of the blocks' activations
+    activation_checkpointing: bool = False  # activations of the blocks are computed anew in the backward pass
+    compile: bool = False  # the blocks, by torch.compile
+    sharded: bool = False  # workers share the dense weights and their optimiser state out among them
     seed: int = 0
 
 
@@ -57,7 +65,7 @@ class RowAdam:
         self.config = config
         self.first = torch.zeros_like(table)
         self.second = torch.zeros_like(table)
-        self.steps = torch.zeros(len(table), dtype=torch.float32)
+        self.steps = torch.zeros(len(table), dtype=torch.float32, device=table.device)
 
     def grow(self, rows: int) -> None:
         """Make room for a table of `rows` rows; the new rows have no state yet."""
@@ -95,16 +103,54 @@ class Trainer:
         table = encoder.item_embeddings.weight
         table.requires_grad_(False)
         self.row_optimizer = RowAdam(table, config)
+        self.sequence_loss = SequenceLoss(encoder, config)
+        encoder.activation_checkpointing = config.activation_checkpointing
+        if config.compile:
+            compile_blocks(encoder)
+        self.sharded = config.sharded and worker_count() > 1  # one worker has nobody to share with
+        if self.sharded:
+            shard(self.sequence_loss, config)
         self.dense = {name: parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self._groups(), lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True
         )
         for parameter in self.dense.values():  # what AdamW would make at its first step, so that it can always be saved
             moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-            self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+            # fused kernels read the step count on the parameter's device
+            self.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The encoder's tensors by name, whole; of sharded ones every worker must ask at the same time."""
+        for name, value in self.encoder.state_dict().items():
+            yield name, whole(value)
+
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Take over tensors that `weights` gave."""
+        own = self.encoder.state_dict()
+        placed = {name: placed_like(own.get(name, value), value) for name, value in state.items()}
+        self.encoder.load_state_dict(placed)
+
+    def whole_encoder(self) -> BehaviourEncoder:
+        """The encoder, or of a sharded one a copy that is whole; every worker must ask for it at the same time."""
+        if not self.sharded:
+            return self.encoder
+        encoder = BehaviourEncoder(self.encoder.config)
+        encoder.load_state_dict({name: value.cpu() for name, value in self.weights()})
+        return encoder
+
+    def hand_over(self) -> None:
+        """Do a worker's part while the first one asks for the weights, and then for the optimiser's state."""
+        if self.sharded:
+            for _ in self.weights():
+                pass
+            for _ in self._dense_state():
+                pass
 
     def optimizer_state(self, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """The optimiser's tensors by name; of the row tensors just the given rows (None: all)."""
+        """The optimiser's tensors by name; of the row tensors just the given rows (None: all).
+
+        They are whole; where the weights are sharded every worker must ask at the same time.
+        """
         row = self.row_optimizer
         every = slice(None) if rows is None else torch.from_numpy(rows)
         state = {
@@ -113,10 +159,13 @@ class Trainer:
             "rows.second": row.second[every],
             "rows.steps": row.steps[every],
         }
+        arrays = {name: value.cpu().numpy() for name, value in state.items()}
+        return arrays | {name: value.cpu().numpy() for name, value in self._dense_state()}
+
+    def _dense_state(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.dense.items():
             for moment, value in self.optimizer.state[parameter].items():
-                state[f"{name}:{moment}"] = value
-        return {name: value.cpu().numpy() for name, value in state.items()}
+                yield f"{name}:{moment}", whole(value)
 
     def load_optimizer_state(self, state: Mapping[str, np.ndarray], rows: np.ndarray | None = None) -> None:
         """Take over tensors that `optimizer_state` gave, of the given rows or of all."""
@@ -130,9 +179,8 @@ class Trainer:
         for name, parameter in self.dense.items():
             for moment in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{name}:{moment}" in state:
-                    value = torch.from_numpy(np.array(state[f"{name}:{moment}"]))
-                    # AdamW keeps its step count on the CPU
-                    self.optimizer.state[parameter][moment] = value if moment == "step" else value.to(parameter.device)
+                    own = self.optimizer.state[parameter]
+                    own[moment] = placed_like(own[moment], torch.from_numpy(np.array(state[f"{name}:{moment}"])))
 
     def _groups(self) -> list[dict]:
         matrices = [p for p in self.dense.values() if p.ndim >= 2]
@@ -156,18 +204,30 @@ class Trainer:
         table = self.encoder.item_embeddings.weight.index_select(0, rows).requires_grad_()  # (R, C), a leaf of its own
         inputs, positives, negatives = places.split([targets.numel(), targets.numel(), len(negatives)])
         total_weight = summed_over_workers(weights.abs().sum())
-        loss = torch.zeros((), device=table.device)
-        for part in torch.arange(len(targets)).chunk(self.config.accumulation):
-            lines = slice(int(part[0]), int(part[-1]) + 1)
-            inputs_of, positives_of = inputs.view_as(targets)[lines], positives.view_as(targets)[lines]
-            partial = self._loss(batch[lines], rows, table, inputs_of, positives_of, negatives, weights[lines])
+        loss, accumulation = torch.zeros((), device=table.device), self.config.accumulation
+        for first, last in pairwise(len(targets) * n // accumulation for n in range(accumulation + 1)):
+            # sharded weights are gathered by all workers in step, so an empty part reads a history that counts nothing
+            lines = slice(first, max(last, first + 1))
+            partial = self.sequence_loss(
+                batch[lines],
+                rows,
+                table,
+                inputs.view_as(targets)[lines],
+                positives.view_as(targets)[lines],
+                negatives,
+                weights[lines] * (last > first),
+            )
             partial = partial / total_weight.clamp(min=1e-9)
             partial.backward()
             loss += partial.detach()
         assert table.grad is not None
-        rows, gradient, loss = gather_gradients(rows, table.grad, list(self.dense.values()), loss)
-        dense_gradients = [p.grad for p in self.dense.values() if p.grad is not None]
-        norm = nn.utils.get_total_norm([*dense_gradients, gradient])
+        unsummed = [] if self.sharded else list(self.dense.values())  # the backward pass has summed sharded ones
+        rows, gradient, loss = gather_gradients(rows, table.grad, unsummed, loss)
+        dense_gradients = [own_part(p.grad) for p in self.dense.values() if p.grad is not None]
+        if self.sharded:
+            norm = (summed_over_workers(nn.utils.get_total_norm(dense_gradients) ** 2) + gradient.norm() ** 2).sqrt()
+        else:
+            norm = nn.utils.get_total_norm([*dense_gradients, gradient])
         shrink = min(1.0, self.config.clip_norm / (float(norm) + 1e-6))
         if shrink < 1.0:
             torch._foreach_mul_([*dense_gradients, gradient], shrink)  # pyright: ignore[reportPrivateImportUsage]
@@ -185,7 +245,16 @@ class Trainer:
         weights = batch.target_weights
         return torch.where(weights < 0, weights * self.config.dislike_weight, weights)
 
-    def _loss(
+
+class SequenceLoss(nn.Module):
+    """Weighted sum of the losses of a part of a batch; a module, so that sharded weights are whole while it runs."""
+
+    def __init__(self, encoder: BehaviourEncoder, config: TrainingConfig):
+        super().__init__()
+        self.encoder = encoder
+        self.in_half_precision = config.precision == "bfloat16"
+
+    def forward(
         self,
         batch: Batch,
         rows: Tensor,
@@ -195,7 +264,7 @@ class Trainer:
         negatives: Tensor,
         weights: Tensor,
     ) -> Tensor:
-        """Weighted sum of the losses of a part of a batch.
+        """A scalar.
 
         Args:
             batch: the part, B sequences of at most T events.
@@ -204,12 +273,11 @@ class Trainer:
             inputs: (B, T) places in `rows` of the events' items.
             positives: (B, T) places in `rows` of the targets.
             negatives: (N,) places in `rows` of the shared negatives.
-            weights: (B, T) from `_weights`.
+            weights: (B, T) what each target counts, below zero where it was disliked.
         """
         vectors = self.encoder.described(table, rows)
         item_vectors = vectors.index_select(0, inputs.flatten()).view(*inputs.shape, -1)
-        half = self.config.precision == "bfloat16"
-        with torch.autocast(table.device.type, dtype=torch.bfloat16, enabled=half):
+        with torch.autocast(table.device.type, dtype=torch.bfloat16, enabled=self.in_half_precision):
             hidden = self.encoder(batch.kinds, batch.gaps, batch.values, batch.lengths, item_vectors=item_vectors)
         has_target = weights.flatten().nonzero().flatten()  # (M,)
         weights = weights.flatten().index_select(0, has_target)
@@ -237,9 +305,59 @@ def keep_freed_memory() -> None:
         mallopt(option, value)
 
 
+def compile_blocks(encoder: BehaviourEncoder) -> None:
+    """Have torch.compile work on every block; names of weights stay, and hooks of sharding stay outside of it."""
+    for block in encoder.blocks:
+        setattr(block, "forward", torch.compile(block.forward))  # noqa: B010  a type checker sees a method in it
+
+
+def shard(sequence_loss: SequenceLoss, config: TrainingConfig) -> None:
+    """Share the dense weights out among all workers (FSDP2): each block's, and those that are no block's.
+
+    The item table stays whole on every worker, because RowAdam owns it. Gradients are summed, not averaged: the loss
+    is divided by the weight of all workers' targets already.
+    """
+    encoder = sequence_loss.encoder
+    mesh = init_device_mesh(encoder.device.type, (worker_count(),))
+    # blocks are gathered in the precision in which they compute, and their gradients summed in full
+    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = half if config.precision == "bfloat16" else MixedPrecisionPolicy()
+    for block in encoder.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    untrained = {parameter for parameter in encoder.parameters() if not parameter.requires_grad}
+    fully_shard(sequence_loss, mesh=mesh, ignored_params=untrained)
+    for module in (*encoder.blocks, sequence_loss):
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # not as a factor of the reduction, which NCCL alone has
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each worker has a shard; every worker must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """The shard of a tensor that this worker has, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def placed_like(tensor: Tensor, value: Tensor) -> Tensor:
+    """A whole value on the device of `tensor`, sharded where that is; every worker has the whole value."""
+    value = value.to(tensor.device)
+    if isinstance(tensor, DTensor):
+        return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    return value
+
+
+def worker_count() -> int:
+    """How many workers train together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
 def summed_over_workers(value: Tensor) -> Tensor:
     """The sum of a tensor over all workers."""
-    if distributed.is_initialized() and distributed.get_world_size() > 1:
+    if worker_count() > 1:
         distributed.all_reduce(value)
     return value
 
@@ -248,7 +366,7 @@ def gather_gradients(
     rows: Tensor, gradient: Tensor, dense: list[nn.Parameter], loss: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum dense gradients, loss and item-row gradients over all workers; each worker gets the same result."""
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+    if worker_count() == 1:
         return rows, gradient, loss
     flat = torch.cat(
         [loss.view(1)] + [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in dense]
@@ -257,7 +375,7 @@ def gather_gradients(
     loss, rest = flat[0], flat[1:]
     for parameter, part in zip(dense, rest.split([p.numel() for p in dense]), strict=True):
         parameter.grad = part.view_as(parameter).clone()
-    world = distributed.get_world_size()
+    world = worker_count()
     counts = torch.zeros(world, dtype=torch.long, device=rows.device)
     counts[distributed.get_rank()] = len(rows)
     distributed.all_reduce(counts)
