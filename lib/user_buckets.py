@@ -20,7 +20,7 @@ from lib.histories import Histories
 from lib.sequences import Batch, SequenceBatches, value_boundaries
 
 MOST_BUCKETS = 1024  # Arrow writes no more parts at once
-SAMPLED_VALUES = 1_000_000  # that boundaries are chosen from
+SAMPLED_VALUES = 4_000_000  # that boundaries are chosen from; more than a bucket holds
 MINIATURE_USERS = 100_000
 
 # one line a user, so that a bucket is offsets and columns, as Histories are

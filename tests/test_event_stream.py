@@ -183,6 +183,8 @@ def test_the_bucket_of_a_user_is_always_the_same():
 def test_buckets_are_of_the_size_that_is_asked_for():
     assert [bucket_count(events, 100) for events in (1, 100, 101, 1000)] == [1, 1, 2, 10]
     assert bucket_count(10**9, 1) == lib.user_buckets.MOST_BUCKETS
+    # a dataset of one bucket has all its values looked at, or its boundaries would not be those of memory
+    assert lib.user_buckets.SAMPLED_VALUES >= event_stream.EVENTS_PER_BUCKET
 
 
 @pytest.mark.parametrize("users", [0, 1, 30])
