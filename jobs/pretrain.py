@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 # the names that lib/evaluation.py gives its protocols, without the torch that it imports: `--help` is to answer at once
 HOLDOUTS = ("leave-one-out", "temporal", "none")
 INPUTS = ("kind", "gap", "value", "attributes")  # those of lib/encoder.py, for the same reason
+DEFAULT_INPUTS = ("kind", "value", "attributes")
 PRESETS = ("small", "base", "large")  # those of lib/presets.py, for the same reason
 PRECISIONS = ("float32", "bfloat16")
 RESTARTS = 3  # of a failed worker
@@ -75,7 +76,7 @@ class PretrainSettings:
     negatives: int | None = None
     clip_norm: float | None = None
     dislike_weight: float | None = None
-    inputs: list[str] = field(default_factory=lambda: list(INPUTS))  # what is read of an event beside its item
+    inputs: list[str] = field(default_factory=lambda: list(DEFAULT_INPUTS))  # what is read of an event beside its item
     precision: str | None = None  # of the blocks; None: bfloat16 for base and large on a GPU, else float32
     activation_checkpointing: bool | None = None
     accumulation: int | None = None  # parts that a worker works a batch off in

@@ -28,7 +28,7 @@ from jobs.pretrain import PretrainSettings
 from lib.attributes import attribute_codes, attribute_values
 from lib.catalog import Catalog
 from lib.datasets import read_events, read_items
-from lib.encoder import INPUTS, BehaviourEncoder, BehaviourEncoderConfig
+from lib.encoder import DEFAULT_INPUTS, BehaviourEncoder, BehaviourEncoderConfig
 from lib.evaluation import training_part
 from lib.events import EVENT_KINDS, InputError
 from lib.histories import Histories, histories_of
@@ -129,7 +129,7 @@ def preset_of(settings: PretrainSettings, histories: Histories) -> Preset:
 
 
 def new_encoder(
-    training_data: TrainingData | StreamedData, preset: Preset, seed: int, inputs: Sequence[str] = INPUTS
+    training_data: TrainingData | StreamedData, preset: Preset, seed: int, inputs: Sequence[str] = DEFAULT_INPUTS
 ) -> BehaviourEncoder:
     """A fresh encoder for this data; equal seeds give equal weights."""
     catalog = training_data.catalog

@@ -29,7 +29,8 @@ from lib.events import InputError
 from lib.objective import unit_length
 
 PADDING_ROW = 0  # row 0 of the item table belongs to no item
-INPUTS = ("kind", "gap", "value", "attributes")  # what is read of an event beside its item and its place
+INPUTS = ("kind", "gap", "value", "attributes")  # what can be read of an event beside its item and its place
+DEFAULT_INPUTS = ("kind", "value", "attributes")  # the gap gained nothing on any data set (tests/benchmarks/results)
 
 
 class BehaviourEncoderConfig(PreTrainedConfig):
@@ -48,7 +49,7 @@ class BehaviourEncoderConfig(PreTrainedConfig):
     event_kinds: list[str] | None = None  # kind code = place in this list + 1
     value_boundaries: list[float] | None = None  # value bucket = number of boundaries at or below the value, + 1
     gap_buckets: int = 32  # log2 seconds
-    inputs: list[str] | None = None  # of INPUTS; all where nothing is said
+    inputs: list[str] | None = None  # of INPUTS
     attribute_values: list[str] | None = None  # "genres=Comedy": the code of an attribute is its place here + 1
     attributes_per_item: int = 1  # width of the table of codes
     layer_norm_eps: float = 1e-6
@@ -61,7 +62,7 @@ class BehaviourEncoderConfig(PreTrainedConfig):
             InputError: a width that the heads do not divide, or an unknown input.
         """
         self.event_kinds = list(self.event_kinds or [])
-        self.inputs = list(INPUTS if self.inputs is None else self.inputs)
+        self.inputs = list(DEFAULT_INPUTS if self.inputs is None else self.inputs)
         self.value_boundaries = list(self.value_boundaries or [])
         self.attribute_values = list(self.attribute_values or [])
         super().__post_init__(**kwargs)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from jobs.configuration import settings_from, write_json
-from jobs.pretrain import HOLDOUTS, PretrainSettings
+from jobs.pretrain import DEFAULT_INPUTS, HOLDOUTS, INPUTS, PretrainSettings
+from lib import encoder
 from lib.evaluation import NONE, PROTOCOLS
 from lib.events import InputError
 
@@ -84,6 +85,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 def test_the_holdouts_are_the_protocols():
     assert set(HOLDOUTS) == {*PROTOCOLS, NONE}
+    assert (INPUTS, DEFAULT_INPUTS) == (encoder.INPUTS, encoder.DEFAULT_INPUTS)
 
 
 def test_results_are_written_where_json_says(tmp_path):

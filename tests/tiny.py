@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from lib.catalog import Catalog
-from lib.encoder import BehaviourEncoder, BehaviourEncoderConfig
+from lib.encoder import INPUTS, BehaviourEncoder, BehaviourEncoderConfig
 from lib.events import EVENT_KINDS, Event
 from lib.histories import Histories
 from lib.model_folder import Manifest
@@ -29,6 +29,7 @@ def tiny_config(items: int = 24, **changes) -> BehaviourEncoderConfig:
         "max_length": 8,
         "dropout": 0.0,
         "event_kinds": list(EVENT_KINDS),
+        "inputs": list(INPUTS),
         "value_boundaries": [2.0, 3.0, 4.0, 5.0],
     }
     return BehaviourEncoderConfig(**(settings | changes))

@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from jobs.pretrain import INPUTS, PretrainSettings
+from jobs.pretrain import DEFAULT_INPUTS, INPUTS, PretrainSettings
 from jobs.training_loop import TrainingData, learning_rate_at, new_encoder, preset_of, read_training_data
+from lib.attributes import attribute_values
 from lib.datasets import read_events
 from lib.encoder import BehaviourEncoder
 from lib.evaluation import TEMPORAL, Cases, cases_of, model_contender, rank
@@ -34,6 +35,7 @@ from tests.benchmarks.machine import describe_machine
 VARIANTS: dict[str, tuple[Sequence[str], float]] = {
     "all": (INPUTS, TrainingConfig().dislike_weight),
     **{f"no {out}": ([i for i in INPUTS if i != out], TrainingConfig().dislike_weight) for out in INPUTS},
+    "default": (DEFAULT_INPUTS, TrainingConfig().dislike_weight),
     "item alone": ((), TrainingConfig().dislike_weight),
     "no push": (INPUTS, 0.0),
 }
@@ -73,7 +75,7 @@ def ablate(folder: Path, seeds: int) -> dict[str, dict[str, float]]:
     matters = {
         "no kind": len(np.unique(whole.kinds)) > 1,
         "no value": not np.isnan(whole.values).all(),
-        "no attributes": bool(new_encoder(data, preset_of(PretrainSettings(), whole), 0).config.attribute_values),
+        "no attributes": bool(attribute_values(data.catalog)),
         "no push": bool((target_weights(whole.kinds, whole.values, EVENT_KINDS) < 0).any()),
     }
     results = {}
