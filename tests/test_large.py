@@ -11,17 +11,20 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 import torch.distributed as distributed
+import torch.nn.functional as F
 from torch import Tensor, multiprocessing
 from torch.distributed.tensor import DTensor
 
 import lib.training
 from jobs.configuration import settings_from
 from jobs.pretrain import PRESETS as PRESET_NAMES
-from jobs.pretrain import PretrainSettings
+from jobs.pretrain import PretrainSettings, pretrain
 from jobs.training_loop import _training_config, preset_of
 from lib.encoder import BehaviourEncoder, Block, Packing
 from lib.events import InputError
+from lib.model_folder import load_model
 from lib.presets import PRESETS, preset_for
+from lib.registry import OPTIMIZER_FILE
 from lib.sequences import Batch, SequenceBatches
 from lib.training import StepResult, Trainer, TrainingConfig
 from tests.benchmarks.large import encoder_config
@@ -126,6 +129,22 @@ def test_one_worker_has_nobody_to_share_with():
     assert_same_state(copied_state(trainer.encoder), copied_state(plain.encoder))
 
 
+def test_sharded_workers_of_ray_train_leave_a_whole_model(small_model, shop_dataset, tmp_path):
+    """Its numbers are near those of one worker, and not the same: each worker's dropout is its own."""
+    settings = PretrainSettings(epochs=2, max_length=20, hidden_size=32, sharded=True)
+    manifest = pretrain(shop_dataset, tmp_path / "model", settings, workers=2, gpu=False)
+    assert (manifest.training["sharded"], manifest.training["workers"]) == (True, 2)
+    alone, _, one = load_model(small_model)
+    encoder, _, _ = load_model(tmp_path / "model")
+    assert manifest.training["loss"] == pytest.approx(one.training["loss"], rel=0.02)
+    learned, expected = encoder.interest_to_item.flatten(), alone.interest_to_item.flatten()
+    start = torch.eye(32).flatten()
+    assert F.cosine_similarity(learned, expected, dim=0) > F.cosine_similarity(start, expected, dim=0)
+    files = [small_model / OPTIMIZER_FILE, tmp_path / "model" / OPTIMIZER_FILE]
+    ours, theirs = ({key: value.shape for key, value in safetensors.numpy.load_file(file).items()} for file in files)
+    assert ours == theirs
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Less memory, less work
 
@@ -165,6 +184,19 @@ def test_half_precision_stays_near_full():
     assert other.loss != one.loss
     assert other.gradient_norm == pytest.approx(one.gradient_norm, rel=0.1)
     assert {tensor.dtype for tensor in trainer.dense.values()} == {torch.float32}
+
+
+def test_all_that_the_optimisers_keep_is_where_the_weights_are():
+    """The meta device stands in for a card: kernels there take no tensor that is elsewhere."""
+    with torch.device("meta"):
+        encoder = BehaviourEncoder(tiny_config(**BLOCKS))
+    trainer = Trainer(encoder, 24, CONFIG)
+    kept = [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
+    kept += [tensor for tensor in vars(trainer.row_optimizer).values() if isinstance(tensor, Tensor)]
+    assert len(kept) == 3 * len(trainer.dense) + 3
+    assert {tensor.device.type for tensor in kept} == {"meta"}
+    rows, gradient = torch.zeros(3, dtype=torch.long, device="meta"), torch.zeros(3, 16, device="meta")
+    trainer.row_optimizer.step(encoder.item_embeddings.weight, rows, gradient, 0.1)
 
 
 def test_a_batch_in_more_parts_than_histories_is_the_batch():
