@@ -116,10 +116,8 @@ def prepare_stream(
 
 def read_stream(data: str | Path, folder: Path) -> StreamedData:
     """What `prepare_stream` has made of a dataset."""
-    items = read_items(data)
-    catalog = Catalog(pq.read_table(folder / ITEMS_FILE)["item_id"].to_pylist(), items)
-    if items is not None:
-        catalog.extend(items["item_id"].to_pylist())
+    item_ids = pq.read_table(folder / ITEMS_FILE)["item_id"].to_pylist()
+    catalog = Catalog.of_dataset(item_ids, read_items(data))
     return StreamedData(folder, catalog, _read_figures(folder))
 
 

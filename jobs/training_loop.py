@@ -89,11 +89,8 @@ def read_training_data(data: str, holdout: str) -> TrainingData:
     Raises:
         InputError: it is missing, or too small to learn from.
     """
-    events, items = read_events(data), read_items(data)
-    item_ids = list(dict.fromkeys(events["item_id"].to_pylist()))
-    catalog = Catalog(item_ids, items)
-    if items is not None:
-        catalog.extend(items["item_id"].to_pylist())
+    events = read_events(data)
+    catalog = Catalog.of_dataset(events["item_id"].unique().to_pylist(), read_items(data))
     histories = training_part(histories_of(events, catalog.row_of, EVENT_KINDS), holdout)
     training_data = TrainingData(catalog, histories)
     refuse_too_small(data, holdout, training_data.figures)
@@ -137,12 +134,7 @@ def new_encoder(
     codes = attribute_codes(catalog, attributes)
     config = BehaviourEncoderConfig(
         item_rows=len(catalog) + 1,
-        hidden_size=preset.hidden_size,
-        intermediate_size=2 * preset.hidden_size,
-        num_hidden_layers=preset.num_hidden_layers,
-        num_attention_heads=preset.num_attention_heads,
-        max_length=preset.max_length,
-        dropout=preset.dropout,
+        **preset.shape(),
         event_kinds=list(EVENT_KINDS),
         value_boundaries=training_data.figures.value_boundaries,
         inputs=list(inputs),

@@ -3,7 +3,7 @@
 An attribute is a column and one of its values, "genres=Comedy". Columns of lists give one for each member, text one for
 each of its parts (see `_parts`), other columns one for the whole value, numbers one for each of 16 quantile buckets.
 A column whose values are shared by few items (a title, a description) says nothing that its item does not: it is left
-out. New items get codes by the same values, so that they have a vector before anybody met them.
+out. An item that nobody met yet is what its attributes are.
 """
 
 # pyarrow.compute makes its functions as it is imported, so a type checker cannot see them.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib.histories import Histories
+from lib.histories import Histories, spans
 from lib.popularity import event_counts
 
 # window and half-life are those that did best on the second-newest events of ml-100k, amazon-beauty and yoochoose:
@@ -83,12 +83,6 @@ class ItemToItem:
             minlength=len(inputs) * width,
         ).astype(np.float32)
         return np.where(totals > 0, totals, -np.inf).reshape(len(inputs), width)
-
-
-def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The places starts[0], starts[0] + 1, ... of every span one after another, (sum of lengths,) int64."""
-    stops = np.cumsum(lengths)
-    return np.repeat(starts - (stops - lengths), lengths) + np.arange(stops[-1] if len(stops) else 0)
 
 
 def _newest_distinct(histories: Histories, items: int, window: int) -> tuple[np.ndarray, np.ndarray]:

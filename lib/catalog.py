@@ -33,6 +33,14 @@ class Catalog:
         self.extend(item_ids)
         self.titles = _titles(attributes)
 
+    @classmethod
+    def of_dataset(cls, item_ids: Iterable[str], items: pa.Table | None) -> "Catalog":
+        """The items of a dataset's events in this order, then those that only its items table has."""
+        catalog = cls(item_ids, items)
+        if items is not None:
+            catalog.extend(items["item_id"].to_pylist())
+        return catalog
+
     def __len__(self) -> int:
         """Number of items; rows 1..len(catalog) are in use."""
         return len(self.row_of)

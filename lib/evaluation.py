@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.baselines import spans
 from lib.catalog import Catalog
 from lib.encoder import PADDING_ROW, BehaviourEncoder
-from lib.histories import Histories
+from lib.histories import Histories, spans
 from lib.sequences import SequenceBatches
 
 LEAVE_ONE_OUT, TEMPORAL, NONE = "leave-one-out", "temporal", "none"
@@ -76,17 +75,7 @@ def cases_of(histories: Histories, protocol: str) -> Cases:
 
 def case_inputs(cases: Cases, part: slice) -> Histories:
     """The input histories of some cases."""
-    users, lengths = cases.users[part], cases.inputs[part]
-    source = cases.histories
-    events = spans(source.offsets[users], lengths)
-    return Histories(
-        [source.user_ids[user] for user in users],
-        np.concatenate([[0], np.cumsum(lengths)]),
-        source.rows[events],
-        source.kinds[events],
-        source.values[events],
-        source.timestamps[events],
-    )
+    return cases.histories.oldest(cases.users[part], cases.inputs[part])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,12 +28,14 @@ class Histories:
 
     def take(self, users: np.ndarray) -> "Histories":
         """The histories of the given users, in that order."""
-        lengths = self.lengths[users]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        events = np.repeat(self.offsets[users] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return self.oldest(users, self.lengths[users])
+
+    def oldest(self, users: np.ndarray, lengths: np.ndarray) -> "Histories":
+        """The first so many events of each of the given users, in that order; a user may be given more than once."""
+        events = spans(self.offsets[users], lengths)
         return Histories(
             [self.user_ids[user] for user in users],
-            offsets,
+            np.concatenate([[0], np.cumsum(lengths)]),
             self.rows[events],
             self.kinds[events],
             self.values[events],
@@ -60,6 +62,12 @@ class Histories:
             self.values[keep],
             self.timestamps[keep],
         )
+
+
+def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The places starts[0], starts[0] + 1, ... of every span one after another, (sum of lengths,) int64."""
+    stops = np.cumsum(lengths)
+    return np.repeat(starts - (stops - lengths), lengths) + np.arange(stops[-1] if len(stops) else 0)
 
 
 def histories_of(table: pa.Table, row_of: Mapping[str, int], event_kinds: Sequence[str]) -> Histories:

@@ -1,6 +1,7 @@
 """The model's size, length and number of epochs: three presets, of which the smallest is fitted to the data."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,17 @@ class Preset:
     gpu_precision: str = "float32"  # on a CPU it is float32 always, unless asked for
     activation_checkpointing: bool = False
     accumulation: int = 1
+
+    def shape(self) -> dict[str, Any]:
+        """What it says of the encoder, as settings of BehaviourEncoderConfig."""
+        return {
+            "hidden_size": self.hidden_size,
+            "intermediate_size": 2 * self.hidden_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "max_length": self.max_length,
+            "dropout": self.dropout,
+        }
 
 
 # A block of width C has 12 C^2 weights. Heads are 64 wide, what attention kernels are made for.

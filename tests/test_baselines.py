@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lib.baselines import ItemToItem, Popularity, spans
+from lib.baselines import ItemToItem, Popularity
 from lib.evaluation import LEAVE_ONE_OUT, cases_of, training_part
-from lib.histories import Histories
+from lib.histories import Histories, spans
 from tests.tiny import NOW, SECOND, random_histories
 
 

@@ -8,7 +8,6 @@ are ranked, the user's seen items removed. Each variant trains with the defaults
 shown apart for targets that the person liked, and so is recall@10 for those that they disliked, where less is better.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from jobs.configuration import write_json
 from jobs.pretrain import DEFAULT_INPUTS, INPUTS, PretrainSettings
 from jobs.training_loop import TrainingData, learning_rate_at, new_encoder, preset_of, read_training_data
 from lib.attributes import attribute_values
@@ -103,7 +103,7 @@ def benchmark(
             table.add_row(name, *(f"{row[figure]:.4f}" for figure in figures))
         Console().print(table)
     if json_file is not None:
-        json_file.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+        write_json(json_file, {"machine": machine, "results": results})
 
 
 if __name__ == "__main__":

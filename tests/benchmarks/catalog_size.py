@@ -8,7 +8,6 @@ counts. `full softmax` is what a batch-by-catalog matrix of logits alone would t
 """
 
 import gc
-import json
 import statistics
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jobs.configuration import write_json
 from lib.encoder import BehaviourEncoder, BehaviourEncoderConfig
 from lib.histories import Histories
 from lib.sequences import Batch, SequenceBatches
@@ -91,7 +91,7 @@ def benchmark(
         table.add_row(f"{result['items']:,}", f"{result['step_ms']:.1f}", f"{result['rows_a_step']:,.0f}", *sizes)
     Console().print(table)
     if json_file is not None:
-        json_file.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+        write_json(json_file, {"machine": machine, "results": results})
 
 
 if __name__ == "__main__":

@@ -67,12 +67,7 @@ def encoder_config(preset: Preset, items: int) -> BehaviourEncoderConfig:
     """The encoder of a preset, as pretraining would make it for so many items."""
     return BehaviourEncoderConfig(
         item_rows=items + 1,
-        hidden_size=preset.hidden_size,
-        intermediate_size=2 * preset.hidden_size,
-        num_hidden_layers=preset.num_hidden_layers,
-        num_attention_heads=preset.num_attention_heads,
-        max_length=preset.max_length,
-        dropout=preset.dropout,
+        **preset.shape(),
         event_kinds=list(EVENT_KINDS),
         value_boundaries=[2.0, 3.0, 4.0, 5.0],
     )

@@ -12,7 +12,6 @@ predicted, without padding.
 """
 
 import itertools
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jobs.configuration import write_json
 from jobs.pretrain import PretrainSettings
 from jobs.training_loop import new_encoder, preset_of, read_training_data
 from lib.evaluation import LEAVE_ONE_OUT
@@ -99,7 +99,7 @@ def benchmark(
     results = [compare(folder.resolve(), python, seconds) for folder in data]
     print_results(results, machine)
     if json_file is not None:
-        json_file.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+        write_json(json_file, {"machine": machine, "results": results})
 
 
 if __name__ == "__main__":
