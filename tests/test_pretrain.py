@@ -41,7 +41,7 @@ ROOT = Path(__file__).parent.parent
 EPOCHS = 60  # of about a tenth of a second: time enough to be killed in
 # without dropout, whose randomness is each worker's own, the number of workers leaves the weights as they are
 SETTINGS = PretrainSettings(
-    epochs=EPOCHS, hidden_size=16, max_length=20, dropout=0.0, negatives=64, events_per_batch=1024
+    epochs=EPOCHS, learning_rate=1e-3, hidden_size=16, max_length=20, dropout=0.0, negatives=64, events_per_batch=1024
 )
 PATIENCE = 180.0  # seconds until a wait is given up; nothing is judged by how long it took
 OF_TRAINING = ("RayTrainWorker", "TrainController", "_QueueActor")  # classes of actors
