@@ -1,0 +1,174 @@
+"""Answers a second and their latency: Afterclick, the limit of its ingress, and a server written by hand.
+
+    python -m tests.benchmarks.serving_load --model MODEL --data DATA [--seconds 8] [--json FILE]
+
+Over loopback, with a lean client on the same cores (tests/benchmarks/load_client.py), 10 items for a random user of the
+dataset in each request, 1, 8, 32 and 128 connections, all in one run: Afterclick with one and with two replicas; a
+deployment that answers at once, behind the same ingress, which is the limit; and tests/benchmarks/plain_server.py, one
+process of uvicorn, torch and faiss with the same model, with one thread and with as many as there are cores.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import numpy as np
+import typer
+from fastapi import FastAPI, Response
+from ray import serve
+from ray.serve.config import HTTPOptions
+from rich.console import Console
+from rich.table import Table
+
+from cluster.local import HOST, free_port, running_ray
+from jobs.command_line import run_command
+from jobs.configuration import write_json
+from jobs.serve import running_service
+from lib.datasets import read_events
+from serving.app import ServeArguments
+from tests.benchmarks.machine import describe_machine
+
+CONNECTIONS = (1, 8, 32, 128)
+REQUESTS = 5000  # that differ, before the first comes again
+START_SECONDS = 120.0
+
+nothing = FastAPI()
+
+
+@nothing.post("/v1/recommendations")
+async def answer_nothing() -> Response:
+    """What any answer costs behind this ingress."""
+    return Response(b'{"items":[]}', media_type="application/json")
+
+
+@serve.ingress(nothing)
+class Nothing:
+    """A deployment that does nothing."""
+
+
+@contextmanager
+def no_op_service(replicas: int) -> Iterator[int]:
+    """The limit: its port."""
+    port = free_port()
+    with running_ray():
+        try:
+            serve.start(http_options=HTTPOptions(host=HOST, port=port))
+            deployment = serve.deployment(num_replicas=replicas, ray_actor_options={"num_cpus": 0.5})(Nothing)
+            serve.run(deployment.bind(), name="nothing", route_prefix="/")  # pyright: ignore[reportAttributeAccessIssue]
+            wait_until_answering(port)
+            yield port
+        finally:
+            serve.shutdown()
+
+
+@contextmanager
+def plain_service(model: Path, data: Path, threads: int) -> Iterator[int]:
+    """The peer: its port."""
+    port = free_port()
+    command = [sys.executable, "-m", "tests.benchmarks.plain_server", "--model", str(model), "--data", str(data)]
+    process = subprocess.Popen([*command, "--port", str(port), "--threads", str(threads)])
+    try:
+        wait_until_answering(port)
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextmanager
+def afterclick_service(model: Path, data: Path, replicas: int) -> Iterator[int]:
+    """Afterclick: its port."""
+    port = free_port()
+    folder = Path(tempfile.mkdtemp(prefix="afterclick-load-"))
+    try:
+        shutil.copytree(model, folder / "model", ignore=shutil.ignore_patterns("live"))
+        arguments = ServeArguments(model=str(folder / "model"), data=str(data.absolute()), replicas=replicas)
+        with running_service(arguments, port):
+            yield port
+    finally:
+        shutil.rmtree(folder)
+
+
+def wait_until_answering(port: int) -> None:
+    """Any answer will do.
+
+    Raises:
+        httpx.TransportError: there is none for START_SECONDS.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            httpx.get(f"http://{HOST}:{port}/").raise_for_status()
+            return
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code < 500:
+                return
+        except httpx.TransportError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
+
+
+def measure(port: int, bodies: Path, seconds: float) -> dict[str, dict[str, float]]:
+    """The figures by number of connections."""
+    results = {}
+    for connections in CONNECTIONS:
+        command = [sys.executable, "-m", "tests.benchmarks.load_client", "--port", str(port), "--bodies", str(bodies)]
+        command += ["--connections", str(connections), "--seconds", str(seconds)]
+        results[str(connections)] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return results
+
+
+def write_bodies(data: Path, path: Path) -> None:
+    """Questions of random users, one a line."""
+    users = sorted(set(read_events(data)["user_id"].to_pylist()))
+    chosen = np.random.default_rng(0).choice(users, REQUESTS)
+    path.write_text("".join(json.dumps({"user_id": user, "k": 10}) + "\n" for user in chosen))
+
+
+def load_benchmark(
+    model: Annotated[Path, typer.Option(help="Model folder; it is copied.")],
+    data: Annotated[Path, typer.Option(help="Dataset whose users ask.")],
+    seconds: Annotated[float, typer.Option(min=1, help="For each number of connections.")] = 8,
+    only: Annotated[str, typer.Option(help="Only the services whose name holds this.")] = "",
+    json_: Annotated[Path | None, typer.Option("--json")] = None,
+) -> None:
+    """Measure answers a second."""
+    machine, cores = describe_machine(), os.cpu_count() or 1
+    services = {
+        "Afterclick, 1 replica": lambda: afterclick_service(model, data, 1),
+        "Afterclick, 2 replicas": lambda: afterclick_service(model, data, 2),
+        "no-op, 1 replica": lambda: no_op_service(1),
+        "no-op, 2 replicas": lambda: no_op_service(2),
+        "by hand, 1 thread": lambda: plain_service(model, data, 1),
+        f"by hand, {cores} threads": lambda: plain_service(model, data, cores),
+    }
+    results: dict[str, Any] = {}
+    table = Table("service", "connections", "requests/s", "p50 ms", "p95 ms", "p99 ms", "errors")
+    with tempfile.TemporaryDirectory() as folder:
+        bodies = Path(folder) / "bodies"
+        write_bodies(data, bodies)
+        for name, service in services.items():
+            if only not in name:
+                continue
+            with service() as port:
+                results[name] = measure(port, bodies, seconds)
+            for connections, row in results[name].items():
+                times = (f"{row[figure]:.1f}" for figure in ("p50_ms", "p95_ms", "p99_ms"))
+                table.add_row(name, connections, f"{row['requests_per_second']:.0f}", *times, str(row["errors"]))
+    Console().print(table)
+    if json_ is not None:
+        write_json(json_, {"machine": machine, "results": results})
+
+
+if __name__ == "__main__":
+    run_command(load_benchmark)
