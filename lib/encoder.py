@@ -112,6 +112,19 @@ class CausalAttention(nn.Module):
         attended = packing.attend(heads) if packing is not None else causal_attention(heads)
         return torch.sigmoid(gate) * self.output(attended.flatten(-2))
 
+    def newest(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, C) -> (B, C): what `forward` gives at each history's newest event, at a third of its cost."""
+        batch, length, width = x.shape
+        query_weight, key_value_weight, gate_weight = self.query_key_value_gate.weight.split([width, 2 * width, width])
+        last = x[torch.arange(batch, device=x.device), lengths - 1]  # (B, C)
+        key, value = F.linear(x, key_value_weight).unflatten(-1, (2, self.heads, -1)).unbind(2)  # (B, T, H, D)
+        query = F.linear(last, query_weight).unflatten(-1, (self.heads, -1)) * (width // self.heads) ** -0.5
+        scores = torch.einsum("bhd,bthd->bht", query, key)
+        padding = torch.arange(length, device=x.device) >= lengths[:, None]  # (B, T)
+        weights = scores.masked_fill_(padding[:, None], float("-inf")).softmax(dim=-1)
+        attended = torch.einsum("bht,bthd->bhd", weights, value).flatten(1)
+        return torch.sigmoid(F.linear(last, gate_weight)) * self.output(attended)
+
 
 def causal_attention(heads: Tensor) -> Tensor:
     """(B, T, 3, H, D) queries, keys and values -> (B, T, H, D)."""
@@ -199,6 +212,12 @@ class Block(nn.Module):
         x = x + self.dropout(self.attention(self.attention_norm(x), packing))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
+    def newest(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, C) -> (B, C): what `forward` gives at each history's newest event; no dropout."""
+        last = x[torch.arange(len(x), device=x.device), lengths - 1]
+        last = last + self.attention.newest(self.attention_norm(x), lengths)
+        return last + self.feed_forward(self.feed_forward_norm(last))
+
 
 class BehaviourEncoder(PreTrainedModel):
     """Reads histories and gives one interest vector per position; the last real position is the user's."""
@@ -278,13 +297,18 @@ class BehaviourEncoder(PreTrainedModel):
         if item_vectors is None:
             assert rows is not None
             item_vectors = self.described(self.item_embeddings(rows), rows)
+        x = self.embedded(kinds, gaps, values, lengths, item_vectors)
+        return unit_length(self.trunk(self.input_dropout(x), lengths))
+
+    def embedded(self, kinds: Tensor, gaps: Tensor, values: Tensor, lengths: Tensor, item_vectors: Tensor) -> Tensor:
+        """(B, T, C) what the first block reads: each event's item, place, kind, gap and value added up."""
         length = kinds.shape[1]
         places = (lengths[:, None] - 1 - torch.arange(length, device=kinds.device)).clamp(min=0)  # (B, T)
         x = item_vectors + self.position_embeddings(places)
         for name, codes in (("kind", kinds), ("gap", gaps), ("value", values)):
             if name in (self.config.inputs or ()):
                 x = x + self.get_submodule(f"{name}_embeddings")(codes)
-        return unit_length(self.trunk(self.input_dropout(x), lengths))
+        return x
 
     def trunk(self, x: Tensor, lengths: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C): all blocks and the final norm; in half precision on a GPU without the padding."""
@@ -301,9 +325,12 @@ class BehaviourEncoder(PreTrainedModel):
         return hidden if packing is None else packing.unpack(hidden, len(x))
 
     def interests(self, kinds: Tensor, gaps: Tensor, values: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
-        """(B, C): the vector u of each history's newest event."""
-        u = self(kinds, gaps, values, lengths, rows=rows)
-        return u[torch.arange(len(lengths), device=u.device), lengths - 1]
+        """(B, C): the vector u of each history's newest event; the last block computes nothing of the others."""
+        x = self.embedded(kinds, gaps, values, lengths, self.described(self.item_embeddings(rows), rows))
+        *others, last = self.blocks
+        for block in others:
+            x = block(x, None)
+        return unit_length(self.final_norm(last.newest(x, lengths)).float())  # pyright: ignore[reportCallIssue]
 
     def queries(self, interests: Tensor) -> Tensor:
         """(B, C) u -> (B, C) uT A, whose inner product with an item vector v is the score s = uT A v."""

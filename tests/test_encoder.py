@@ -50,6 +50,15 @@ def test_right_padding_has_no_influence(encoder):
     assert torch.allclose(expected, found, atol=1e-5)
 
 
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_the_interest_is_the_vector_at_the_newest_event(blocks):
+    encoder = tiny_encoder(num_hidden_layers=blocks)
+    inputs = random_inputs(7, batch=5) | {"lengths": torch.tensor([1, 7, 3, 6, 2])}
+    with torch.no_grad():
+        everywhere, newest = encoder(**inputs), encoder.interests(**inputs)
+    assert torch.allclose(newest, everywhere[torch.arange(5), inputs["lengths"] - 1], atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["rows", "kinds", "gaps", "values"])
 def test_each_input_matters(encoder, name):
     inputs = random_inputs(5)
