@@ -34,13 +34,14 @@ def prepare_environment() -> None:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         # an answer that a killed replica never gave is asked of another one
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        # A dead replica is known by refused connections. A live one that is late with two checks, on a busy machine,
+        # must not be given up: with the other one dead, HAProxy would answer 500 by itself.
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "10",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # HAProxy notices within a second
         "RAY_SERVE_LOG_TO_STDERR": "0",
@@ -65,7 +66,9 @@ def _settings_of_one_machine() -> dict[str, str]:
         # Replicas of two services here must not follow each other on a port: the HAProxy of the one, which knows a
         # dead replica by nothing but its port, would send its requests to the other.
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + PORTS_PER_CLUSTER),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + PORTS_PER_CLUSTER - 3),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(first + PORTS_PER_CLUSTER - 2),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(first + PORTS_PER_CLUSTER - 1),
     }
 
 
