@@ -12,9 +12,13 @@ from lib.encoder import PADDING_ROW, BehaviourEncoder
 from lib.model_folder import load_model
 from lib.ranking import ItemFilter, most_popular, without_seen
 from lib.retrieval import ItemIndex
-from lib.sequences import SequenceBatches
-from lib.user_histories import History, to_histories
+from lib.sequences import SequenceBatches, group_by_length
+from lib.user_histories import EncodedHistory, History, to_histories
 from lib.weights import ATTRIBUTE_TABLE, Delta, DeltaMismatch, Fingerprint, apply_delta, state_of
+
+EVENTS_PER_BATCH = 8192  # padding counted; bounds the memory of one pass of the encoder
+MOST_MASKS = 256  # of filters that were asked for lately, a byte an item each
+NOTHING_SEEN = np.zeros(0, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Recommender:
         self.kind_codes = {kind: place + 1 for place, kind in enumerate(encoder.config.event_kinds)}
         self.index = ItemIndex(self._vectors(np.arange(encoder.config.item_rows)))
         self.fingerprint = Fingerprint(encoder)
+        self._masks: dict[ItemFilter | None, np.ndarray] = {}
 
     @classmethod
     def load(cls, folder: str | Path) -> "Recommender":
@@ -81,6 +86,7 @@ class Recommender:
             raise DeltaMismatch(f"delta {delta.version} follows version {delta.parent}, this is {self.version}")
         apply_delta(self.encoder, delta)
         self.catalog.extend(delta.new_items)
+        self._masks.clear()
         rows = np.union1d(delta.rows, np.arange(len(self.index), delta.item_rows))
         if ATTRIBUTE_TABLE in delta.tensors:  # every item's vector has moved
             rows = np.arange(delta.item_rows)
@@ -93,32 +99,60 @@ class Recommender:
 
     def recommend(self, questions: Sequence[Question]) -> list[list[RankedItem]]:
         """Answer many people in one pass: encode, retrieve, rank."""
-        histories = to_histories([question.history for question in questions], self.catalog, self.kind_codes)
-        batches = SequenceBatches(histories, self.encoder.config)
-        queries = np.zeros((len(questions), self.encoder.config.hidden_size), dtype=np.float32)
-        with torch.inference_mode():
-            for places, batch in batches.inference():
-                interests = self.encoder.interests(batch.kinds, batch.gaps, batch.values, batch.lengths, batch.rows)
-                queries[places] = self.encoder.queries(interests).numpy()
-        known = np.flatnonzero(histories.lengths > 0).tolist()
-        seen = [
-            np.unique(histories.rows[start:stop]) if question.exclude_seen else np.zeros(0, dtype=np.int32)
-            for question, start, stop in zip(questions, histories.offsets[:-1], histories.offsets[1:], strict=True)
-        ]
+        encoded = [self.encoded(question.history) for question in questions]
         answers: list[list[RankedItem]] = [[] for _ in questions]
+        known = [place for place, history in enumerate(encoded) if history.codes.size]
+        queries = self.queries([encoded[place].codes for place in known])
         for filter in {questions[place].filter for place in known}:
-            places = [place for place in known if questions[place].filter == filter]
-            wanted = max(questions[place].k + len(seen[place]) for place in places)
-            scores, rows = self.index.search(queries[places], wanted, self.mask(filter))
+            chosen = [number for number, place in enumerate(known) if questions[place].filter == filter]
+            places = [known[number] for number in chosen]
+            wanted = max(questions[place].k for place in places)
+            seen = [encoded[place].seen if questions[place].exclude_seen else NOTHING_SEEN for place in places]
+            scores, rows = self.index.search(queries[chosen], wanted, self.mask(filter), seen)
             for place, user_scores, user_rows in zip(places, scores, rows, strict=True):
-                found = without_seen(user_scores, user_rows, seen[place], questions[place].k)
-                answers[place] = self._ranked(questions[place], *found)
-        for place in np.flatnonzero(histories.lengths == 0).tolist():
-            answers[place] = self.popular(questions[place].k, questions[place].filter)
+                count = min(questions[place].k, int((user_rows >= 0).sum()))
+                answers[place] = self._ranked(questions[place], user_scores[:count], user_rows[:count])
+        for place, history in enumerate(encoded):
+            if not history.codes.size:
+                answers[place] = self.popular(questions[place].k, questions[place].filter)
         return answers
+
+    def encoded(self, history: History) -> EncodedHistory:
+        """What the encoder reads of a history; kept with it, and made anew when the catalog may know more of it."""
+        found = history.encoded
+        if found is not None and (found.complete or found.catalog_items == len(self.catalog)):
+            return found
+        flat = to_histories([history], self.catalog, self.kind_codes)
+        newest = slice(max(len(flat.rows) - self.encoder.config.max_length, 0), None)
+        batches = SequenceBatches(flat, self.encoder.config)
+        codes = np.stack([flat.rows, flat.kinds, batches.gaps, batches.values]).astype(np.int64)[:, newest]
+        complete = len(flat.rows) == len(history)
+        history.encoded = EncodedHistory(codes, np.unique(flat.rows), len(self.catalog), complete)
+        return history.encoded
+
+    def queries(self, histories: Sequence[np.ndarray]) -> np.ndarray:
+        """(B, C) float32 uT A of histories given as (4, T) codes, with next to no work on padding."""
+        lengths = np.array([codes.shape[1] for codes in histories], dtype=np.int64)
+        queries = np.empty((len(histories), self.encoder.config.hidden_size), dtype=np.float32)
+        for group in group_by_length(lengths, EVENTS_PER_BATCH):
+            padded = np.zeros((4, len(group), int(lengths[group].max())), dtype=np.int64)
+            for line, place in enumerate(group):
+                padded[:, line, : lengths[place]] = histories[place]
+            rows, kinds, gaps, values = torch.from_numpy(padded)
+            with torch.inference_mode():
+                u = self.encoder.interests(kinds, gaps, values, torch.from_numpy(lengths[group]), rows)
+                queries[group] = self.encoder.queries(u).numpy()
+        return queries
 
     def mask(self, filter: ItemFilter | None) -> np.ndarray:
         """(rows of the index,) bool: rows of known items that pass the filter."""
+        if filter not in self._masks:
+            if len(self._masks) >= MOST_MASKS:
+                self._masks.clear()
+            self._masks[filter] = self._mask(filter)
+        return self._masks[filter]
+
+    def _mask(self, filter: ItemFilter | None) -> np.ndarray:
         mask = np.zeros(len(self.index), dtype=bool)
         mask[PADDING_ROW + 1 : len(self.catalog) + 1] = True
         if filter is not None:

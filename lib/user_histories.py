@@ -11,6 +11,16 @@ from lib.events import Event
 from lib.histories import Histories
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedHistory:
+    """A history as one encoder reads it; events of items or kinds that it does not know are left out."""
+
+    codes: np.ndarray  # (4, T) int64 rows, kinds, gaps and values of the newest T events
+    seen: np.ndarray  # (S,) int32 rows of all events, ascending
+    catalog_items: int  # of the catalog that it was made with
+    complete: bool  # whether every event was known; what was unknown then may be known to a larger catalog
+
+
 @dataclass(slots=True)
 class History:
     """One user's events, oldest first, as columns; an offset of 0 means that the event is not in the log."""
@@ -20,6 +30,7 @@ class History:
     values: list[float | None] = field(default_factory=list)
     timestamps: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
+    encoded: EncodedHistory | None = field(default=None, compare=False, repr=False)  # kept by who made it
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -31,6 +42,18 @@ class History:
         self.values.append(event.value)
         self.timestamps.append(event.timestamp)
         self.offsets.append(offset)
+        self.encoded = None
+
+    def extend(self, newer: "History") -> None:
+        """Add newer events."""
+        for name in ("item_ids", "events", "values", "timestamps", "offsets"):
+            getattr(self, name).extend(getattr(newer, name))
+        self.encoded = None
+
+    @property
+    def last_offset(self) -> int:
+        """Log offset of the newest event, 0 where none is in the log."""
+        return self.offsets[-1] if self.offsets else 0
 
     def slice(self, start: int, stop: int) -> "History":
         """Events start..stop as a history of their own."""
@@ -88,6 +111,15 @@ class UserHistories:
         """A user's newest events (all that are kept, or `count`); empty for an unknown user."""
         history = self._histories.get(user_id)
         return History() if history is None else history.newest(count or self.keep)
+
+    def newer(self, user_id: str, last_offset: int | None) -> History | None:
+        """What a copy that ends at a log offset lacks of a user's history: None for nothing, all without a copy."""
+        history = self._histories.get(user_id)
+        if last_offset is None:
+            return self.get(user_id)
+        if history is None or history.last_offset == last_offset:
+            return None
+        return history.slice(bisect_right(history.offsets, last_offset), len(history)).newest(self.keep)
 
     def users(self, count: int) -> list[str]:
         """The first `count` users."""

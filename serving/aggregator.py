@@ -112,6 +112,10 @@ class Aggregator:
         """The histories of many users, in one call a batch."""
         return [self.histories.get(user_id) for user_id in user_ids]
 
+    async def newer_events(self, users: Sequence[tuple[str, int | None]]) -> list[History | None]:
+        """What came since, for each (user, last offset that the caller has, or None); None where nothing did."""
+        return [self.histories.newer(user_id, last_offset) for user_id, last_offset in users]
+
     async def users(self, limit: int) -> list[tuple[str, int]]:
         """Some users with the number of their events."""
         return [(user_id, len(self.histories.get(user_id))) for user_id in self.histories.users(limit)]

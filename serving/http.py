@@ -1,29 +1,24 @@
 """The HTTP interface of a replica: requests checked and turned into calls, answers and errors into JSON."""
 
-import asyncio
-import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
-from fastapi import FastAPI, HTTPException, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from ray.exceptions import GetTimeoutError, RayActorError
-from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lib.events import CleaningRules, Event, EventRejected, InputError, validate_event
-from lib.feedback_log import LogWriteError
 from lib.ranking import ItemFilter
 from lib.recommender import Question, RankedItem
 from lib.user_histories import History
 from serving.aggregator import DUPLICATE
+from serving.errors import DEADLINE_HEADER, ERROR_ANSWERS
+from serving.fast_path import FastPath, deadline_of
 from serving.prometheus import render
 from serving.requests import (
     EVENTS_BODY,
@@ -38,22 +33,25 @@ from serving.requests import (
 if TYPE_CHECKING:
     from serving.recommendations import Recommendations as Replica
 
+Deadline = Annotated[
+    str | None, Header(alias=DEADLINE_HEADER, description="milliseconds to wait for an answer; 504 if it takes longer")
+]
 PAGE = Path(__file__).with_name("page.html")
-logger = logging.getLogger("ray.serve")
 
 
-def http_application(replica: "Replica") -> FastAPI:
+def http_application(replica: "Replica") -> FastPath:
     """The ASGI application of one replica."""
     app = FastAPI(
         title="Afterclick", description="A recommender that learns from the click you just made.", version="1"
     )
     rules = CleaningRules()
     app.add_middleware(BoundedBody)
-    _answer_errors(app)
+    for kind, error_answer in ERROR_ANSWERS.items():
+        app.exception_handler(kind)(error_answer)
 
-    async def recommend(question: Question, user_id: str | None) -> Response:
+    async def recommend(question: Question, user_id: str | None, deadline: float | None) -> Response:
         start = time.perf_counter()
-        version, items = await replica.ask(question, user_id)
+        version, items = await replica.ask(question, user_id, deadline)
         replica.count_answer(time.perf_counter() - start)
         return answer(version, items)
 
@@ -72,18 +70,25 @@ def http_application(replica: "Replica") -> FastAPI:
             await replica.on_thread(lambda: filter.mask(replica.recommender.catalog))
         return filter
 
-    @app.post("/v1/recommendations", response_model=Recommendations)
-    async def post_recommendations(request: RecommendationRequest) -> Response:
-        """Items for a user, or for a history that comes with the request."""
+    async def answer_request(request: RecommendationRequest, deadline: float | None) -> Response:
         history = _history(request, rules)
         filter = await checked_filter(request.filter)
         question = Question(history, request.k, filter, request.exclude_seen, request.explain)
-        return await recommend(question, request.user_id)
+        return await recommend(question, request.user_id, deadline)
+
+    @app.post("/v1/recommendations", response_model=Recommendations)
+    async def post_recommendations(
+        http: Request, request: RecommendationRequest, deadline: Deadline = None
+    ) -> Response:
+        """Items for a user, or for a history that comes with the request."""
+        return await answer_request(request, deadline_of(http.scope["headers"]))  # what FastPath could not read
 
     @app.get("/v1/users/{user_id:path}/recommendations", response_model=Recommendations)
-    async def get_recommendations(user_id: str, k: int = Query(10, ge=1, le=LARGEST_K)) -> Response:
+    async def get_recommendations(
+        http: Request, user_id: str, k: int = Query(10, ge=1, le=LARGEST_K), deadline: Deadline = None
+    ) -> Response:
         """Items for a user; someone unknown gets what is popular, marked as such."""
-        return await recommend(Question(History(), k), user_id)
+        return await recommend(Question(History(), k), user_id, deadline_of(http.scope["headers"]))
 
     @app.get("/v1/items/{item_id:path}/similar", response_model=Recommendations)
     async def get_similar(item_id: str, k: int = Query(10, ge=1, le=LARGEST_K)) -> Response:
@@ -177,55 +182,7 @@ def http_application(replica: "Replica") -> FastAPI:
         """The page."""
         return HTMLResponse(PAGE.read_text())
 
-    return app
-
-
-def _answer_errors(app: FastAPI) -> None:
-    """Every error that is not a defect becomes a status with one line in `detail`."""
-
-    async def bad_input(request: Request, error: Exception) -> Response:
-        return _error(422, str(error))
-
-    async def refused(request: Request, error: StarletteHTTPException) -> Response:
-        if error.status_code == 404 and error.detail == "Not Found":
-            return _error(404, f"path: there is nothing at {request.url.path}; see /docs")
-        if error.status_code == 405:
-            allowed = (error.headers or {}).get("Allow", "another method")
-            return _error(405, f"method: {request.method} is not allowed here; use {allowed}", error.headers)
-        return _error(error.status_code, str(error.detail), error.headers)
-
-    async def bad_request(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            reason = first.get("ctx", {}).get("error", first["msg"])
-            return _error(400, f"the body is not valid JSON: {reason}")
-        place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
-        message = first["msg"].removeprefix("Value error, ")
-        return _error(422, f"{place}: {message}" if place else message)
-
-    async def restarting(request: Request, error: Exception) -> Response:
-        logger.warning("a part of the service cannot be reached: %s", error)
-        return _error(503, "a part of the service is restarting; try again", {"Retry-After": "1"})
-
-    async def not_durable(request: Request, error: Exception) -> Response:
-        logger.error("events were refused: %s", error)
-        return _error(503, "the feedback log could not be written, so none of the events was taken; try again")
-
-    async def defect(request: Request, error: Exception) -> Response:
-        return _error(500, "internal error; the log of the service has the reason")
-
-    answers = {
-        InputError: bad_input,
-        StarletteHTTPException: refused,
-        RequestValidationError: bad_request,
-        RayActorError: restarting,
-        GetTimeoutError: restarting,
-        asyncio.TimeoutError: restarting,
-        LogWriteError: not_durable,
-        Exception: defect,  # which is raised again, for the log, once it is answered
-    }
-    for kind, answer in answers.items():
-        app.exception_handler(kind)(answer)
+    return FastPath(app, answer_request)
 
 
 def _history(request: RecommendationRequest, rules: CleaningRules) -> History:
@@ -285,9 +242,3 @@ def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _json(content: Any) -> Response:
     return Response(orjson.dumps(content), media_type="application/json")
-
-
-def _error(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
-    """An error: one line, of valid Unicode whatever the request held."""
-    line = " ".join(detail.encode(errors="replace").decode().split())
-    return Response(orjson.dumps({"detail": line}), status, headers, "application/json")

@@ -16,21 +16,25 @@ from typing import Any
 
 import ray
 import torch
-from fastapi import FastAPI
 from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from lib.ranking import ItemFilter
 from lib.recommender import Question, RankedItem, Recommender
 from lib.registry import Registry
 from lib.retrieval import use_threads
+from lib.user_histories import History
 from lib.weights import Delta, DeltaMismatch
-from serving.aggregator import aggregator_handle, start_aggregator
+from serving.aggregator import AggregatorConfig, aggregator_handle, start_aggregator
+from serving.batches import Batches, Overloaded
+from serving.errors import DeadlineMissed
+from serving.fast_path import FastPath
+from serving.history_cache import HistoryCache, last_offsets
 from serving.http import http_application
 from serving.names import APPLICATION, DEPLOYMENT, LEARNER, NAMESPACE
 
+LARGEST_READ = 1000  # users of one call to the aggregator
 LATENCY_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds
 logger = logging.getLogger("ray.serve")
 
@@ -40,17 +44,11 @@ class ReplicaConfig:
     """How one replica works."""
 
     largest_batch: int = 64
+    longest_wait: float = 1.0  # seconds; who would wait longer for an answer is told at once to try again
     threads: int = 1  # of torch and FAISS
+    cached_users: int = 20_000  # whose histories are kept here
+    cached_events: int = AggregatorConfig().keep_events  # of each of them
     actor_timeout: float = 20.0  # seconds to wait for the aggregator to come back before answering 503
-
-
-@dataclass
-class Waiting:
-    """A request in the queue."""
-
-    question: Question
-    user_id: str | None
-    answer: asyncio.Future
 
 
 class Recommendations:
@@ -63,9 +61,10 @@ class Recommendations:
         self.replica_id = serve.get_replica_context().replica_id.unique_id
         self.registry = Registry(state)
         self.aggregator = start_aggregator(state, data)
+        self.cache = HistoryCache(self.config.cached_users, self.config.cached_events)
+        self.histories = Batches(self._read_histories, LARGEST_READ)
+        self.answers = Batches(self._answer, self.config.largest_batch)
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self.queue: list[Waiting] = []
-        self.batching: asyncio.Task | None = None
         self.counts: Counter[str] = Counter()
         self.latency: Counter[float] = Counter()
         self.latency_sum = 0.0
@@ -78,7 +77,7 @@ class Recommendations:
             await self.on_thread(self._expect, self.registry.head())
             self.checked = True
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> FastPath:
         """Serve asks for the HTTP application once the replica is ready."""
         return http_application(self)
 
@@ -88,43 +87,45 @@ class Recommendations:
 
     # ------------------------------------------------------------------------------------------- the batched answer
 
-    async def ask(self, question: Question, user_id: str | None = None) -> tuple[int, list[RankedItem]]:
-        """The version and the ranked items for one person; joins the next batch."""
-        waiting = Waiting(question, user_id, asyncio.get_running_loop().create_future())
-        self.queue.append(waiting)
-        if self.batching is None or self.batching.done():
-            self.batching = asyncio.create_task(self._run_batches())
-        return await waiting.answer
+    async def ask(
+        self, question: Question, user_id: str | None = None, deadline: float | None = None
+    ) -> tuple[int, list[RankedItem]]:
+        """The version and the ranked items for one person, within `deadline` seconds if there is one.
 
-    async def _run_batches(self) -> None:
-        while self.queue:
-            batch = self.queue[: self.config.largest_batch]
-            del self.queue[: len(batch)]
-            try:
-                version, answers = await self._answer(batch)
-            except Exception as error:  # every person of the batch learns of it
-                for waiting in batch:
-                    if not waiting.answer.done():
-                        waiting.answer.set_exception(error)
-                continue
-            self.counts["batches"] += 1
-            for waiting, items in zip(batch, answers, strict=True):
-                if not waiting.answer.done():  # the client may have gone
-                    waiting.answer.set_result((version, items))
+        Raises:
+            Overloaded: the answer would take longer than ReplicaConfig.longest_wait.
+            DeadlineMissed: it would take longer than the deadline, or did.
+        """
+        longest = self.config.longest_wait if deadline is None else min(deadline, self.config.longest_wait)
+        try:
+            self.answers.admit(longest)
+            async with asyncio.timeout(deadline):
+                return await self._ask(question, user_id)
+        except (Overloaded, TimeoutError) as error:
+            self.counts["refused"] += 1
+            if deadline is not None and (isinstance(error, TimeoutError) or error.wait > deadline):
+                raise DeadlineMissed(deadline) from error
+            raise
 
-    async def _answer(self, batch: list[Waiting]) -> tuple[int, list[list[RankedItem]]]:
-        user_ids = [waiting.user_id for waiting in batch if waiting.user_id is not None]
-        histories = iter(await self.call_aggregator("get_histories", user_ids) if user_ids else ())
-        questions = [
-            waiting.question
-            if waiting.user_id is None
-            else Question(next(histories), *_all_but_history(waiting.question))
-            for waiting in batch
-        ]
+    async def _ask(self, question: Question, user_id: str | None) -> tuple[int, list[RankedItem]]:
+        if user_id is not None:
+            history = await self.histories.submit(user_id)
+            question = Question(history, question.k, question.filter, question.exclude_seen, question.explain)
+        return await self.answers.submit(question)
+
+    async def _read_histories(self, user_ids: list[str]) -> list[History]:
+        """The histories of these users as the aggregator has them now, in one call."""
+        copies = self.cache.copies(user_ids)
+        newer = await self.call_aggregator("newer_events", last_offsets(copies))
+        histories = self.cache.update(copies, newer)
+        return [histories[user_id] for user_id in user_ids]
+
+    async def _answer(self, questions: list[Question]) -> list[tuple[int, list[RankedItem]]]:
         return await self.on_thread(self._recommend, questions)
 
-    def _recommend(self, questions: list[Question]) -> tuple[int, list[list[RankedItem]]]:
-        return self.recommender.version, self.recommender.recommend(questions)
+    def _recommend(self, questions: list[Question]) -> list[tuple[int, list[RankedItem]]]:
+        version = self.recommender.version
+        return [(version, items) for items in self.recommender.recommend(questions)]
 
     async def on_thread(self, function: Callable, *arguments: Any) -> Any:
         """Run on the one thread that owns the recommender."""
@@ -192,7 +193,8 @@ class Recommendations:
             "version": self.recommender.version,
             "checksum": self.recommender.checksum,
             "log_offset": self.recommender.log_offset,
-            **{name: self.counts[name] for name in ("answers", "batches", "events", "deltas", "catch_ups")},
+            "batches": self.answers.count,
+            **{name: self.counts[name] for name in ("answers", "refused", "events", "deltas", "catch_ups")},
             "latency_buckets": [
                 *((str(bound), self.latency[bound]) for bound in LATENCY_BUCKETS),
                 ("+Inf", self.latency[float("inf")]),
@@ -251,7 +253,3 @@ async def _or_none(handle: Callable[[], ActorHandle], method: str) -> dict[str, 
         return await asyncio.wait_for(getattr(handle(), method).remote(), 2.0)
     except (ValueError, TimeoutError, RayActorError):
         return None
-
-
-def _all_but_history(question: Question) -> tuple[int, ItemFilter | None, bool, bool]:
-    return question.k, question.filter, question.exclude_seen, question.explain

@@ -1,0 +1,97 @@
+"""Exact search: one matrix product, what must not come is set to minus infinity, then the largest k.
+
+On the processor and on a card alike; a product and a selection over all rows are the limit there that an index is
+measured against.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+SCORES_AT_ONCE = 1 << 22  # 16 MB: a larger product gains nothing, and its memory is asked for anew every time
+GATHERED_SHARE = 8  # rows that pass a mask are brought together when they are fewer than an eighth
+SINGLE_ROWS = 64  # so few excluded rows are set one by one, more are added to the product
+
+
+def exact_search(
+    vectors: torch.Tensor,
+    queries: torch.Tensor,
+    k: int,
+    mask: np.ndarray | None = None,
+    seen: Sequence[np.ndarray] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores (B, k) and rows (B, k) of the largest inner products, best first; minus infinity and -1 where fewer exist.
+
+    Args:
+        vectors: (N, C) float32.
+        queries: (B, C) float32 on the same device.
+        k: how many.
+        mask: (N,) bool, the rows that may be found; None for all.
+        seen: for each query the rows that it must not find, each once; None for none.
+    """
+    passing = len(vectors) if mask is None else int(np.count_nonzero(mask))
+    if mask is not None and passing * GATHERED_SHARE < len(mask):
+        return _search_gathered(vectors, queries, k, np.flatnonzero(mask), seen)
+    step = max(SCORES_AT_ONCE // max(len(vectors), 1), 1)
+    found = []
+    for start in range(0, max(len(queries), 1), step):
+        part = slice(start, start + step)
+        scores = _scores(vectors, queries[part], mask, len(vectors) - passing)
+        if seen is not None:
+            exclude(scores, seen[part])
+        found.append(best(scores, k))
+    if len(found) == 1:
+        return found[0]
+    scores, rows = zip(*found, strict=True)
+    return torch.cat(scores), torch.cat(rows)
+
+
+def _search_gathered(
+    vectors: torch.Tensor, queries: torch.Tensor, k: int, chosen: np.ndarray, seen: Sequence[np.ndarray] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Search among a few rows, which are brought together first."""
+    if seen is not None:
+        place = np.full(len(vectors), -1, dtype=np.int32)
+        place[chosen] = np.arange(len(chosen))
+        places = [place[rows] for rows in seen]
+        seen = [one[one >= 0] for one in places]
+    rows = torch.from_numpy(np.append(chosen, -1)).to(vectors.device)  # the place -1 stands for the row -1
+    scores, found = exact_search(vectors[rows[:-1]], queries, k, None, seen)
+    return scores, rows[found]
+
+
+def _scores(vectors: torch.Tensor, queries: torch.Tensor, mask: np.ndarray | None, excluded: int) -> torch.Tensor:
+    """(B, N) inner products, minus infinity outside the mask."""
+    if mask is None or excluded == 0:
+        return queries @ vectors.T
+    if excluded > SINGLE_ROWS:
+        bias = np.where(mask, np.float32(0), np.float32(-np.inf))
+        return torch.addmm(torch.from_numpy(bias).to(vectors.device), queries, vectors.T)
+    scores = queries @ vectors.T
+    for row in np.flatnonzero(~mask).tolist():
+        scores[:, row] = -torch.inf
+    return scores
+
+
+def exclude(scores: torch.Tensor, columns: Sequence[np.ndarray]) -> None:
+    """Set some columns of each line of scores (B, N) to minus infinity, by one flat assignment."""
+    count, width = scores.shape
+    flat = np.concatenate(columns).astype(np.int64, copy=False)
+    if count > 1:
+        flat += np.repeat(np.arange(0, count * width, width), [len(line) for line in columns])
+    if scores.is_cuda:
+        scores.view(-1).index_fill_(0, torch.from_numpy(flat).to(scores.device), -torch.inf)
+    else:  # numpy starts sooner than torch
+        scores.numpy().reshape(-1)[flat] = -np.inf
+
+
+def best(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of each line and their columns, best first; minus infinity and -1 where fewer are finite."""
+    found, columns = torch.topk(scores, min(k, scores.shape[1]))
+    if k > scores.shape[1]:
+        missing = (0, k - scores.shape[1])
+        found = torch.nn.functional.pad(found, missing, value=-torch.inf)
+        columns = torch.nn.functional.pad(columns, missing, value=-1)
+    columns[found == -torch.inf] = -1
+    return found, columns

@@ -1,0 +1,82 @@
+"""Adaptive batches: what arrives while one runs forms the next, and an idle queue runs at once.
+
+There is no time to wait for and no size to reach: under light load a batch is one request, and it grows with the load.
+What would wait too long is refused at once, so that those that are taken are answered in time.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+SMOOTHING = 0.1  # weight of the newest batch in the mean of the durations
+
+
+class Overloaded(RuntimeError):
+    """More is asked than can be answered in time."""
+
+    def __init__(self, wait: float):
+        super().__init__(f"an answer would take {wait:.3f} s")
+        self.wait = wait  # seconds
+
+
+class Batches(Generic[Item, Result]):
+    """Calls `run` with batches of items, one batch at a time, and gives each caller its own result."""
+
+    def __init__(self, run: Callable[[list[Item]], Awaitable[Sequence[Result]]], largest: int):
+        self.run = run
+        self.largest = largest
+        self.count = 0  # batches that have run
+        self.duration = 0.0  # seconds of a batch, a running mean
+        self._waiting: list[tuple[Item, asyncio.Future[Result]]] = []
+        self._running: asyncio.Task | None = None
+
+    async def submit(self, item: Item) -> Result:
+        """The item's result; joins the next batch."""
+        answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, answer))
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(self._run_batches())
+        return await answer
+
+    def expected_wait(self) -> float:
+        """Seconds until one more item would have its result, by the durations of late."""
+        if self._running is None or self._running.done():
+            return 0.0
+        ahead = 1 + len(self._waiting) // self.largest  # with the one that runs now
+        return (ahead + 1) * self.duration
+
+    def admit(self, longest: float) -> None:
+        """Refuse one more item if it would wait longer than so many seconds.
+
+        Raises:
+            Overloaded: it would.
+        """
+        wait = self.expected_wait()
+        if wait > longest:
+            raise Overloaded(wait)
+
+    async def _run_batches(self) -> None:
+        while self._waiting:
+            batch = [pair for pair in self._waiting[: self.largest] if not pair[1].done()]  # its caller may be gone
+            del self._waiting[: self.largest]
+            if batch:
+                await self._run_batch(batch)
+
+    async def _run_batch(self, batch: list[tuple[Item, asyncio.Future[Result]]]) -> None:
+        start = time.perf_counter()
+        try:
+            results = await self.run([item for item, _ in batch])
+        except Exception as error:  # every caller of the batch learns of it
+            for _, answer in batch:
+                if not answer.done():
+                    answer.set_exception(error)
+            return
+        elapsed = time.perf_counter() - start
+        self.duration += (elapsed - self.duration) * (SMOOTHING if self.count else 1.0)
+        self.count += 1
+        for (_, answer), result in zip(batch, results, strict=True):
+            if not answer.done():
+                answer.set_result(result)

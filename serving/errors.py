@@ -1,0 +1,108 @@
+"""Every error that is not a defect becomes a status with one line in `detail`; the reason of a defect is in the log."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from math import ceil
+
+import orjson
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from ray.exceptions import GetTimeoutError, RayActorError
+from starlette.exceptions import HTTPException
+
+from lib.events import InputError
+from lib.feedback_log import LogWriteError
+from serving.batches import Overloaded
+
+logger = logging.getLogger("ray.serve")
+DEADLINE_HEADER = "X-Deadline-Ms"  # milliseconds that the client will wait for an answer
+ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
+
+
+class DeadlineMissed(RuntimeError):
+    """The client's deadline is sooner than the answer."""
+
+    def __init__(self, deadline: float):
+        super().__init__(f"{DEADLINE_HEADER}: no answer within {deadline * 1000:g} ms; try again with more, or later")
+
+
+async def bad_input(request: Request, error: Exception) -> Response:
+    """What was sent has no meaning."""
+    return _error(422, str(error))
+
+
+async def refused(request: Request, error: Exception) -> Response:
+    """There is no such thing, or it cannot be had now."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404 and error.detail == "Not Found":
+        return _error(404, f"path: there is nothing at {request.url.path}; see /docs")
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return _error(405, f"method: {request.method} is not allowed here; use {allowed}", error.headers)
+    return _error(error.status_code, str(error.detail), error.headers)
+
+
+async def bad_request(request: Request, error: Exception) -> Response:
+    """The body or a parameter has another form than it should."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", first["msg"])
+        return _error(400, f"the body is not valid JSON: {reason}")
+    place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+    message = first["msg"].removeprefix("Value error, ")
+    return _error(422, f"{place}: {message}" if place else message)
+
+
+async def restarting(request: Request, error: Exception) -> Response:
+    """Something that is needed comes back in a moment."""
+    logger.warning("a part of the service cannot be reached: %s", error)
+    return _error(503, "a part of the service is restarting; try again", {"Retry-After": "1"})
+
+
+async def not_durable(request: Request, error: Exception) -> Response:
+    """The events could not be written."""
+    logger.error("events were refused: %s", error)
+    return _error(503, "the feedback log could not be written, so none of the events was taken; try again")
+
+
+async def overloaded(request: Request, error: Exception) -> Response:
+    """Those who were taken are answered in time; the others hear so at once."""
+    assert isinstance(error, Overloaded)
+    return _error(503, "more is asked than can be answered in time; try again", {"Retry-After": str(ceil(error.wait))})
+
+
+async def deadline_missed(request: Request, error: Exception) -> Response:
+    """Nobody waits for the answer any more."""
+    return _error(504, str(error))
+
+
+async def defect(request: Request, error: Exception) -> Response:
+    """A fault of this program; it is raised again, for the log, once it is answered."""
+    return _error(500, "internal error; the log of the service has the reason")
+
+
+ERROR_ANSWERS: Mapping[type[Exception], ErrorAnswer] = {
+    InputError: bad_input,
+    HTTPException: refused,
+    RequestValidationError: bad_request,
+    RayActorError: restarting,
+    GetTimeoutError: restarting,
+    asyncio.TimeoutError: restarting,
+    LogWriteError: not_durable,
+    Overloaded: overloaded,
+    DeadlineMissed: deadline_missed,
+    Exception: defect,
+}
+
+
+def answer_of(error: Exception) -> ErrorAnswer:
+    """The answer of the nearest kind."""
+    return next(ERROR_ANSWERS[kind] for kind in type(error).__mro__ if kind in ERROR_ANSWERS)
+
+
+def _error(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
+    """An error: one line, of valid Unicode whatever the request held."""
+    line = " ".join(detail.encode(errors="replace").decode().split())
+    return Response(orjson.dumps({"detail": line}), status, headers, "application/json")
