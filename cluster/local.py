@@ -14,13 +14,15 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lib.events import InputError
 
 HOST = "127.0.0.1"
-REPLICA_PORTS = range(12_000, 32_000)  # below the range that systems give to outgoing connections
+# both below the range that systems give to outgoing connections
+OTHER_PORTS = range(10_000, 12_000)
+REPLICA_PORTS = range(12_000, 32_000)
 PORTS_PER_CLUSTER = 200
 
 
@@ -38,6 +40,8 @@ def prepare_environment() -> None:
         # must not be given up: with the other one dead, HAProxy would answer 500 by itself.
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "10",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        # what takes long has a thread of its own; between two event loops each request would cross twice
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
@@ -48,6 +52,9 @@ def prepare_environment() -> None:
         "RAY_worker_niceness": "0",  # only the learner yields; Ray would lower the replicas too
         "RAY_TRAIN_V2_ENABLED": "1",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # every epoch of a training waits for it; Ray's own is 2 s
+        # Ray's own metrics took a tenth of a core under load; the service's are at /metrics
+        "RAY_enable_metrics_collection": "0",
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "disabled",  # Ray itself does not listen beyond 127.0.0.1
@@ -73,10 +80,12 @@ def _settings_of_one_machine() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
+    """A port that nothing listens on now, and that no outgoing connection is given."""
+    while True:
+        port = secrets.choice(OTHER_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((HOST, port))
+            return port
 
 
 def require_free_port(port: int) -> None:
