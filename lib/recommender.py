@@ -1,16 +1,17 @@
 """Encoder, catalog and index as one value of one version: histories in, ranked items out."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from lib.catalog import Catalog
 from lib.encoder import PADDING_ROW, BehaviourEncoder
+from lib.encoder_inference import InferenceEncoder
 from lib.model_folder import load_model
-from lib.ranking import ItemFilter, most_popular, without_seen
+from lib.ranking import ItemFilter, most_popular
 from lib.retrieval import ItemIndex
 from lib.sequences import SequenceBatches, group_by_length
 from lib.user_histories import EncodedHistory, History, to_histories
@@ -21,8 +22,7 @@ MOST_MASKS = 256  # of filters that were asked for lately, a byte an item each
 NOTHING_SEEN = np.zeros(0, dtype=np.int32)
 
 
-@dataclass(frozen=True)
-class RankedItem:
+class RankedItem(NamedTuple):
     """One recommended item; `reason` is "popular" or names the event of the history that speaks most for it."""
 
     item_id: str
@@ -30,8 +30,7 @@ class RankedItem:
     reason: str | None = None
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """What one person asks: their history, how many items, and which."""
 
     history: History
@@ -52,6 +51,7 @@ class Recommender:
         self.log_offset = log_offset
         self.kind_codes = {kind: place + 1 for place, kind in enumerate(encoder.config.event_kinds)}
         self.index = ItemIndex(self._vectors(np.arange(encoder.config.item_rows)))
+        self.reader = InferenceEncoder(encoder)
         self.fingerprint = Fingerprint(encoder)
         self._masks: dict[ItemFilter | None, np.ndarray] = {}
 
@@ -87,6 +87,7 @@ class Recommender:
         apply_delta(self.encoder, delta)
         self.catalog.extend(delta.new_items)
         self._masks.clear()
+        self.reader = InferenceEncoder(self.encoder)
         rows = np.union1d(delta.rows, np.arange(len(self.index), delta.item_rows))
         if ATTRIBUTE_TABLE in delta.tensors:  # every item's vector has moved
             rows = np.arange(delta.item_rows)
@@ -96,6 +97,12 @@ class Recommender:
             raise DeltaMismatch(f"version {delta.version} came out as {checksum}, its maker had {delta.checksum}")
         self.version = delta.version
         self.log_offset = delta.log_offset
+
+    def catalog_changed(self, items: Mapping[str, Mapping[str, Any] | None]) -> None:
+        """Items have other attributes, or are removed (None): true of the next answer, whatever version it is of."""
+        if items:
+            self.catalog.change(items)
+            self._masks.clear()
 
     def recommend(self, questions: Sequence[Question]) -> list[list[RankedItem]]:
         """Answer many people in one pass: encode, retrieve, rank."""
@@ -109,8 +116,9 @@ class Recommender:
             wanted = max(questions[place].k for place in places)
             seen = [encoded[place].seen if questions[place].exclude_seen else NOTHING_SEEN for place in places]
             scores, rows = self.index.search(queries[chosen], wanted, self.mask(filter), seen)
-            for place, user_scores, user_rows in zip(places, scores, rows, strict=True):
-                count = min(questions[place].k, int((user_rows >= 0).sum()))
+            counts = (rows >= 0).sum(axis=1).tolist()
+            for place, user_scores, user_rows, found in zip(places, scores, rows, counts, strict=True):
+                count = min(questions[place].k, found)
                 answers[place] = self._ranked(questions[place], user_scores[:count], user_rows[:count])
         for place, history in enumerate(encoded):
             if not history.codes.size:
@@ -131,17 +139,11 @@ class Recommender:
         return history.encoded
 
     def queries(self, histories: Sequence[np.ndarray]) -> np.ndarray:
-        """(B, C) float32 uT A of histories given as (4, T) codes, with next to no work on padding."""
+        """(B, C) float32 uT A of histories given as (4, T) codes, with little work on padding."""
         lengths = np.array([codes.shape[1] for codes in histories], dtype=np.int64)
         queries = np.empty((len(histories), self.encoder.config.hidden_size), dtype=np.float32)
         for group in group_by_length(lengths, EVENTS_PER_BATCH):
-            padded = np.zeros((4, len(group), int(lengths[group].max())), dtype=np.int64)
-            for line, place in enumerate(group):
-                padded[:, line, : lengths[place]] = histories[place]
-            rows, kinds, gaps, values = torch.from_numpy(padded)
-            with torch.inference_mode():
-                u = self.encoder.interests(kinds, gaps, values, torch.from_numpy(lengths[group]), rows)
-                queries[group] = self.encoder.queries(u).numpy()
+            queries[group] = self.reader.queries([histories[place] for place in group]).numpy()
         return queries
 
     def mask(self, filter: ItemFilter | None) -> np.ndarray:
@@ -157,6 +159,9 @@ class Recommender:
         mask[PADDING_ROW + 1 : len(self.catalog) + 1] = True
         if filter is not None:
             mask[: len(self.catalog) + 1] &= filter.mask(self.catalog)
+        mask[[self.catalog.row_of[item_id] for item_id in self.catalog.removed if item_id in self.catalog.row_of]] = (
+            False
+        )
         return mask
 
     def popular(self, k: int, filter: ItemFilter | None = None) -> list[RankedItem]:
@@ -174,17 +179,22 @@ class Recommender:
         Raises:
             KeyError: the item is not in the catalog.
         """
+        if item_id in self.catalog.removed:
+            raise KeyError(item_id)
         row = self.catalog.row_of[item_id]
-        scores, rows = self.index.search(self.index.vectors[[row]], k + 1, self.mask(filter))
-        scores, rows = without_seen(scores[0], rows[0], np.array([row]), k)
-        return [RankedItem(self.catalog.item_ids[row], float(score)) for score, row in zip(scores, rows, strict=True)]
+        scores, rows = self.index.search(self.index.vectors[[row]], k, self.mask(filter), [np.array([row])])
+        return self._items(scores[0][rows[0] >= 0], rows[0][rows[0] >= 0])
 
     def _ranked(self, question: Question, scores: np.ndarray, rows: np.ndarray) -> list[RankedItem]:
-        reasons = self._reasons(question.history, rows) if question.explain else [None] * len(rows)
-        return [
-            RankedItem(self.catalog.item_ids[row], float(score), reason)
-            for score, row, reason in zip(scores, rows, reasons, strict=True)
-        ]
+        items = self._items(scores, rows)
+        if not question.explain:
+            return items
+        reasons = self._reasons(question.history, rows)
+        return [item._replace(reason=reason) for item, reason in zip(items, reasons, strict=True)]
+
+    def _items(self, scores: np.ndarray, rows: np.ndarray) -> list[RankedItem]:
+        ids = self.catalog.item_ids
+        return [RankedItem(ids[row], score) for score, row in zip(scores.tolist(), rows.tolist(), strict=True)]
 
     def _reasons(self, history: History, rows: np.ndarray) -> list[str]:
         """The event of the history whose item is nearest to each recommended item."""

@@ -7,6 +7,7 @@ import torch
 
 from lib.catalog import Catalog
 from lib.encoder import BehaviourEncoder
+from lib.encoder_inference import InferenceEncoder
 from lib.events import Event, InputError
 from lib.learner import LearnerConfig, NearlineLearner
 from lib.model_folder import Manifest, save_model
@@ -83,6 +84,7 @@ def test_the_ranking_is_by_u_a_v(recommender):
 
 def test_only_the_newest_events_count(recommender):
     recommender.encoder.gap_embeddings.weight.zero_()  # a first event has no gap, the same event in a history has one
+    recommender.reader = InferenceEncoder(recommender.encoder)
     long = [1 + number % ITEMS for number in range(10, 30)]
     expected = ask(recommender, *long[-8:], k=3, exclude_seen=False)
     shifted = recommender.recommend([Question(history(long), 3, exclude_seen=False)])[0]

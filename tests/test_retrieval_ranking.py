@@ -1,4 +1,4 @@
-"""Retrieval equals brute force, follows updates in place, and ranking takes out what must not come."""
+"""Ranking takes out what must not come, and filters say which items may."""
 
 import numpy as np
 import pyarrow as pa
@@ -7,88 +7,6 @@ import pytest
 from lib.catalog import Catalog
 from lib.events import InputError
 from lib.ranking import ItemFilter, most_popular, without_seen
-from lib.retrieval import ItemIndex
-
-
-def unit(rows: int, seed: int = 0, width: int = 16) -> np.ndarray:
-    vectors = np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def brute_force(vectors: np.ndarray, queries: np.ndarray, k: int, mask: np.ndarray | None = None) -> np.ndarray:
-    scores = queries @ vectors.T
-    if mask is not None:
-        scores[:, ~mask] = -np.inf
-    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
-
-
-@pytest.mark.parametrize("people", [1, 7, 64])  # FAISS computes few and many queries in different ways
-@pytest.mark.parametrize("masked", [False, True])
-def test_search_equals_brute_force(people, masked):
-    vectors, queries = unit(300), unit(people, seed=1)
-    mask = np.random.default_rng(2).random(300) < 0.3 if masked else None
-    scores, rows = ItemIndex(vectors).search(queries, 20, mask)
-    assert rows.shape == scores.shape == (people, 20)
-    assert np.array_equal(rows, brute_force(vectors, queries, 20, mask))
-    expected = np.take_along_axis(queries @ vectors.T, rows, axis=1)
-    assert np.allclose(scores, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("rows", [8, 9, 64, 65])
-def test_a_mask_of_any_length_is_read_by_the_right_bits(rows):
-    vectors = unit(rows)
-    index = ItemIndex(vectors)
-    for row in range(rows):
-        mask = np.zeros(rows, dtype=bool)
-        mask[row] = True
-        _, found = index.search(vectors[:1], 3, mask)
-        assert found[0].tolist() == [row, -1, -1]
-
-
-def test_minus_one_where_fewer_exist():
-    vectors = unit(5)
-    assert ItemIndex(vectors).search(vectors[:1], 50)[1].shape == (1, 5)
-    _, rows = ItemIndex(vectors).search(vectors[:2], 5, np.zeros(5, dtype=bool))
-    assert (rows == -1).all()
-
-
-def test_a_row_is_updated_in_place_and_found_by_the_next_search():
-    vectors, query = unit(50), unit(1, seed=1)
-    index = ItemIndex(vectors)
-    assert index.search(query, 1)[1][0, 0] != 33
-    index.update(np.array([33]), query)
-    vectors[33] = query
-    assert index.search(query, 1)[1][0, 0] == 33
-    assert np.array_equal(index.vectors, vectors)
-    assert len(index) == 50
-
-
-def test_rows_beyond_the_end_extend_the_index():
-    vectors = unit(20)
-    index = ItemIndex(vectors[:10])
-    changed = vectors.copy()
-    changed[3] = unit(1, seed=9)[0]
-    index.update(np.array([3, *range(10, 20)]), changed[[3, *range(10, 20)]])
-    assert len(index) == 20
-    assert np.array_equal(index.vectors, changed)
-    queries = unit(4, seed=5)
-    assert np.array_equal(index.search(queries, 20)[1], brute_force(changed, queries, 20))
-    with pytest.raises(ValueError, match="do not follow the index's 20 rows"):
-        index.update(np.array([22]), vectors[:1])
-    index.update(np.zeros(0, dtype=np.int64), vectors[:0])
-    assert len(index) == 20
-
-
-def test_the_index_keeps_its_own_copy():
-    vectors = unit(10)
-    index = ItemIndex(vectors)
-    before = index.vectors.copy()
-    vectors[:] = 0
-    assert np.array_equal(index.vectors, before)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ranking
 
 
 def test_seen_and_missing_candidates_are_taken_out_in_order():

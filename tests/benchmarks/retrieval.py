@@ -1,0 +1,258 @@
+"""Retrieval as the catalog grows: exact beside approximate, then a fifth of the rows changed, and filters.
+
+    python -m tests.benchmarks.retrieval [--items 10000 --items 100000 ...] [--threads N] [--gaussian] [--json FILE]
+
+Queries a second, for the 100 best of each: `FAISS exact` is IndexFlatIP at its best batch size (16, 64, 256); `product`
+a matrix product with torch.topk (on a card the limit) and `lists` the approximate index, both in batches of 64 and one
+by one. All on the same threads. Recall is the share of the exact 100 best.
+
+The vectors are synthetic and look like trained ones: 4,096 centres, drawn with a variance that falls as 1/j in the j-th
+direction (effective dimension 14; the item vectors of a model trained on MovieLens have 16), sizes that fall as
+1/sqrt(rank), unit items at a centre plus noise of 0.6 times the centre's length with the same spectrum, all turned by
+one random rotation; queries are drawn in the same way but apart from the items. `--gaussian` draws plain Gaussian
+directions instead, which have no neighbourhoods to find and are the worst case.
+
+Changed: a fifth of the rows (at most 200,000) get new vectors of the same kind, a thousand rows each tenth of a second
+and searches of 8 queries without a pause in between; recall at the end, before the last merge, and after it. The
+longest update and search are those that began while another thread merged; `longest_computing` in the JSON is processor
+time, without the waiting for a core on a busy machine.
+"""
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import faiss
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jobs.configuration import write_json
+from lib.inverted_index import choose_device, copy_to
+from lib.retrieval import ItemIndex, use_threads
+from tests.benchmarks.machine import describe_machine
+
+SIZES = [10_000, 100_000, 1_000_000]
+WIDTH, K, BATCH, SINGLE, REPEATS = 64, 100, 64, 64, 3
+CENTRES, NOISE = 4096, 0.6
+PIECE, PIECE_SECONDS, SEARCHED, MOST_CHANGED = 1000, 0.1, 8, 200_000
+BATCHES = (16, 64, 256)
+
+Search = Callable[[np.ndarray], np.ndarray]
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows of length 1."""
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def gaussian(count: int, generator: np.random.Generator) -> np.ndarray:
+    """Directions without any neighbourhoods."""
+    return unit(generator.standard_normal((count, WIDTH), dtype=np.float32))
+
+
+def trained_like(count: int, generator: np.random.Generator) -> np.ndarray:
+    """(count, WIDTH) unit vectors around the same centres at every call."""
+    fixed = np.random.default_rng(0)
+    spectrum = np.arange(1, WIDTH + 1, dtype=np.float32) ** -0.5
+    spectrum /= np.linalg.norm(spectrum)
+    centres = unit(fixed.standard_normal((CENTRES, WIDTH), dtype=np.float32) * spectrum)
+    rotation = np.linalg.qr(fixed.standard_normal((WIDTH, WIDTH)))[0].astype(np.float32)
+    sizes = np.arange(1, CENTRES + 1) ** -0.5
+    vectors = np.empty((count, WIDTH), dtype=np.float32)
+    for start in range(0, count, 100_000):
+        part = vectors[start : start + 100_000]
+        chosen = generator.choice(CENTRES, len(part), p=sizes / sizes.sum())
+        noise = NOISE * spectrum * generator.standard_normal(part.shape, dtype=np.float32)
+        part[:] = unit(centres[chosen] + noise) @ rotation
+    return vectors
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds; what is free is given back first, so that a difference counts all of it."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def in_batches(search: Search, queries: np.ndarray, batch: int) -> np.ndarray:
+    """Rows found for all queries."""
+    return np.concatenate([search(queries[start : start + batch]) for start in range(0, len(queries), batch)])
+
+
+def speed(search: Search, queries: np.ndarray, batch: int, repeats: int = REPEATS) -> float:
+    """Queries a second, the best of some rounds."""
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        in_batches(search, queries, batch)
+        seconds.append(time.perf_counter() - started)
+    return len(queries) / min(seconds)
+
+
+def recall(found: np.ndarray, exact: np.ndarray) -> float:
+    """Share of the exact best that was found."""
+    return sum(len(np.intersect1d(one, other)) for one, other in zip(found, exact, strict=True)) / exact.size
+
+
+def faiss_exact(vectors: np.ndarray) -> Search:
+    """The exact peer, on the card where there is one."""
+    index = copy_to(choose_device(faiss.get_num_gpus()), faiss.IndexFlatIP(WIDTH))
+    index.add(vectors)
+    return lambda queries: index.search(queries, K)[1]
+
+
+def measure_exact(vectors: np.ndarray, queries: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+    """FAISS's exact index and the matrix product; also the exact rows."""
+    search, few = faiss_exact(vectors), 1 if len(vectors) > 100_000 else REPEATS
+    exact = in_batches(search, queries, BATCH)
+    speeds = {batch: speed(search, queries, batch, few) for batch in BATCHES}
+    del search
+    product = ItemIndex(vectors, exact_rows=len(vectors))
+    result = {
+        "faiss_exact_queries_per_s": max(speeds.values()),
+        "faiss_exact_batch": max(speeds, key=lambda batch: speeds[batch]),
+        "product_queries_per_s": speed(lambda some: product.search(some, K)[1], queries, BATCH, few),
+        "product_single_queries_per_s": speed(lambda some: product.search(some, K)[1], queries[:SINGLE], 1, few),
+    }
+    return result, exact
+
+
+def measure_filters(index: ItemIndex, queries: np.ndarray) -> dict[str, Any]:
+    """Masks that leave half, a tenth and a thousandth of the rows."""
+    results = {}
+    for share in (0.5, 0.1, 0.001):
+        mask = np.random.default_rng(3).random(len(index)) < share
+        exact = faiss_exact_masked(index.vectors, queries, mask)
+        found = in_batches(lambda some, mask=mask: index.search(some, K, mask)[1], queries, BATCH)
+        results[str(share)] = {
+            "passing": int(mask.sum()),
+            "recall": recall(found, exact),
+            "full_answers": bool(((found >= 0).sum(axis=1) == min(K, mask.sum())).all()),
+            "queries_per_s": speed(lambda some, mask=mask: index.search(some, K, mask)[1], queries, BATCH, 1),
+        }
+    return results
+
+
+def faiss_exact_masked(vectors: np.ndarray, queries: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The exact best rows of those that pass."""
+    passing = np.flatnonzero(mask)
+    places = faiss.knn(queries, vectors[passing], min(K, len(passing)), faiss.METRIC_INNER_PRODUCT)[1]
+    return passing[places]
+
+
+def measure_change(index: ItemIndex, vectors: np.ndarray, queries: np.ndarray) -> dict[str, Any]:
+    """Rows changed to the vectors, piece by piece, while searches go on."""
+    rows = np.random.default_rng(4).permutation(len(index))[: len(vectors)]
+    calls: dict[tuple[str, bool], list[tuple[float, float]]] = {}
+
+    def timed(name: str, call: Callable[[], Any]) -> None:
+        merging, started, used = index.merging, time.perf_counter(), time.thread_time()
+        call()
+        calls.setdefault((name, merging), []).append((time.perf_counter() - started, time.thread_time() - used))
+
+    def search_some() -> None:
+        timed("search", lambda: index.search(queries[:SEARCHED], K))
+
+    def searched_all() -> bool:
+        was_merging = index.merging
+        search_some()  # takes the merged lists, and has what changed meanwhile merged
+        return not was_merging and not index.merging
+
+    started = time.perf_counter()
+    for start in range(0, len(rows), PIECE):
+        part = slice(start, start + PIECE)
+        timed("update", lambda part=part: index.update(rows[part], vectors[part]))
+        search_some()
+        while time.perf_counter() - started < (start / PIECE + 1) * PIECE_SECONDS:
+            search_some()
+    changed = time.perf_counter() - started
+    found = in_batches(lambda some: index.search(some, K)[1], queries, BATCH)
+    while not searched_all():
+        pass
+    merged = in_batches(lambda some: index.search(some, K)[1], queries, BATCH)
+    exact = in_batches(faiss_exact(index.vectors), queries, BATCH)
+    result: dict[str, Any] = {"rows": len(rows), "rows_per_s": len(rows) / changed}
+    result |= {"recall_at_once": recall(found, exact), "recall_merged": recall(merged, exact)}
+    result["queries_per_s_merged"] = speed(lambda some: index.search(some, K)[1], queries, BATCH)
+    for (name, merging), seconds in calls.items():
+        when = "while_merging" if merging else "otherwise"
+        milliseconds, computing = np.array(seconds).T * 1e3
+        median, high = np.quantile(milliseconds, [0.5, 0.99]).tolist()
+        longest = {"longest": float(milliseconds.max()), "longest_computing": float(computing.max())}
+        result[f"{name}_ms_{when}"] = {"median": median, "p99": high, **longest}
+    return result
+
+
+def measure(items: int, draw: Callable[[int, np.random.Generator], np.ndarray]) -> dict[str, Any]:
+    """All results of one catalog size."""
+    vectors = draw(items, np.random.default_rng(1))
+    queries = draw(256 if items <= 1_000_000 else 64, np.random.default_rng(2))
+    result, exact = measure_exact(vectors, queries)
+    before, started = resident_bytes(), time.perf_counter()
+    index = ItemIndex(vectors, exact_rows=max(items // 20, 256))
+    result |= {"items": items, "build_s": time.perf_counter() - started}
+    result["bytes_per_item"] = (resident_bytes() - before) / items
+    result["recall"] = recall(in_batches(lambda some: index.search(some, K)[1], queries, BATCH), exact)
+    result["queries_per_s"] = speed(lambda some: index.search(some, K)[1], queries, BATCH)
+    result["single_queries_per_s"] = speed(lambda some: index.search(some, K)[1], queries[:SINGLE], 1)
+    result["times_faiss_exact"] = result["queries_per_s"] / result["faiss_exact_queries_per_s"]
+    result["filters"] = measure_filters(index, queries)
+    vectors = draw(min(items // 5, MOST_CHANGED), np.random.default_rng(5))
+    result["changed"] = measure_change(index, vectors, queries)
+    return result
+
+
+def tables(results: list[dict[str, Any]], title: str) -> list[Table]:
+    """What was measured, for reading."""
+    speeds = Table("items", "FAISS exact", "product", "one", "lists", "one", "recall", "build, s", "bytes an item")
+    speeds.title = f"Queries a second, k = {K}; {title}"
+    changes = Table("items", "recall at once", "merged", "longest update, ms", "search, ms", "filter: recall, full")
+    changes.title = "A fifth of the rows changed; filters that leave 0.1%"
+    for line in results:
+        names = ("faiss_exact", "product", "product_single", "", "single")
+        numbers = [f"{line[f'{name}_queries_per_s'.lstrip('_')]:,.0f}" for name in names]
+        rest = (f"{line['recall']:.4f}", f"{line['build_s']:.1f}", f"{line['bytes_per_item']:.0f}")
+        speeds.add_row(f"{line['items']:,}", *numbers, *rest)
+        changed, filtered = line["changed"], line["filters"]["0.001"]
+        pauses = [changed.get(f"{name}_ms_while_merging", {}).get("longest") for name in ("update", "search")]
+        changes.add_row(
+            f"{line['items']:,}",
+            f"{changed['recall_at_once']:.4f}",
+            f"{changed['recall_merged']:.4f}",
+            *("no merge" if pause is None else f"{pause:.1f}" for pause in pauses),
+            f"{filtered['recall']:.4f}, {'yes' if filtered['full_answers'] else 'no'}",
+        )
+    return [speeds, changes]
+
+
+def benchmark(
+    items: Annotated[list[int] | None, typer.Option(help="Catalog size; repeatable.")] = None,
+    threads: Annotated[int, typer.Option(help="Threads of every search and of the building.")] = 1,
+    random: Annotated[bool, typer.Option("--gaussian", help="Plain Gaussian directions.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+) -> None:
+    """Measure retrieval at several catalog sizes."""
+    machine = describe_machine()
+    use_threads(threads)
+    device = choose_device(faiss.get_num_gpus())
+    if device.type == "cuda":
+        machine["card"] = torch.cuda.get_device_name(device)
+    results = []
+    for size in items or SIZES:
+        results.append(measure(size, gaussian if random else trained_like))
+        gc.collect()
+        if json_file is not None:
+            settings = {"width": WIDTH, "k": K, "batch": BATCH, "threads": threads, "gaussian": random}
+            write_json(json_file, {"machine": machine, "settings": settings, "results": results})
+    for table in tables(results, f"{threads} threads, {machine.get('card', machine['processor'])}"):
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(benchmark)
