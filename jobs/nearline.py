@@ -25,6 +25,7 @@ import typer
 from ray.actor import ActorHandle
 
 from lib.events import InputError
+from lib.item_log import ItemChange
 from lib.learner import LearnerConfig, NearlineLearner, Rejection
 from lib.registry import Registry
 from lib.training import keep_freed_memory
@@ -119,14 +120,23 @@ class Learner:
     def _step(self) -> None:
         self._roll_back()
         batch = self._next_batch()
-        if batch is not None:
+        if isinstance(batch, MicroBatch):
             self._update(batch)
+        elif batch is not None:
+            self._change_items(batch)
         if time.monotonic() - self.announced > ANNOUNCE_SECONDS:
             self._acknowledge(self.rollout.announce(self.learner.version))
 
-    def _next_batch(self) -> MicroBatch | None:
-        call = aggregator_handle().next_batch.remote(self.learner.log_offset, self.learner.sample_sizes)
-        return cast("MicroBatch | None", ray.get(call))
+    def _next_batch(self) -> MicroBatch | list[ItemChange] | None:
+        learner = self.learner
+        call = aggregator_handle().next_batch.remote(learner.log_offset, learner.item_revision, learner.sample_sizes)
+        return cast("MicroBatch | list[ItemChange] | None", ray.get(call))
+
+    def _change_items(self, changes: list[ItemChange]) -> None:
+        delta = self.learner.change_items(changes)
+        self.live = Live.of(self.learner)
+        if delta is not None:
+            self._push(delta)
 
     def _update(self, batch: MicroBatch) -> None:
         start = time.perf_counter()

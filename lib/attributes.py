@@ -58,7 +58,8 @@ def attribute_codes(catalog: Catalog, values: Sequence[str], width: int | None =
         for column in {value.partition("=")[0] for value in values}:
             if column not in catalog.attributes.column_names:
                 continue
-            for row, members in zip(rows, _values_of(catalog.attributes[column], column), strict=True):
+            own = [value.partition("=")[2] for value in values if value.partition("=")[0] == column]
+            for row, members in zip(rows, _values_of(catalog.attributes[column], column, own), strict=True):
                 if row is not None:
                     codes[row] += [code_of[value] for value in members if value in code_of]
     width = width or min(max(max(map(len, codes)), 1), MOST_PER_ITEM)
@@ -69,15 +70,15 @@ def attribute_codes(catalog: Catalog, values: Sequence[str], width: int | None =
     return table
 
 
-def _values_of(column: pa.ChunkedArray, name: str) -> list[list[str]]:
-    """The attributes that one column gives to each item, without repeats."""
+def _values_of(column: pa.ChunkedArray, name: str, known: Sequence[str] = ()) -> list[list[str]]:
+    """The attributes that one column gives to each item, without repeats; numbers among the known ones if any are."""
     kind = column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return [_named(name, [str(member) for member in members or ()]) for members in column.to_pylist()]
     if pa.types.is_boolean(kind):
         return [[] if value is None else _named(name, [str(value).lower()]) for value in column.to_pylist()]
     if pa.types.is_floating(kind) or pa.types.is_integer(kind):
-        return _number_values(column, name)
+        return _number_values(column, name, [float(value) for value in known])
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         return [[] for _ in range(len(column))]
     texts = [text or "" for text in column.to_pylist()]
@@ -101,18 +102,27 @@ def _parts(texts: list[str]) -> list[list[str]]:
     return [[text] for text in texts]
 
 
-def _number_values(column: pa.ChunkedArray, name: str) -> list[list[str]]:
+def _number_values(column: pa.ChunkedArray, name: str, known: Sequence[float]) -> list[list[str]]:
+    """Each number as the least one of its bucket; the buckets are the known ones, or those of this column."""
     numbers = pc.cast(column, pa.float64()).to_numpy(zero_copy_only=False)
-    present = numbers[np.isfinite(numbers)]
-    distinct = np.unique(present)
-    if len(distinct) > NUMBER_BUCKETS:
-        quantiles = np.linspace(0, 1, NUMBER_BUCKETS + 1)[:-1]
-        distinct = np.unique(np.quantile(present, quantiles, method="lower"))
-    places = np.searchsorted(distinct, numbers, side="right") - 1
+    starts = np.unique(known) if known else _bucket_starts(numbers[np.isfinite(numbers)])
+    places = np.searchsorted(starts, numbers, side="right") - 1
     return [
-        _named(name, [f"{distinct[max(place, 0)]:g}"]) if np.isfinite(number) else []
+        _named(name, [_number(starts[max(place, 0)])]) if np.isfinite(number) else []
         for place, number in zip(places, numbers, strict=True)
     ]
+
+
+def _bucket_starts(present: np.ndarray) -> np.ndarray:
+    distinct = np.unique(present)
+    if len(distinct) <= NUMBER_BUCKETS:
+        return distinct
+    return np.unique(np.quantile(present, np.linspace(0, 1, NUMBER_BUCKETS + 1)[:-1], method="lower"))
+
+
+def _number(value: float) -> str:
+    """A number in few digits, from which it can be read again."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(float(value))
 
 
 def _named(column: str, values: list[str]) -> list[str]:

@@ -5,15 +5,17 @@ publish the delta with the optimiser's state and the log offset in one atomic st
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lib.attributes import attribute_codes
 from lib.catalog import Catalog
 from lib.encoder import BehaviourEncoder
+from lib.item_log import ItemChange
 from lib.metrics import ndcg_at
 from lib.model_folder import Manifest
 from lib.popularity import DAY, event_counts, moved_reference
@@ -105,6 +107,7 @@ class NearlineLearner:
         self.log_offset = loaded.log_offset
         self.events_trained = int(loaded.facts.get("events_trained", 0))
         self.events_rejected = int(loaded.facts.get("events_rejected", 0))
+        self.item_revision = 0  # of changed items: deltas do not hold their attributes, so all of them are asked for
         training = TrainingConfig(
             learning_rate=self.config.learning_rate, negatives=self.config.negatives, seed=self.config.seed
         )
@@ -149,6 +152,43 @@ class NearlineLearner:
         self.events_trained += events
         facts = {"kind": "nearline", "events": events, "loss": loss, "ndcg": None if np.isnan(after[1]) else after[1]}
         return self._publish(self._changes(journal, rows), batch.last_offset, facts)
+
+    def change_items(self, changes: Sequence[ItemChange]) -> Delta | None:
+        """Take items that were put or deleted while live; a new one gets a row and starts as those that are like it.
+
+        Returns the published delta, None where no weight changed.
+        """
+        journal = UndoJournal(self.trainer)
+        self.catalog.change({change.item_id: change.attributes for change in changes})
+        self.item_revision = max(self.item_revision, changes[-1].revision)
+        put = [change.item_id for change in changes if change.attributes is not None]
+        known = torch.tensor(self.catalog.rows(put), dtype=torch.long)
+        before = self.encoder.item_attributes[known]
+        self._add_items(put)
+        self._encode_attributes(known)
+        changed = (self.encoder.item_attributes[known] != before).any(dim=1)
+        rows = torch.unique(torch.cat([known[changed], self._unpublished_rows()]))
+        if len(rows) == 0:
+            return None
+        facts = {"kind": "items", "items": len(changes), "loss": None}
+        return self._publish(self._changes(journal, rows), self.log_offset, facts)
+
+    def _encode_attributes(self, rows: Tensor) -> None:
+        """Have the encoder read what the catalog says of these rows' items."""
+        values, width = self.encoder.config.attribute_values, self.encoder.item_attributes.shape[1]
+        if values and len(rows):
+            items = self.catalog.described([self.catalog.item_ids[row] for row in rows.tolist()])
+            self.encoder.item_attributes[rows] = torch.from_numpy(attribute_codes(items, values, width)[1:])
+
+    def _likes(self, row: int, known: int) -> Tensor:
+        """(R,) of the known rows those that share the most attributes with a row; none where none shares any."""
+        if self.encoder.config.attribute_values:
+            codes = self.encoder.item_attributes
+            own = codes[row][codes[row] > 0]
+            shared = torch.isin(codes[: known + 1], own).sum(dim=1)
+            return ((shared > 0) & (shared == shared.max())).nonzero().flatten()
+        likes = torch.from_numpy(self.catalog.likes(self.catalog.item_ids[row]))
+        return likes[likes <= known]
 
     def restore(self, version: int) -> Delta:
         """Publish a new version whose weights are those of a stored one; the log offset stays where it is.
@@ -195,26 +235,33 @@ class NearlineLearner:
             return self.trainer.step(batch).loss
 
     def _extend_catalog(self, batch: MicroBatch) -> None:
-        """Give rows to items that feedback names for the first time: the mean of all items, a little apart."""
-        arrived = [
+        """Give rows to items that feedback names for the first time."""
+        self._add_items(
             item_id
             for history, count in zip(batch.histories, batch.new_counts, strict=True)
             for item_id in history.item_ids[len(history) - count :]
-        ]
+        )
+
+    def _add_items(self, item_ids: Iterable[str]) -> None:
+        """Give rows to the unknown ones among these items: the mean of those that are like each, a little apart."""
         known = len(self.catalog)
-        new_items = self.catalog.extend(arrived)
+        new_items = self.catalog.extend(item_ids)
         needed = len(self.catalog) + 1
         if not new_items:
             return
         if needed > self.encoder.config.item_rows:
             grow_items(self.encoder, needed + needed // 10)
             self.trainer.row_optimizer.grow(self.encoder.config.item_rows)
+        added = torch.arange(known + 1, needed)
+        self._encode_attributes(added)
         generator = torch.Generator().manual_seed(self.config.seed + needed)
         table = self.encoder.item_embeddings.weight.detach()
-        mean = table[1 : known + 1].mean(dim=0) if known else torch.zeros(table.shape[1])
         deviation = self.encoder.config.initializer_range
-        noise = torch.randn(len(new_items), table.shape[1], generator=generator) * deviation
-        table[known + 1 : needed] = mean + noise
+        table[added] = torch.randn(len(added), table.shape[1], generator=generator) * deviation
+        mean = table[1 : known + 1].mean(dim=0) if known else torch.zeros(table.shape[1])
+        for row in added.tolist():
+            likes = self._likes(row, known)
+            table[row] += table[likes].mean(dim=0) if len(likes) else mean
         self.trainer.items = len(self.catalog)
 
     def _training_batch(self, batch: MicroBatch) -> Batch | None:
@@ -309,7 +356,10 @@ class NearlineLearner:
     def _publish(self, changes: tuple[Tensor, dict[str, np.ndarray]], last_offset: int, facts: dict) -> Delta:
         rows, tensors = changes
         checksum = self.fingerprint.update(state_of(self.encoder), rows.numpy(), set(tensors))
-        counts = {"events_trained": self.events_trained, "events_rejected": self.events_rejected}
+        counts = {
+            "events_trained": self.events_trained,
+            "events_rejected": self.events_rejected,
+        }
         delta = Delta(
             version=self.version + 1,
             parent=self.version,

@@ -5,7 +5,7 @@ k exist), and whoever has no history gets what is popular of late, marked as suc
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,15 +50,11 @@ class ItemFilter:
         mask = catalog.mask(self.conditions).copy() if self.conditions else np.ones(len(catalog) + 1, dtype=bool)
         if self.allow is not None:
             allowed = np.zeros_like(mask)
-            allowed[_rows(self.allow, catalog)] = True
+            allowed[catalog.rows(self.allow)] = True
             mask &= allowed
-        mask[_rows(self.deny, catalog)] = False
+        mask[catalog.rows(self.deny)] = False
         mask[0] = False
         return mask
-
-
-def _rows(item_ids: Sequence[str], catalog: Catalog) -> list[int]:
-    return [catalog.row_of[item_id] for item_id in item_ids if item_id in catalog.row_of]
 
 
 def without_seen(scores: np.ndarray, rows: np.ndarray, seen: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

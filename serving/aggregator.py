@@ -21,10 +21,12 @@ from ray.actor import ActorHandle
 from lib.datasets import read_events
 from lib.events import CleaningRules, Event, FloodGuard
 from lib.feedback_log import FeedbackLog, LoggedEvent
+from lib.item_log import ItemChange, ItemLog
 from lib.user_histories import History, MicroBatch, SampleSizes, UserHistories
 from serving.names import AGGREGATOR, NAMESPACE
 
 LOG_FILE = "feedback.sqlite"
+ITEM_LOG_FILE = "items.sqlite"
 DUPLICATE = "duplicate"
 
 
@@ -56,6 +58,7 @@ class Aggregator:
         for logged in self.log.replay():
             self.histories.append(logged.event, logged.offset)
         self.last_offset = self.log.last_offset()
+        self.items = ItemLog(path.with_name(ITEM_LOG_FILE))
         self.flood_guard = FloodGuard(self.config.cleaning)
         self.rejected: Counter[str] = Counter()
         self.accepted = 0
@@ -112,21 +115,45 @@ class Aggregator:
         """The histories of many users, in one call a batch."""
         return [self.histories.get(user_id) for user_id in user_ids]
 
-    async def newer_events(self, users: Sequence[tuple[str, int | None]]) -> list[History | None]:
-        """What came since, for each (user, last offset that the caller has, or None); None where nothing did."""
-        return [self.histories.newer(user_id, last_offset) for user_id, last_offset in users]
+    async def newer(
+        self, users: Sequence[tuple[str, int | None]], item_revision: int
+    ) -> tuple[list[History | None], list[ItemChange]]:
+        """What a replica lacks: for each (user, last offset that it has, or None) the events that came since, None
+        where none did; and the items that changed after a revision.
+        """
+        histories = [self.histories.newer(user_id, last_offset) for user_id, last_offset in users]
+        return histories, self._item_changes(item_revision)
+
+    def _item_changes(self, revision: int) -> list[ItemChange]:
+        return self.items.after(revision) if revision < self.items.revision else []
+
+    async def change_items(self, items: Sequence[tuple[str, dict[str, Any] | None]]) -> int:
+        """Make changed and deleted (None) items durable; they are in every answer that is asked for from then on.
+
+        Returns their revision. A repeated call records the same again.
+        """
+        revision = self.items.append(items)
+        self.arrived.set()
+        return revision
 
     async def users(self, limit: int) -> list[tuple[str, int]]:
         """Some users with the number of their events."""
         return [(user_id, len(self.histories.get(user_id))) for user_id in self.histories.users(limit)]
 
-    async def next_batch(self, after: int, sample: SampleSizes, wait_ms: int = 500) -> MicroBatch | None:
-        """The next micro-batch beyond a log offset, when the trigger fires; None after `wait_ms` without it."""
+    async def next_batch(
+        self, after: int, item_revision: int, sample: SampleSizes, wait_ms: int = 500
+    ) -> MicroBatch | list[ItemChange] | None:
+        """The next micro-batch beyond a log offset, when the trigger fires; None after `wait_ms` without it.
+
+        Items that changed after a revision come first, alone and at once.
+        """
         self.learned_offset = after
         deadline = time.monotonic() + wait_ms / 1000
         while True:
             while self.arrivals and self.arrivals[0].offset <= after:
                 self.arrivals.popleft()
+            if changes := self._item_changes(item_revision):
+                return changes
             due = self._due(after)
             remaining = deadline - time.monotonic()
             if due <= 0:
@@ -199,11 +226,13 @@ class Aggregator:
             "rejected": dict(self.rejected),
             "users": len(self.histories),
             "commits": self.log.commits,
+            "item_revision": self.items.revision,
         }
 
     async def close(self) -> None:
         """Write what waits and close the log."""
         self.log.close()
+        self.items.close()
 
 
 def aggregator_handle() -> ActorHandle:

@@ -25,6 +25,7 @@ from serving.requests import (
     LARGEST_BODY,
     LARGEST_EVENT_BATCH,
     LARGEST_K,
+    ItemsRequest,
     RecommendationRequest,
     Recommendations,
     RollbackRequest,
@@ -57,10 +58,14 @@ def http_application(replica: "Replica") -> FastPath:
 
     def answer(version: int, items: list[RankedItem]) -> Response:
         titles = replica.recommender.catalog.titles
-        listed = [
-            _without_nulls({"item_id": i.item_id, "score": i.score, "title": titles.get(i.item_id), "reason": i.reason})
-            for i in items
-        ]
+        listed = []
+        for item_id, score, reason in items:
+            fields = {"item_id": item_id, "score": score}
+            if (title := titles.get(item_id)) is not None:
+                fields["title"] = title
+            if reason is not None:
+                fields["reason"] = reason
+            listed.append(fields)
         return _json({"request_id": uuid.uuid4().hex, "model_version": version, "items": listed})
 
     async def checked_filter(conditions: dict[str, Any] | None) -> ItemFilter | None:
@@ -89,6 +94,25 @@ def http_application(replica: "Replica") -> FastPath:
     ) -> Response:
         """Items for a user; someone unknown gets what is popular, marked as such."""
         return await recommend(Question(History(), k), user_id, deadline_of(http.scope["headers"]))
+
+    @app.put("/v1/items")
+    async def put_items(request: ItemsRequest) -> Response:
+        """Add items, or change the attributes of known ones; 200 means that it is durable.
+
+        Filters and titles know them from the next answer on; a new item can be recommended within a second.
+        """
+        items = {item.item_id: item.__pydantic_extra__ for item in request.items}
+        await replica.check_items(items)
+        await replica.call_aggregator("change_items", list(items.items()))
+        return _json({"accepted": len(items)})
+
+    @app.delete("/v1/items/{item_id:path}")
+    async def delete_item(item_id: str) -> Response:
+        """Take an item out of every answer from the next one on, for good, or until it is put again."""
+        if not await replica.has_item(item_id):
+            raise HTTPException(404, f"item_id: the catalog has no item {item_id!r}")
+        await replica.call_aggregator("change_items", [(item_id, None)])
+        return _json({"item_id": item_id, "deleted": True})
 
     @app.get("/v1/items/{item_id:path}/similar", response_model=Recommendations)
     async def get_similar(item_id: str, k: int = Query(10, ge=1, le=LARGEST_K)) -> Response:

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from lib.item_log import ItemChange
 from lib.recommender import Question, RankedItem, Recommender
 from lib.registry import Registry
 from lib.retrieval import use_threads
@@ -34,8 +35,8 @@ from serving.history_cache import HistoryCache, last_offsets
 from serving.http import http_application
 from serving.names import APPLICATION, DEPLOYMENT, LEARNER, NAMESPACE
 
-LARGEST_READ = 1000  # users of one call to the aggregator
 LATENCY_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds
+Asked = tuple[Question, str | None]  # the user id for whose history it is, if it does not come with the question
 logger = logging.getLogger("ray.serve")
 
 
@@ -62,8 +63,9 @@ class Recommendations:
         self.registry = Registry(state)
         self.aggregator = start_aggregator(state, data)
         self.cache = HistoryCache(self.config.cached_users, self.config.cached_events)
-        self.histories = Batches(self._read_histories, LARGEST_READ)
-        self.answers = Batches(self._answer, self.config.largest_batch)
+        self.item_changes: dict[str, dict[str, Any] | None] = {}  # that were made while live; None: deleted
+        self.item_revision = 0  # the newest of them
+        self.answers: Batches[Asked, tuple[int, list[RankedItem]]] = Batches(self._answer, self.config.largest_batch)
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self.counts: Counter[str] = Counter()
         self.latency: Counter[float] = Counter()
@@ -83,7 +85,9 @@ class Recommendations:
 
     def _load(self) -> Recommender:
         loaded = self.registry.load()
-        return Recommender(loaded.encoder, loaded.catalog, loaded.version, loaded.log_offset)
+        recommender = Recommender(loaded.encoder, loaded.catalog, loaded.version, loaded.log_offset)
+        recommender.catalog_changed(self.item_changes)
+        return recommender
 
     # ------------------------------------------------------------------------------------------- the batched answer
 
@@ -100,28 +104,34 @@ class Recommendations:
         try:
             self.answers.admit(longest)
             async with asyncio.timeout(deadline):
-                return await self._ask(question, user_id)
+                return await self.answers.submit((question, user_id))
         except (Overloaded, TimeoutError) as error:
             self.counts["refused"] += 1
             if deadline is not None and (isinstance(error, TimeoutError) or error.wait > deadline):
                 raise DeadlineMissed(deadline) from error
             raise
 
-    async def _ask(self, question: Question, user_id: str | None) -> tuple[int, list[RankedItem]]:
-        if user_id is not None:
-            history = await self.histories.submit(user_id)
-            question = Question(history, question.k, question.filter, question.exclude_seen, question.explain)
-        return await self.answers.submit(question)
-
-    async def _read_histories(self, user_ids: list[str]) -> list[History]:
-        """The histories of these users as the aggregator has them now, in one call."""
-        copies = self.cache.copies(user_ids)
-        newer = await self.call_aggregator("newer_events", last_offsets(copies))
-        histories = self.cache.update(copies, newer)
-        return [histories[user_id] for user_id in user_ids]
-
-    async def _answer(self, questions: list[Question]) -> list[tuple[int, list[RankedItem]]]:
+    async def _answer(self, asked: list[Asked]) -> list[tuple[int, list[RankedItem]]]:
+        """One batch: read what is new, then encode, retrieve and rank."""
+        histories = await self._read({user_id for _, user_id in asked if user_id is not None})
+        questions = [
+            question if user_id is None else question._replace(history=histories[user_id])
+            for question, user_id in asked
+        ]
         return await self.on_thread(self._recommend, questions)
+
+    async def _read(self, user_ids: Set[str]) -> dict[str, History]:
+        """These users' histories, and the changes of the catalog, as the aggregator has them now, in one call."""
+        copies = self.cache.copies(user_ids)
+        newer, changes = await self.call_aggregator("newer", last_offsets(copies), self.item_revision)
+        if changes:
+            await self.on_thread(self._change_items, changes)
+        return self.cache.update(copies, newer)
+
+    def _change_items(self, changes: list[ItemChange]) -> None:
+        self.recommender.catalog_changed({change.item_id: change.attributes for change in changes})
+        self.item_changes |= {change.item_id: change.attributes for change in changes}
+        self.item_revision = max(self.item_revision, changes[-1].revision)
 
     def _recommend(self, questions: list[Question]) -> list[tuple[int, list[RankedItem]]]:
         version = self.recommender.version
@@ -138,7 +148,24 @@ class Recommendations:
 
     async def similar(self, item_id: str, k: int) -> tuple[int, list[RankedItem]]:
         """The version, and the items nearest to an item; KeyError for one that the catalog does not have."""
+        await self._read(set())
         return await self.on_thread(lambda: (self.recommender.version, self.recommender.similar(item_id, k)))
+
+    async def has_item(self, item_id: str) -> bool:
+        """Whether the catalog has an item now, with or without a row."""
+        await self._read(set())
+        catalog = self.recommender.catalog
+        put = self.item_changes.get(item_id) is not None
+        return put or (item_id in catalog.row_of and item_id not in catalog.removed)
+
+    async def check_items(self, items: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse attributes that the catalog cannot take.
+
+        Raises:
+            InputError: it names the item and the attribute.
+        """
+        await self._read(set())
+        await self.on_thread(lambda: self.recommender.catalog.check(items))
 
     async def rollback(self, version: int) -> dict[str, Any]:
         """Have the learner bring a stored version back; ValueError where no learner runs.

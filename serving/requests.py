@@ -8,6 +8,8 @@ from lib.events import EVENT_KINDS
 
 LARGEST_K = 1000
 LARGEST_EVENT_BATCH = 1000
+LARGEST_ITEM_BATCH = 1000
+LONGEST_ID = 256
 LARGEST_BODY = 16 * 2**20  # bytes
 K = Field(default=10, ge=1, le=LARGEST_K, description="number of items")
 
@@ -61,6 +63,26 @@ class Recommendations(BaseModel):
     request_id: str
     model_version: int
     items: list[RecommendedItem]
+
+
+Attribute = str | bool | int | float | list[str] | None
+
+
+class ItemDescription(BaseModel):
+    """An item: its id, and whatever attributes it has."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    __pydantic_extra__: dict[str, Attribute]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    item_id: str = Field(min_length=1, max_length=LONGEST_ID)
+
+
+class ItemsRequest(BaseModel):
+    """Items that are new, or whose attributes are others now."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    items: list[ItemDescription] = Field(min_length=1, max_length=LARGEST_ITEM_BATCH)
 
 
 class RollbackRequest(BaseModel):
