@@ -1,8 +1,8 @@
 """What items are, as codes: the attributes of the catalog that a model can learn from.
 
 An attribute is a column and one of its values, "genres=Comedy". Columns of lists give one for each member, text one for
-each of its parts (see `_parts`), other columns one for the whole value, numbers one for each of 16 quantile buckets.
-A column whose values are shared by few items (a title, a description) says nothing that its item does not: it is left
+each of its parts (`text_parts`), other columns one for the whole value, numbers one for each of 16 quantile buckets. A
+column whose values are shared by few items (a title, a description) says nothing that its item does not: it is left
 out. An item that nobody met yet is what its attributes are.
 """
 
@@ -84,10 +84,10 @@ def _values_of(column: pa.ChunkedArray, name: str, known: Sequence[str] = ()) ->
     texts = [text or "" for text in column.to_pylist()]
     if sum(map(len, texts)) > LONGEST_TEXT * max(sum(map(bool, texts)), 1):
         return [[] for _ in texts]
-    return [_named(name, parts) for parts in _parts(texts)]
+    return [_named(name, parts) for parts in text_parts(texts)]
 
 
-def _parts(texts: list[str]) -> list[list[str]]:
+def text_parts(texts: list[str]) -> list[list[str]]:
     """Each text as its parts between | , or ;, or between blanks where that makes far fewer distinct values.
 
     "Comedy Drama" and "Drama War" share "Drama", though no two films need have the same text; "Tools & Home" stays

@@ -1,17 +1,20 @@
 """Encoder, catalog and index as one value of one version: histories in, ranked items out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from lib.arrangement import arrange
 from lib.catalog import Catalog
 from lib.encoder import PADDING_ROW, BehaviourEncoder
 from lib.encoder_inference import InferenceEncoder
+from lib.explanation import influences, most_influential
 from lib.model_folder import load_model
 from lib.ranking import ItemFilter, most_popular
+from lib.ranking_rules import BoundRules, RankingRules
 from lib.retrieval import ItemIndex
 from lib.sequences import SequenceBatches, group_by_length
 from lib.user_histories import EncodedHistory, History, to_histories
@@ -23,11 +26,16 @@ NOTHING_SEEN = np.zeros(0, dtype=np.int32)
 
 
 class RankedItem(NamedTuple):
-    """One recommended item; `reason` is "popular" or names the event of the history that speaks most for it."""
+    """One recommended item."""
 
     item_id: str
     score: float
-    reason: str | None = None
+    reason: str | None = None  # "popular", or the events of the history that raised the score most
+    propensity: float | None = None  # with exploration: the probability of this item here, given those above it
+
+
+# the rows that may be found (R,), how many, and the rows that are seen -> rows, scores
+Search = Callable[[np.ndarray, int, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 class Question(NamedTuple):
@@ -43,7 +51,14 @@ class Question(NamedTuple):
 class Recommender:
     """One version of the model, ready to answer; `apply` moves it to the next version."""
 
-    def __init__(self, encoder: BehaviourEncoder, catalog: Catalog, version: int, log_offset: int = 0):
+    def __init__(
+        self,
+        encoder: BehaviourEncoder,
+        catalog: Catalog,
+        version: int,
+        log_offset: int = 0,
+        rules: RankingRules | None = None,
+    ):
         assert encoder.config.event_kinds is not None
         self.encoder = encoder.eval().requires_grad_(False)
         self.catalog = catalog
@@ -54,16 +69,19 @@ class Recommender:
         self.reader = InferenceEncoder(encoder)
         self.fingerprint = Fingerprint(encoder)
         self._masks: dict[ItemFilter | None, np.ndarray] = {}
+        self.rules = rules or RankingRules()
+        self._bound: BoundRules | None = None
+        self.generator = np.random.default_rng()  # of exploration
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Recommender":
+    def load(cls, folder: str | Path, rules: RankingRules | None = None) -> "Recommender":
         """Load a model folder.
 
         Raises:
             InputError: the folder is missing, incomplete or damaged.
         """
         encoder, catalog, manifest = load_model(folder)
-        return cls(encoder, catalog, manifest.version, manifest.log_offset)
+        return cls(encoder, catalog, manifest.version, manifest.log_offset, rules)
 
     @property
     def checksum(self) -> str:
@@ -113,17 +131,66 @@ class Recommender:
         for filter in {questions[place].filter for place in known}:
             chosen = [number for number, place in enumerate(known) if questions[place].filter == filter]
             places = [known[number] for number in chosen]
-            wanted = max(questions[place].k for place in places)
             seen = [encoded[place].seen if questions[place].exclude_seen else NOTHING_SEEN for place in places]
-            scores, rows = self.index.search(queries[chosen], wanted, self.mask(filter), seen)
-            counts = (rows >= 0).sum(axis=1).tolist()
-            for place, user_scores, user_rows, found in zip(places, scores, rows, counts, strict=True):
-                count = min(questions[place].k, found)
-                answers[place] = self._ranked(questions[place], user_scores[:count], user_rows[:count])
+            if self.rules.active:
+                ranked = [
+                    self._arranged(questions[place].k, filter, own, self._search(query))
+                    for place, query, own in zip(places, queries[chosen], seen, strict=True)
+                ]
+            else:
+                ranked = self._nearest([questions[place].k for place in places], queries[chosen], filter, seen)
+            for place, items in zip(places, ranked, strict=True):
+                answers[place] = self._explained(questions[place], items)
         for place, history in enumerate(encoded):
             if not history.codes.size:
                 answers[place] = self.popular(questions[place].k, questions[place].filter)
         return answers
+
+    def _nearest(
+        self, counts: Sequence[int], queries: np.ndarray, filter: ItemFilter | None, seen: Sequence[np.ndarray]
+    ) -> list[list[RankedItem]]:
+        """For each query (B, C) so many of the items whose vectors are nearest."""
+        scores, rows = self.index.search(queries, max(counts), self.mask(filter), seen)
+        found = np.minimum((rows >= 0).sum(axis=1), counts).tolist()
+        return [
+            self._items(own_scores[:count], own_rows[:count])
+            for own_scores, own_rows, count in zip(scores, rows, found, strict=True)
+        ]
+
+    def _search(self, query: np.ndarray) -> Search:
+        """How candidates for one query (C,) are found: rows that may be, how many, rows that are seen."""
+
+        def nearest(mask: np.ndarray, count: int, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            scores, rows = self.index.search(query[None], count, mask, [seen])
+            real = rows[0] >= 0
+            return rows[0][real], scores[0][real]
+
+        return nearest
+
+    def _arranged(self, k: int, filter: ItemFilter | None, seen: np.ndarray, search: Search) -> list[RankedItem]:
+        """One person's answer by the ranking rules (lib/arrangement.py)."""
+        bound, mask = self._bound_rules(), self.mask(filter)
+        count = bound.candidates(k)
+        masks = [mask if group is None else mask & group for group in bound.searches]
+        found = [search(own, count, seen) for own in masks]
+        if len(pins := bound.pinned(mask, seen)):
+            pinned = np.zeros(len(mask), dtype=bool)
+            pinned[pins] = True
+            found.append(search(pinned, len(pins), seen))
+        rows, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        arranged = arrange(
+            rows, scores, k, bound, self.index.vectors, self.generator, lambda open: search(mask & open, count, seen)
+        )
+        items = self._items(arranged.scores, arranged.rows)
+        if arranged.propensities is None:
+            return items
+        propensities = arranged.propensities.tolist()
+        return [item._replace(propensity=own) for item, own in zip(items, propensities, strict=True)]
+
+    def _bound_rules(self) -> BoundRules:
+        if not self._bound or not self._bound.fits(self.catalog, len(self.index)):
+            self._bound = BoundRules.of(self.rules, self.catalog, len(self.index))
+        return self._bound
 
     def encoded(self, history: History) -> EncodedHistory:
         """What the encoder reads of a history; kept with it, and made anew when the catalog may know more of it."""
@@ -166,12 +233,19 @@ class Recommender:
 
     def popular(self, k: int, filter: ItemFilter | None = None) -> list[RankedItem]:
         """The most popular items of late, for people of whom nothing is known."""
-        scores, rows = most_popular(self.encoder.item_popularity.numpy(), self.mask(filter), k)
-        top = float(scores[0]) if len(scores) and scores[0] > 0 else 1.0
-        return [
-            RankedItem(self.catalog.item_ids[row], float(score) / top, "popular")
-            for score, row in zip(scores, rows, strict=True)
-        ]
+        popularity = self.encoder.item_popularity.numpy()
+
+        def most(mask: np.ndarray, count: int, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            scores, rows = most_popular(popularity, mask, count)
+            return rows, scores / top
+
+        top = max(float(most_popular(popularity, self.mask(filter), 1)[0].max(initial=0.0)), 0.0) or 1.0
+        if self.rules.active:
+            items = self._arranged(k, filter, NOTHING_SEEN, most)
+        else:
+            rows, scores = most(self.mask(filter), k, NOTHING_SEEN)
+            items = self._items(scores, rows)
+        return [item._replace(reason="popular") for item in items]
 
     def similar(self, item_id: str, k: int, filter: ItemFilter | None = None) -> list[RankedItem]:
         """The items whose vectors are nearest to an item's, itself left out.
@@ -185,24 +259,22 @@ class Recommender:
         scores, rows = self.index.search(self.index.vectors[[row]], k, self.mask(filter), [np.array([row])])
         return self._items(scores[0][rows[0] >= 0], rows[0][rows[0] >= 0])
 
-    def _ranked(self, question: Question, scores: np.ndarray, rows: np.ndarray) -> list[RankedItem]:
-        items = self._items(scores, rows)
-        if not question.explain:
-            return items
-        reasons = self._reasons(question.history, rows)
-        return [item._replace(reason=reason) for item, reason in zip(items, reasons, strict=True)]
-
     def _items(self, scores: np.ndarray, rows: np.ndarray) -> list[RankedItem]:
         ids = self.catalog.item_ids
         return [RankedItem(ids[row], score) for score, row in zip(scores.tolist(), rows.tolist(), strict=True)]
 
-    def _reasons(self, history: History, rows: np.ndarray) -> list[str]:
-        """The event of the history whose item is nearest to each recommended item."""
-        events = [
-            (f"{event} {item_id}", self.catalog.row_of[item_id])
+    def _explained(self, question: Question, items: list[RankedItem]) -> list[RankedItem]:
+        """Items with the events that raised their scores most as reasons, if that was asked for."""
+        if not question.explain or not items:
+            return items
+        config, history = self.encoder.config, question.history
+        flat = to_histories([history], self.catalog, self.kind_codes)
+        vectors = self.index.vectors[self.catalog.rows(item.item_id for item in items)]
+        moved = most_influential(influences(flat, config, self.queries, vectors))
+        names = [
+            f"{event} {item_id}"
             for item_id, event in zip(history.item_ids, history.events, strict=True)
             if item_id in self.catalog.row_of and event in self.kind_codes
-        ][-self.encoder.config.max_length :]
-        vectors = self.index.vectors
-        nearness = vectors[rows] @ vectors[[row for _, row in events]].T  # (k, H)
-        return [events[place][0] for place in nearness.argmax(axis=1)]
+        ][-config.max_length :]
+        reasons = [", ".join(dict.fromkeys(names[event] for event, _ in own)) or None for own in moved]
+        return [item._replace(reason=reason) for item, reason in zip(items, reasons, strict=True)]

@@ -1,5 +1,7 @@
 """Encoder, catalog and index as one value: the right k items, for anybody, of one version."""
 
+from collections import Counter
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -12,6 +14,7 @@ from lib.events import Event, InputError
 from lib.learner import LearnerConfig, NearlineLearner
 from lib.model_folder import Manifest, save_model
 from lib.ranking import ItemFilter
+from lib.ranking_rules import RankingRules
 from lib.recommender import Question, RankedItem, Recommender
 from lib.registry import Registry
 from lib.user_histories import History
@@ -233,17 +236,23 @@ def test_similar_items_are_the_nearest_without_itself(recommender):
         recommender.similar("unknown", 5)
 
 
-def test_an_explanation_names_the_event_that_is_nearest(recommender):
+def test_an_explanation_names_the_events_that_raised_the_score_most(recommender):
     mixed = history([3])
     mixed.append(Event("u", "i4", "purchase", None, NOW + 60_000))
     mixed.append(Event("u", "unknown", "click", None, NOW + 61_000))
-    vectors = recommender.encoder.item_vectors().numpy()
-    found = recommender.recommend([Question(mixed, 22, explain=True)])[0]
+    names, alone = ("click i3", "purchase i4"), (mixed.slice(1, 2), mixed.slice(0, 1))
+
+    def scores(events: History) -> dict[str, float]:
+        return dict(item[:2] for item in recommender.recommend([Question(events, ITEMS, exclude_seen=False)])[0])
+
+    whole, without = scores(mixed), [scores(events) for events in alone]
+    found = recommender.recommend([Question(mixed, ITEMS, explain=True)])[0]
+    assert len(found) == ITEMS - 2
     for item in found:
-        row = recommender.catalog.row_of[item.item_id]
-        nearest = "click i3" if vectors[row] @ vectors[3] > vectors[row] @ vectors[4] else "purchase i4"
-        assert item.reason == nearest
-    assert {item.reason for item in found} == {"click i3", "purchase i4"}
+        raised = {name: whole[item.item_id] - w[item.item_id] for name, w in zip(names, without, strict=True)}
+        expected = sorted((name for name in names if raised[name] > 0), key=lambda name: -raised[name])
+        assert item.reason == (", ".join(expected) or None)
+    assert len({item.reason for item in found}) > 1
 
 
 def test_an_explanation_looks_past_unknown_items(recommender):
@@ -254,6 +263,63 @@ def test_an_explanation_looks_past_unknown_items(recommender):
 def test_an_explanation_of_no_items(recommender):
     assert ask(recommender, 3, filter=filter_of(allow=[]), explain=True) == []
     assert {item.reason for item in ask(recommender, explain=True)} == {"popular"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranking rules
+
+
+def ruled(recommender: Recommender, **rules) -> Recommender:
+    """The same model with ranking rules."""
+    return Recommender(recommender.encoder, recommender.catalog, 3, 7, RankingRules.of(rules))
+
+
+def test_rules_that_are_off_change_nothing(recommender):
+    assert ask(ruled(recommender), 3, 9, k=10) == ask(recommender, 3, 9, k=10)
+
+
+def test_a_boost_finds_the_best_of_the_whole_catalog(recommender):
+    weight = 0.1
+    scores = {item.item_id: item.score for item in ask(recommender, 3, 9, k=ITEMS)}
+    weighted = {name: score + weight * (int(name[1:]) % 2 == 0) for name, score in scores.items()}
+    found = ask(ruled(recommender, boost=[{"filter": {"parity": "even"}, "weight": weight}]), 3, 9, k=6)
+    assert ids(found) == sorted(weighted, key=lambda name: -weighted[name])[:6]
+    assert all(item.score == pytest.approx(scores[item.item_id]) for item in found), "the score is s all the same"
+
+
+def test_buried_items_come_last_and_pins_stand_where_they_were_put(recommender):
+    rules = ruled(recommender, bury=[{"filter": {"parity": "odd"}}], pin={2: "i7", 3: "i3"})
+    found = ids(ask(rules, 3, 9, k=ITEMS))
+    assert found[1] == "i7"
+    assert "i3" not in found, "it is seen"
+    assert len(found) == ITEMS - 2
+    parities = [int(name[1:]) % 2 for name in found if name != "i7"]
+    assert parities == sorted(parities)
+    filtered = ids(ask(rules, 3, 9, k=3, filter=filter_of(parity="even")))
+    assert "i7" not in filtered
+    assert len(filtered) == 3
+
+
+def test_limits_hold_for_everybody(recommender):
+    rules = ruled(recommender, at_most={"parity": 2})
+    for found in (ask(rules, 3, 9, k=10), ask(rules, k=10)):
+        assert Counter(int(item.item_id[1:]) % 2 for item in found) == {0: 2, 1: 2}
+    assert {item.reason for item in ask(rules, k=10)} == {"popular"}
+
+
+def test_exploration_tells_its_propensities(recommender):
+    rules = ruled(recommender, exploration_temperature=0.05)
+    found = ask(rules, 3, 9, k=5)
+    assert all(item.propensity is not None and 0 < item.propensity <= 1 for item in found)
+    assert len({tuple(ids(ask(rules, 3, 9, k=5))) for _ in range(20)}) > 1
+    assert all(item.propensity is None for item in ask(recommender, 3, 9, k=5))
+
+
+def test_rules_follow_the_catalog(recommender):
+    rules = ruled(recommender, bury=[{"filter": {"parity": "odd"}}])
+    best = ids(ask(rules, 3, 9, k=1))[0]
+    rules.catalog_changed({best: {"parity": "odd", "number": 1}})
+    assert ids(ask(rules, 3, 9, k=1))[0] != best
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ ENDPOINTS = {
     ("get", "/v1/users/{user_id}/recommendations"),
     ("get", "/v1/items/{item_id}/similar"),
     ("post", "/v1/events"),
+    ("put", "/v1/items"),
+    ("delete", "/v1/items/{item_id}"),
     ("get", "/v1/users"),
     ("get", "/v1/users/{user_id}/export"),
     ("get", "/v1/status"),
