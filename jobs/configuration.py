@@ -21,7 +21,7 @@ def settings_from(kind: type[Settings], config: Path | None, assignments: Sequen
     Raises:
         InputError: a file that is no mapping, an unknown key, or a value of another type or out of its range.
     """
-    values = _from_file(config) if config is not None else {}
+    values = yaml_of(config) if config is not None else {}
     for assignment in assignments:
         name, value = _assigned(assignment)
         values[name] = value
@@ -30,6 +30,25 @@ def settings_from(kind: type[Settings], config: Path | None, assignments: Sequen
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         raise InputError(_objection(error)) from error
+
+
+def yaml_of(path: Path, option: str = "config") -> dict[str, Any]:
+    """The mapping in a YAML file; empty for an empty file.
+
+    Raises:
+        InputError: it cannot be read, or is no mapping; the message begins with the option that named it.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"{option}: {path} cannot be read ({error.strerror}); name a YAML file of settings") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{option}: {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise InputError(f"{option}: {path} must be a mapping of settings, such as `epochs: 20`")
+    return values
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -73,17 +92,3 @@ def _objection(error: ValidationError) -> str:
         return str(own)
     message = first["msg"][:1].lower() + first["msg"][1:]
     return f"{'.'.join(str(part) for part in first['loc'])}: {message}, got {first['input']!r}"
-
-
-def _from_file(config: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(config.read_text())
-    except OSError as error:
-        raise InputError(f"config: {config} cannot be read ({error.strerror}); name a YAML file of settings") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config: {config} is not valid YAML: {' '.join(str(error).split())}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise InputError(f"config: {config} must be a mapping of settings, such as `epochs: 20`")
-    return values

@@ -27,6 +27,7 @@ from lib.datasets import read_events
 from lib.events import InputError
 from lib.learner import LearnerConfig
 from lib.model_folder import load_model
+from lib.ranking_rules import BoundRules, RankingRules
 from serving.aggregator import aggregator_handle, start_aggregator
 from serving.app import ServeArguments, build
 from serving.names import AGGREGATOR, APPLICATION, LEARNER, NAMESPACE
@@ -68,7 +69,7 @@ def start_service(arguments: ServeArguments, port: int, learner: LearnerConfig |
 def _check(arguments: ServeArguments, port: int) -> None:
     """Find bad input before anything is started."""
     require_free_port(port)
-    load_model(arguments.model)
+    check_model(arguments)
     if arguments.data is not None:
         read_events(arguments.data)
     try:
@@ -78,6 +79,16 @@ def _check(arguments: ServeArguments, port: int) -> None:
     running = cast("dict[str, Any]", ray.get(aggregator.status.remote()))["state"]
     if running != arguments.state_location:
         raise InputError(f"state: this cluster serves {running} already; stop that first, or use another cluster")
+
+
+def check_model(arguments: ServeArguments) -> None:
+    """Refuse a model that cannot be loaded, and ranking rules that its catalog does not understand.
+
+    Raises:
+        InputError: it names the file, or the rule.
+    """
+    _, catalog, _ = load_model(arguments.model)
+    BoundRules.of(arguments.ranking, catalog)
 
 
 def _wait_until_answering(url: str) -> None:
@@ -139,9 +150,10 @@ def serve_command(
     state: Annotated[Path | None, typer.Option(help="Where log and versions live; MODEL/live if absent.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of learner settings.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Learner setting key=value; repeatable.")] = None,
+    ranking: Annotated[Path | None, typer.Option(help="YAML file of ranking rules.")] = None,
 ) -> None:
     """Serve a model, learn from feedback, push the weights; Ctrl-C stops it cleanly."""
-    from jobs.configuration import settings_from
+    from jobs.configuration import settings_from, yaml_of
 
     learner = settings_from(LearnerConfig, config, set_ or [])
     arguments = ServeArguments(
@@ -149,9 +161,10 @@ def serve_command(
         data=str(data.absolute()) if data is not None else None,
         replicas=replicas,
         state=str(state.absolute()) if state is not None else None,
+        ranking=RankingRules.of(yaml_of(ranking, "ranking")) if ranking is not None else RankingRules(),
     )
     require_free_port(port)  # here and of the model, too: what can be known before Ray is started
-    load_model(model)
+    check_model(arguments)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

@@ -4,6 +4,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
+from lib.ranking_rules import RankingRules
 from lib.registry import Registry
 from serving.names import DEPLOYMENT
 from serving.recommendations import Recommendations, ReplicaConfig
@@ -19,6 +20,7 @@ class ServeArguments(BaseModel):
     data: str | None = Field(default=None, description="ingested dataset whose users' histories serving starts with")
     replicas: int = Field(default=2, ge=1, le=1000)
     replica: ReplicaConfig = ReplicaConfig()
+    ranking: RankingRules = RankingRules()
 
     @property
     def state_location(self) -> str:
@@ -43,4 +45,4 @@ def build(arguments: ServeArguments) -> Application:
         graceful_shutdown_timeout_s=5,
         logging_config={"enable_access_log": False},  # a line a request costs more than reading the request
     )(serve.ingress()(Recommendations))
-    return deployment.bind(arguments.state_location, arguments.data, arguments.replica)
+    return deployment.bind(arguments.state_location, arguments.data, arguments.replica, arguments.ranking)

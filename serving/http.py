@@ -54,19 +54,24 @@ def http_application(replica: "Replica") -> FastPath:
         start = time.perf_counter()
         version, items = await replica.ask(question, user_id, deadline)
         replica.count_answer(time.perf_counter() - start)
-        return answer(version, items)
+        request_id = uuid.uuid4().hex
+        if replica.decisions is not None:
+            replica.decisions.append(request_id, user_id, version, items)
+        return answer(request_id, version, items)
 
-    def answer(version: int, items: list[RankedItem]) -> Response:
+    def answer(request_id: str, version: int, items: list[RankedItem]) -> Response:
         titles = replica.recommender.catalog.titles
         listed = []
-        for item_id, score, reason in items:
-            fields = {"item_id": item_id, "score": score}
+        for item_id, score, reason, propensity in items:
+            fields: dict[str, Any] = {"item_id": item_id, "score": score}
             if (title := titles.get(item_id)) is not None:
                 fields["title"] = title
             if reason is not None:
                 fields["reason"] = reason
+            if propensity is not None:
+                fields["propensity"] = propensity
             listed.append(fields)
-        return _json({"request_id": uuid.uuid4().hex, "model_version": version, "items": listed})
+        return _json({"request_id": request_id, "model_version": version, "items": listed})
 
     async def checked_filter(conditions: dict[str, Any] | None) -> ItemFilter | None:
         """A filter that the catalog understands; one that it does not is the asker's error, not the batch's."""
@@ -121,7 +126,7 @@ def http_application(replica: "Replica") -> FastPath:
             version, items = await replica.similar(item_id, k)
         except KeyError:
             raise HTTPException(404, f"item_id: the catalog has no item {item_id!r}") from None
-        return answer(version, items)
+        return answer(uuid.uuid4().hex, version, items)
 
     @app.post("/v1/events", openapi_extra=EVENTS_BODY)
     async def post_events(request: Request) -> Response:

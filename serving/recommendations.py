@@ -22,6 +22,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from lib.item_log import ItemChange
+from lib.ranking_rules import RankingRules
 from lib.recommender import Question, RankedItem, Recommender
 from lib.registry import Registry
 from lib.retrieval import use_threads
@@ -29,6 +30,7 @@ from lib.user_histories import History
 from lib.weights import Delta, DeltaMismatch
 from serving.aggregator import AggregatorConfig, aggregator_handle, start_aggregator
 from serving.batches import Batches, Overloaded
+from serving.decision_log import DecisionLog
 from serving.errors import DeadlineMissed
 from serving.fast_path import FastPath
 from serving.history_cache import HistoryCache, last_offsets
@@ -55,12 +57,21 @@ class ReplicaConfig:
 class Recommendations:
     """One replica (serving/app.py makes it a deployment)."""
 
-    def __init__(self, state: str, data: str | None, config: ReplicaConfig | None = None):
+    def __init__(
+        self,
+        state: str,
+        data: str | None,
+        config: ReplicaConfig | None = None,
+        rules: RankingRules | None = None,
+    ):
         self.config = config or ReplicaConfig()
+        self.rules = rules or RankingRules()
         torch.set_num_threads(self.config.threads)
         use_threads(self.config.threads)
         self.replica_id = serve.get_replica_context().replica_id.unique_id
         self.registry = Registry(state)
+        explores = self.rules.exploration_temperature > 0
+        self.decisions = DecisionLog(state, self.replica_id) if explores else None
         self.aggregator = start_aggregator(state, data)
         self.cache = HistoryCache(self.config.cached_users, self.config.cached_events)
         self.item_changes: dict[str, dict[str, Any] | None] = {}  # that were made while live; None: deleted
@@ -85,7 +96,7 @@ class Recommendations:
 
     def _load(self) -> Recommender:
         loaded = self.registry.load()
-        recommender = Recommender(loaded.encoder, loaded.catalog, loaded.version, loaded.log_offset)
+        recommender = Recommender(loaded.encoder, loaded.catalog, loaded.version, loaded.log_offset, self.rules)
         recommender.catalog_changed(self.item_changes)
         return recommender
 

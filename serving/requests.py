@@ -54,7 +54,12 @@ class RecommendedItem(BaseModel):
     item_id: str
     score: float
     title: str | None = None
-    reason: str | None = Field(default=None, description='"popular", or with explain the event that speaks most for it')
+    reason: str | None = Field(
+        default=None, description='"popular", or with explain the events of the history that raised its score most'
+    )
+    propensity: float | None = Field(
+        default=None, description="with exploration: the probability of this item here, given those above it"
+    )
 
 
 class Recommendations(BaseModel):

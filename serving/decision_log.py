@@ -1,0 +1,44 @@
+"""The record of explored answers: which items stood where, with what probability, for off-policy evaluation.
+
+One line of JSON an answer, in a file of each replica; the events that name an answer's `request_id` are its reactions.
+`lib/arrangement.py` has the estimator that reads them (`estimated_value`).
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lib.events import InputError
+from lib.recommender import RankedItem
+
+FOLDER = "decisions"
+
+
+class DecisionLog:
+    """Appends to <state>/decisions/<replica>.jsonl; a line is handed to the system as soon as its answer is made."""
+
+    def __init__(self, state: str, replica_id: str):
+        """Open the file.
+
+        Raises:
+            InputError: the state is not in a folder.
+        """
+        if "://" in state:
+            raise InputError("exploration_temperature: exploring needs --state in a folder, where its answers are kept")
+        path = Path(state) / FOLDER / f"{replica_id}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", buffering=1)
+
+    def append(self, request_id: str, user_id: str | None, version: int, items: Sequence[RankedItem]) -> None:
+        """Record one answer whose items have propensities."""
+        decision = {
+            "request_id": request_id,
+            "user_id": user_id,
+            "model_version": version,
+            "time": time.time_ns() // 1_000_000,
+            "items": [item.item_id for item in items],
+            "scores": [item.score for item in items],
+            "propensities": [item.propensity for item in items],
+        }
+        self._file.write(json.dumps(decision) + "\n")
