@@ -87,6 +87,7 @@ def check_model(arguments: ServeArguments) -> None:
     Raises:
         InputError: it names the file, or the rule.
     """
+    arguments.check()
     _, catalog, _ = load_model(arguments.model)
     BoundRules.of(arguments.ranking, catalog)
 
@@ -146,6 +147,7 @@ def serve_command(
     model: Annotated[Path, typer.Option(help="Model folder.")],
     data: Annotated[Path | None, typer.Option(help="Ingested dataset whose users' histories to start with.")] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Inference replicas.")] = 2,
+    most_replicas: Annotated[int | None, typer.Option(min=1, help="Up to so many as the load grows.")] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP port on 127.0.0.1.")] = 8000,
     state: Annotated[Path | None, typer.Option(help="Where log and versions live; MODEL/live if absent.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of learner settings.")] = None,
@@ -160,6 +162,7 @@ def serve_command(
         model=str(model.absolute()),
         data=str(data.absolute()) if data is not None else None,
         replicas=replicas,
+        most_replicas=most_replicas,
         state=str(state.absolute()) if state is not None else None,
         ranking=RankingRules.of(yaml_of(ranking, "ranking")) if ranking is not None else RankingRules(),
     )

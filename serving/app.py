@@ -4,10 +4,21 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
+from lib.events import InputError
 from lib.ranking_rules import RankingRules
 from lib.registry import Registry
 from serving.names import DEPLOYMENT
 from serving.recommendations import Recommendations, ReplicaConfig
+
+
+class Autoscaling(BaseModel):
+    """When replicas are started and stopped, where `most_replicas` is given."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    target_ongoing_requests: float = Field(default=16, gt=0, description="of one replica, waiting ones counted")
+    upscale_delay_s: float = Field(default=5, ge=0, description="so long the load must ask for more")
+    downscale_delay_s: float = Field(default=300, ge=0, description="so long it must do with fewer")
 
 
 class ServeArguments(BaseModel):
@@ -19,8 +30,21 @@ class ServeArguments(BaseModel):
     state: str | None = Field(default=None, description="where log and versions live; MODEL/live if absent")
     data: str | None = Field(default=None, description="ingested dataset whose users' histories serving starts with")
     replicas: int = Field(default=2, ge=1, le=1000)
+    most_replicas: int | None = Field(
+        default=None, ge=1, le=1000, description="with it, between `replicas` and so many run, as the load asks for"
+    )
+    autoscaling: Autoscaling = Autoscaling()
     replica: ReplicaConfig = ReplicaConfig()
     ranking: RankingRules = RankingRules()
+
+    def check(self) -> None:
+        """Refuse what contradicts itself.
+
+        Raises:
+            InputError: it names the argument.
+        """
+        if self.most_replicas is not None and self.most_replicas < self.replicas:
+            raise InputError(f"most_replicas: {self.most_replicas} are fewer than the {self.replicas} of replicas")
 
     @property
     def state_location(self) -> str:
@@ -32,12 +56,19 @@ def build(arguments: ServeArguments) -> Application:
     """The application; the model becomes the first version unless versions exist already.
 
     Raises:
-        InputError: the model folder is missing, incomplete or damaged.
+        InputError: the model folder is missing, incomplete or damaged, or arguments contradict each other.
     """
+    arguments.check()
     Registry(arguments.state_location).start_from(arguments.model)
+    scaled = {
+        "min_replicas": arguments.replicas,
+        "max_replicas": arguments.most_replicas,
+        **arguments.autoscaling.model_dump(),
+    }
     deployment = serve.deployment(
         name=DEPLOYMENT,
-        num_replicas=arguments.replicas,
+        num_replicas=arguments.replicas if arguments.most_replicas is None else None,
+        autoscaling_config=None if arguments.most_replicas is None else scaled,
         ray_actor_options={"num_cpus": 0.5},
         max_ongoing_requests=2000,
         health_check_period_s=1,

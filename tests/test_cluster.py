@@ -43,6 +43,19 @@ def test_the_application_is_built_from_its_arguments(tmp_path):
     assert Registry(tmp_path / "model" / "live").head() == 1
 
 
+def test_replicas_scale_where_a_most_is_given(tmp_path):
+    save_model(tmp_path / "model", tiny_encoder(), Catalog(item_ids(24)), Manifest())
+    given = {"model": str(tmp_path / "model"), "replicas": 2}
+    fixed = build(ServeArguments(**given))._bound_deployment._deployment_config
+    assert (fixed.num_replicas, fixed.autoscaling_config) == (2, None)
+    scaled = build(ServeArguments(**given, most_replicas=8))._bound_deployment._deployment_config.autoscaling_config
+    assert scaled is not None
+    assert (scaled.min_replicas, scaled.max_replicas) == (2, 8)
+    assert scaled.target_ongoing_requests == ServeArguments(**given).autoscaling.target_ongoing_requests
+    with pytest.raises(InputError, match=r"^most_replicas: 1 are fewer than the 2"):
+        build(ServeArguments(**given, most_replicas=1))
+
+
 def test_an_argument_that_there_is_not_is_refused():
     given = CONFIGURATION["applications"][0]["args"] | {"port": 1}
     with pytest.raises(ValueError, match=r"(?s)port.*Extra inputs are not permitted"):

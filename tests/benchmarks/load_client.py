@@ -1,9 +1,10 @@
-"""A lean HTTP client for load: one thread, one poll, requests made beforehand, closed loop on keep-alive connections.
+"""A lean HTTP client for load: one thread, one poll, requests made beforehand, keep-alive connections.
 
-    python -m tests.benchmarks.load_client --port 8000 --bodies FILE --connections 32 --seconds 10
+    python -m tests.benchmarks.load_client --port 8000 --bodies FILE --connections 32 --seconds 10 [--rate 500]
 
 FILE holds one JSON body a line for POST /v1/recommendations. Each connection sends its next request as soon as it has
-the answer to the one before. Prints one JSON object. A process of its own, so that it shares no interpreter with what
+the answer to the one before (a closed loop), or, with a rate, when its time has come (an open one: what waits for a
+connection waits since then). Prints one JSON object. A process of its own, so that it shares no interpreter with what
 it measures; a request costs it about 20 microseconds.
 """
 
@@ -12,6 +13,7 @@ import json
 import selectors
 import socket
 import time
+from collections import deque
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -50,27 +52,34 @@ def expected_length(received: bytes) -> int:
     return end + 4 + int(header[place:].split(b"\r\n", 1)[0])
 
 
-def load(port: int, requests: list[bytes], connections: int, seconds: float, warm_up: float) -> dict[str, float]:
-    """Keep `connections` requests under way; what happened after the warm-up.
+class Load:
+    """Requests under way on some connections; what came back counts from `start` on (nanoseconds)."""
 
-    Raises:
-        ConnectionError: an answer was cut off.
-    """
-    following = cycle(requests)
-    selector = selectors.DefaultSelector()
-    gc.disable()
-    for _ in range(connections):
-        connection = Connection(socket.create_connection((HOST, port)))
-        connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        selector.register(connection.socket, selectors.EVENT_READ, connection)
-        connection.sent_at = time.perf_counter_ns()
-        connection.socket.sendall(next(following))
-    start = time.perf_counter_ns() + int(warm_up * 1e9)
-    end = start + int(seconds * 1e9)
-    latencies: list[int] = []
-    errors = 0
-    while (now := time.perf_counter_ns()) < end:
-        for key, _ in selector.select(timeout=1.0):
+    def __init__(self, port: int, requests: list[bytes], connections: int, start: int):
+        self.following = cycle(requests)
+        self.start = start
+        self.selector = selectors.DefaultSelector()
+        self.idle: deque[Connection] = deque()
+        self.latencies: dict[bytes, list[int]] = {}  # nanoseconds by status
+        for _ in range(connections):
+            connection = Connection(socket.create_connection((HOST, port)))
+            connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.selector.register(connection.socket, selectors.EVENT_READ, connection)
+            self.idle.append(connection)
+
+    def send(self, due: int) -> None:
+        """Send one request, whose time counts from when it was due."""
+        connection = self.idle.popleft()
+        connection.received, connection.expected, connection.sent_at = b"", 0, due
+        connection.socket.sendall(next(self.following))
+
+    def receive(self, timeout: float) -> None:
+        """Take what has come, or comes within so many seconds.
+
+        Raises:
+            ConnectionError: an answer was cut off.
+        """
+        for key, _ in self.selector.select(timeout):
             connection: Connection = key.data
             part = connection.socket.recv(1 << 16)
             if not part:
@@ -81,22 +90,46 @@ def load(port: int, requests: list[bytes], connections: int, seconds: float, war
             if not connection.expected or len(connection.received) < connection.expected:
                 continue
             now = time.perf_counter_ns()
-            if now >= start:
-                latencies.append(now - connection.sent_at)
-                errors += connection.received[9:12] != b"200"
-            connection.received, connection.expected, connection.sent_at = b"", 0, now
-            connection.socket.sendall(next(following))
-    for key in list(selector.get_map().values()):
-        key.data.socket.close()
-    milliseconds = np.array(latencies) / 1e6
-    p50, p95, p99 = np.quantile(milliseconds, [0.5, 0.95, 0.99]).tolist() if len(milliseconds) else [float("nan")] * 3
+            if connection.sent_at >= self.start:
+                self.latencies.setdefault(connection.received[9:12], []).append(now - connection.sent_at)
+            self.idle.append(connection)
+
+    def close(self) -> None:
+        """End all connections."""
+        for key in list(self.selector.get_map().values()):
+            key.data.socket.close()
+
+
+def load(
+    port: int, requests: list[bytes], connections: int, seconds: float, warm_up: float, rate: float | None = None
+) -> dict[str, float | None]:
+    """Put load on a service; what happened to the requests that were due after the warm-up."""
+    gc.disable()
+    begin = time.perf_counter_ns()
+    start, end = begin + int(warm_up * 1e9), begin + int((warm_up + seconds) * 1e9)
+    running, sent = Load(port, requests, connections, start), 0
+    while (now := time.perf_counter_ns()) < end:
+        due = now if rate is None else begin + int(sent * 1e9 / rate)
+        while running.idle and due <= now:
+            running.send(due)
+            sent += 1
+            due = now if rate is None else begin + int(sent * 1e9 / rate)
+        running.receive(1.0 if rate is None or not running.idle else max((due - now) / 1e9, 0.0))
+    running.close()
+    answered, refused = (np.array(running.latencies.get(status, ())) / 1e6 for status in (b"200", b"503"))
+    failed = sum(map(len, running.latencies.values())) - len(answered) - len(refused)
     return {
-        "requests_per_second": len(latencies) / seconds,
-        "p50_ms": p50,
-        "p95_ms": p95,
-        "p99_ms": p99,
-        "errors": errors,
+        "requests_per_second": len(answered) / seconds,
+        "refused_per_second": len(refused) / seconds,
+        "errors": failed,
+        **{f"p{share}_ms": quantile(answered, share) for share in (50, 95, 99)},
+        "refused_p99_ms": quantile(refused, 99),
     }
+
+
+def quantile(milliseconds: np.ndarray, share: int) -> float | None:
+    """A percentile, or None without values."""
+    return float(np.percentile(milliseconds, share)) if len(milliseconds) else None
 
 
 def load_command(
@@ -105,10 +138,11 @@ def load_command(
     connections: Annotated[int, typer.Option(min=1)] = 32,
     seconds: Annotated[float, typer.Option()] = 10.0,
     warm_up: Annotated[float, typer.Option(help="Seconds that do not count.")] = 2.0,
+    rate: Annotated[float | None, typer.Option(help="Requests a second; as many as are answered if absent.")] = None,
 ) -> None:
     """Put load on POST /v1/recommendations."""
     requests = [request(body) for body in bodies.read_bytes().splitlines()]
-    print(json.dumps(load(port, requests, connections, seconds, warm_up)))
+    print(json.dumps(load(port, requests, connections, seconds, warm_up, rate)))
 
 
 if __name__ == "__main__":

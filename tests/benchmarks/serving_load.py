@@ -120,12 +120,14 @@ def wait_until_answering(port: int) -> None:
 
 def measure(port: int, bodies: Path, seconds: float) -> dict[str, dict[str, float]]:
     """The figures by number of connections."""
-    results = {}
-    for connections in CONNECTIONS:
-        command = [sys.executable, "-m", "tests.benchmarks.load_client", "--port", str(port), "--bodies", str(bodies)]
-        command += ["--connections", str(connections), "--seconds", str(seconds)]
-        results[str(connections)] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    return results
+    return {str(count): put_load(port, bodies, connections=count, seconds=seconds) for count in CONNECTIONS}
+
+
+def put_load(port: int, bodies: Path, **options: float) -> dict[str, float]:
+    """What the load client, in a process of its own, says."""
+    command = [sys.executable, "-m", "tests.benchmarks.load_client", "--port", str(port), "--bodies", str(bodies)]
+    command += [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
 
 def write_bodies(data: Path, path: Path) -> None:
