@@ -57,13 +57,6 @@ class ItemFilter:
         return mask
 
 
-def without_seen(scores: np.ndarray, rows: np.ndarray, seen: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first k candidates of one user that are real and not seen: scores (<= k,) and rows (<= k,)."""
-    keep = (rows > 0) & ~np.isin(rows, seen)
-    places = np.flatnonzero(keep)[:k]
-    return scores[places], rows[places]
-
-
 def most_popular(popularity: np.ndarray, mask: np.ndarray | None, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Scores and rows of the k most popular items, best first; row 0 and masked rows never come."""
     allowed = np.ones(len(popularity), dtype=bool) if mask is None else mask.copy()

@@ -6,15 +6,7 @@ import pytest
 
 from lib.catalog import Catalog
 from lib.events import InputError
-from lib.ranking import ItemFilter, most_popular, without_seen
-
-
-def test_seen_and_missing_candidates_are_taken_out_in_order():
-    scores, rows = np.array([0.9, 0.8, 0.7, 0.6, -9.0]), np.array([4, 2, 7, 1, -1])
-    found = without_seen(scores, rows, np.array([2, 9]), 2)
-    assert (found[0].tolist(), found[1].tolist()) == ([0.9, 0.7], [4, 7])
-    assert without_seen(scores, rows, np.array([]), 10)[1].tolist() == [4, 2, 7, 1]
-    assert without_seen(scores, rows, np.array([1, 2, 4, 7]), 3)[1].tolist() == []
+from lib.ranking import ItemFilter, most_popular
 
 
 def test_the_most_popular_come_in_order_without_padding():
