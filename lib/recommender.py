@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from lib.arrangement import arrange
 from lib.catalog import Catalog
@@ -15,7 +16,7 @@ from lib.explanation import influences, most_influential
 from lib.model_folder import load_model
 from lib.ranking import ItemFilter, most_popular
 from lib.ranking_rules import BoundRules, RankingRules
-from lib.retrieval import ItemIndex
+from lib.retrieval import ItemIndex, search_device
 from lib.sequences import SequenceBatches, group_by_length
 from lib.user_histories import EncodedHistory, History, to_histories
 from lib.weights import ATTRIBUTE_TABLE, Delta, DeltaMismatch, Fingerprint, apply_delta, state_of
@@ -61,6 +62,7 @@ class Recommender:
     ):
         assert encoder.config.event_kinds is not None
         self.encoder = encoder.eval().requires_grad_(False)
+        nn.Module.to(self.encoder, search_device())
         self.catalog = catalog
         self.version = version
         self.log_offset = log_offset
@@ -91,7 +93,7 @@ class Recommender:
     def _vectors(self, rows: np.ndarray) -> np.ndarray:
         """(R, C) item vectors; the padding row and spare rows are zero and are never found."""
         with torch.inference_mode():
-            return self.encoder.item_vectors(torch.from_numpy(rows)).numpy()
+            return self.encoder.item_vectors(torch.from_numpy(rows).to(self.encoder.device)).cpu().numpy()
 
     def apply(self, delta: Delta) -> None:
         """Move to the delta's version: weights, catalog and index together.
@@ -135,7 +137,7 @@ class Recommender:
             if self.rules.active:
                 ranked = [
                     self._arranged(questions[place].k, filter, own, self._search(query))
-                    for place, query, own in zip(places, queries[chosen], seen, strict=True)
+                    for place, query, own in zip(places, queries[chosen].unbind(), seen, strict=True)
                 ]
             else:
                 ranked = self._nearest([questions[place].k for place in places], queries[chosen], filter, seen)
@@ -147,7 +149,7 @@ class Recommender:
         return answers
 
     def _nearest(
-        self, counts: Sequence[int], queries: np.ndarray, filter: ItemFilter | None, seen: Sequence[np.ndarray]
+        self, counts: Sequence[int], queries: Tensor, filter: ItemFilter | None, seen: Sequence[np.ndarray]
     ) -> list[list[RankedItem]]:
         """For each query (B, C) so many of the items whose vectors are nearest."""
         scores, rows = self.index.search(queries, max(counts), self.mask(filter), seen)
@@ -157,7 +159,7 @@ class Recommender:
             for own_scores, own_rows, count in zip(scores, rows, found, strict=True)
         ]
 
-    def _search(self, query: np.ndarray) -> Search:
+    def _search(self, query: Tensor) -> Search:
         """How candidates for one query (C,) are found: rows that may be, how many, rows that are seen."""
 
         def nearest(mask: np.ndarray, count: int, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -205,12 +207,12 @@ class Recommender:
         history.encoded = EncodedHistory(codes, np.unique(flat.rows), len(self.catalog), complete)
         return history.encoded
 
-    def queries(self, histories: Sequence[np.ndarray]) -> np.ndarray:
+    def queries(self, histories: Sequence[np.ndarray]) -> Tensor:
         """(B, C) float32 uT A of histories given as (4, T) codes, with little work on padding."""
         lengths = np.array([codes.shape[1] for codes in histories], dtype=np.int64)
-        queries = np.empty((len(histories), self.encoder.config.hidden_size), dtype=np.float32)
+        queries = torch.empty(len(histories), self.encoder.config.hidden_size, device=self.encoder.device)
         for group in group_by_length(lengths, EVENTS_PER_BATCH):
-            queries[group] = self.reader.queries([histories[place] for place in group]).numpy()
+            queries[torch.from_numpy(group)] = self.reader.queries([histories[place] for place in group])
         return queries
 
     def mask(self, filter: ItemFilter | None) -> np.ndarray:
@@ -233,7 +235,7 @@ class Recommender:
 
     def popular(self, k: int, filter: ItemFilter | None = None) -> list[RankedItem]:
         """The most popular items of late, for people of whom nothing is known."""
-        popularity = self.encoder.item_popularity.numpy()
+        popularity = self.encoder.item_popularity.cpu().numpy()
 
         def most(mask: np.ndarray, count: int, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             scores, rows = most_popular(popularity, mask, count)
@@ -270,7 +272,7 @@ class Recommender:
         config, history = self.encoder.config, question.history
         flat = to_histories([history], self.catalog, self.kind_codes)
         vectors = self.index.vectors[self.catalog.rows(item.item_id for item in items)]
-        moved = most_influential(influences(flat, config, self.queries, vectors))
+        moved = most_influential(influences(flat, config, lambda codes: self.queries(codes).cpu().numpy(), vectors))
         names = [
             f"{event} {item_id}"
             for item_id, event in zip(history.item_ids, history.events, strict=True)

@@ -14,9 +14,8 @@ from lib.approximate_index import ApproximateIndex
 from lib.exact_index import exact_search
 from lib.inverted_index import choose_device
 
-EXACT_ROWS = (
-    50_000  # measured on a processor: from here on lists are faster; as many filtered rows are searched exactly
-)
+# measured on a processor: from here on lists are faster; as many filtered rows are searched exactly
+EXACT_ROWS = 50_000
 SPARE_SHARE = 8  # room for an eighth more rows before all are copied
 
 
@@ -24,6 +23,11 @@ def use_threads(count: int) -> None:
     """How many threads a search of this process takes; more than one pays for large catalogs and idle cores only."""
     faiss.omp_set_num_threads(count)
     torch.set_num_threads(count)
+
+
+def search_device() -> torch.device:
+    """Where searches run: on the first card that FAISS sees, else on the processor."""
+    return choose_device(faiss.get_num_gpus())
 
 
 class ItemIndex:
@@ -35,7 +39,7 @@ class ItemIndex:
     """
 
     def __init__(self, vectors: np.ndarray, exact_rows: int = EXACT_ROWS):
-        self._device = choose_device(faiss.get_num_gpus())
+        self._device = search_device()
         self._exact_rows = exact_rows
         self._count = 0
         self._storage = np.empty((0, vectors.shape[1]), dtype=np.float32)
