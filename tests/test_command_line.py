@@ -229,6 +229,30 @@ def test_versions_that_are_nowhere(afterclick, tmp_path, tiny_model):
 # -------------------------------------------------------------------------------------------- a service that is not one
 
 
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ("boots: []", ["boots", "there are pin, boost"]),
+        ("boost: [{filter: {genre: Comedy}, weight: 0.1}]", ["boost.0.filter", "attributes"]),
+        ("at_most: {genres: 0}", ["at_most.genres", "1"]),
+        ("- pin", ["ranking", "mapping"]),
+        ("pin: [", ["ranking", "YAML"]),
+    ],
+)
+def test_bad_ranking_rules_are_refused_before_anything_starts(afterclick, tiny_model, tmp_path, rules, words):
+    file = tmp_path / "rules.yaml"
+    file.write_text(rules)
+    outcome = afterclick("serve", "--model", tiny_model, "--ranking", file)
+    assert_one_line(outcome, f"error: {words[0]}", *words[1:])
+    missing = afterclick("serve", "--model", tiny_model, "--ranking", tmp_path / "none.yaml")
+    assert_one_line(missing, "error: ranking:", "none.yaml")
+
+
+def test_fewer_replicas_at_most_than_at_least_are_refused(afterclick, tiny_model):
+    outcome = afterclick("serve", "--model", tiny_model, "--replicas", 3, "--most-replicas", 2)
+    assert_one_line(outcome, "error: most_replicas: 2 are fewer", "the 3 of replicas")
+
+
 @pytest.fixture
 def answering() -> Iterator[Callable[[int, str], str]]:
     """An HTTP server that gives one answer to everything; returns its URL."""
