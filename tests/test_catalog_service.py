@@ -68,18 +68,6 @@ def test_a_deleted_item_is_gone_from_the_next_answer_of_every_replica(service, n
     assert new_item in recommended(service), "it has its row still"
 
 
-def test_put_and_deleted_items_are_what_they_were_after_a_restart(service, new_item):
-    put(service, {"item_id": "gone", "category": "novelty"}).raise_for_status()
-    live_everywhere(service, "gone", category="novelty")
-    service.client.delete("/v1/items/gone").raise_for_status()
-    version = service.status()["model_version"]
-    service.stop()
-    service.start()
-    for _ in range(REPLICAS_ASKED):
-        assert recommended(service, category="novelty") == [new_item]
-    assert service.status()["model_version"] >= version
-
-
 def test_feedback_on_a_put_item_is_learned(service, new_item):
     event = {"user_id": "finder", "item_id": new_item, "event": "click", "event_id": "found"}
     service.send(event)

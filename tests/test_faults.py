@@ -88,6 +88,9 @@ def excused(failure: str, victims: tuple[str, ...]) -> bool:
 
 def test_a_stopped_service_continues_where_it_was(service: LiveService) -> None:
     before = service.wait_until_learned()
+    items = [{"item_id": item, "category": "kept"} for item in ("kept", "gone")]
+    service.client.put("/v1/items", json={"items": items}).raise_for_status()
+    service.client.delete("/v1/items/gone").raise_for_status()
     with Traffic(service, "stopped", askers=0) as traffic:
         traffic.wait_for(events=100)
     # the newest of them are not learned yet
@@ -98,6 +101,9 @@ def test_a_stopped_service_continues_where_it_was(service: LiveService) -> None:
     assert after["model_version"] > before["model_version"]
     assert after["aggregator"]["log_offset"] >= before["aggregator"]["log_offset"] + len(traffic.acknowledged)
     assert len(service.export("visitor-00001")) > 0, "the histories of the dataset are there"
+    asked = {"user_id": "visitor-00001", "filter": {"category": "kept"}}
+    answer = service.client.post("/v1/recommendations", json=asked).raise_for_status().json()
+    assert [item["item_id"] for item in answer["items"]] == ["kept"]
 
 
 def test_a_killed_service_continues_where_it_was(service: LiveService) -> None:
