@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lib.change_board import ONE_MACHINE
 from lib.events import InputError
 
 HOST = "127.0.0.1"
@@ -70,6 +71,7 @@ def _settings_of_one_machine() -> dict[str, str]:
     return {
         # by this name, on any system: Ray stays on 127.0.0.1 instead of taking the machine's outward address
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        ONE_MACHINE: "1",
         # Replicas of two services here must not follow each other on a port: the HAProxy of the one, which knows a
         # dead replica by nothing but its port, would send its requests to the other.
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),

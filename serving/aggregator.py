@@ -18,6 +18,7 @@ import numpy as np
 import ray
 from ray.actor import ActorHandle
 
+from lib.change_board import ONE_MACHINE, ChangeBoard
 from lib.datasets import read_events
 from lib.events import CleaningRules, Event, FloodGuard
 from lib.feedback_log import FeedbackLog, LoggedEvent
@@ -27,6 +28,7 @@ from serving.names import AGGREGATOR, NAMESPACE
 
 LOG_FILE = "feedback.sqlite"
 ITEM_LOG_FILE = "items.sqlite"
+BOARD_FILE = "changes"
 DUPLICATE = "duplicate"
 
 
@@ -59,6 +61,7 @@ class Aggregator:
             self.histories.append(logged.event, logged.offset)
         self.last_offset = self.log.last_offset()
         self.items = ItemLog(path.with_name(ITEM_LOG_FILE))
+        self.changes = ChangeBoard.create(path.with_name(BOARD_FILE)) if os.environ.get(ONE_MACHINE) else None
         self.flood_guard = FloodGuard(self.config.cleaning)
         self.rejected: Counter[str] = Counter()
         self.accepted = 0
@@ -103,6 +106,8 @@ class Aggregator:
                 self.duplicates += not repeated
                 continue
             self.histories.append(event, offset)
+            if self.changes is not None:
+                self.changes.mark_user(event.user_id)
             self.arrivals.append(LoggedEvent(offset, event, now))
             self.last_offset = offset
             self.accepted += 1
@@ -114,6 +119,10 @@ class Aggregator:
     async def get_histories(self, user_ids: Sequence[str]) -> list[History]:
         """The histories of many users, in one call a batch."""
         return [self.histories.get(user_id) for user_id in user_ids]
+
+    async def board(self) -> str | None:
+        """Where the counters of changes are, which replicas on this machine may read; None on a cluster of several."""
+        return None if self.changes is None else str(self.changes.path.absolute())
 
     async def newer(
         self, users: Sequence[tuple[str, int | None]], item_revision: int
@@ -133,6 +142,8 @@ class Aggregator:
         Returns their revision. A repeated call records the same again.
         """
         revision = self.items.append(items)
+        if self.changes is not None:
+            self.changes.mark_items()
         self.arrived.set()
         return revision
 

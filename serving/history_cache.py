@@ -1,40 +1,67 @@
 """A replica's copies of the histories of users who asked lately.
 
-Before every batch the replica asks the aggregator, in one call, what its copies lack: mostly nothing, so that a batch
-costs a message of a few bytes, and an acknowledged event is always behind the next answer. A copy also keeps what the
-encoder reads of it (History.encoded), so it is never changed: a newer one takes its place.
+Before every batch the replica asks the aggregator, in one call, what its copies lack, so that an acknowledged event is
+always behind the next answer. Where both are on one machine, it asks for nobody whose copy is known to be whole
+(lib/change_board.py). A copy also keeps what the encoder reads of it (History.encoded), so it is never changed: a newer
+one takes its place.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from lib.user_histories import History
 
 
+class Copy(NamedTuple):
+    """A history as it was, and the user's counter of changes before it was asked for (None: nobody counts)."""
+
+    history: History
+    counter: int | None
+
+
 class HistoryCache:
-    """user id -> history, of the `users` that were asked for last, each with at most `keep` events."""
+    """user id -> copy, of the `users` that were asked for last, each with at most `keep` events."""
 
     def __init__(self, users: int, keep: int):
         self.users = users
         self.keep = keep
-        self._histories: OrderedDict[str, History] = OrderedDict()
+        self._copies: OrderedDict[str, Copy] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._histories)
+        return len(self._copies)
 
-    def copies(self, user_ids: Iterable[str]) -> dict[str, History | None]:
-        """The copy of each of these users, or None."""
-        return {user_id: self._histories.get(user_id) for user_id in user_ids}
+    def split(
+        self, user_ids: Iterable[str], counters: Mapping[str, int]
+    ) -> tuple[dict[str, History], dict[str, History | None]]:
+        """The histories of those whose copy is whole by their counter; and of the others the copies, or None."""
+        whole: dict[str, History] = {}
+        others: dict[str, History | None] = {}
+        for user_id in user_ids:
+            copy = self._copies.get(user_id)
+            if copy is None:
+                others[user_id] = None
+            elif copy.counter is not None and copy.counter == counters.get(user_id):
+                whole[user_id] = copy.history
+                self._copies.move_to_end(user_id)
+            else:
+                others[user_id] = copy.history
+        return whole, others
 
-    def update(self, copies: Mapping[str, History | None], newer: Sequence[History | None]) -> dict[str, History]:
-        """Histories from copies and what they lacked (None: nothing); they are the copies from now on."""
+    def update(
+        self, copies: Mapping[str, History | None], newer: Sequence[History | None], counters: Mapping[str, int]
+    ) -> dict[str, History]:
+        """Histories from copies and what they lacked (None: nothing); they are the copies from now on.
+
+        The counters are those that were read before it was asked what they lack.
+        """
         current = {}
         for (user_id, copy), events in zip(copies.items(), newer, strict=True):
             current[user_id] = history = self._joined(copy, events)
-            self._histories[user_id] = history
-            self._histories.move_to_end(user_id)
-        while len(self._histories) > self.users:
-            self._histories.popitem(last=False)
+            self._copies[user_id] = Copy(history, counters.get(user_id))
+            self._copies.move_to_end(user_id)
+        while len(self._copies) > self.users:
+            self._copies.popitem(last=False)
         return current
 
     def _joined(self, copy: History | None, newer: History | None) -> History:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,6 +22,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from lib.change_board import ChangeBoard
 from lib.item_log import ItemChange
 from lib.ranking_rules import RankingRules
 from lib.recommender import Question, RankedItem, Recommender
@@ -76,6 +78,8 @@ class Recommendations:
         self.cache = HistoryCache(self.config.cached_users, self.config.cached_events)
         self.item_changes: dict[str, dict[str, Any] | None] = {}  # that were made while live; None: deleted
         self.item_revision = 0  # the newest of them
+        self.board: ChangeBoard | None = None  # known once the aggregator has answered for the first time
+        self.items_counter: int | None = None  # of the board, before the catalog's changes were asked for
         self.answers: Batches[Asked, tuple[int, list[RankedItem]]] = Batches(self._answer, self.config.largest_batch)
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self.counts: Counter[str] = Counter()
@@ -88,6 +92,7 @@ class Recommendations:
         """Serve's health check, the first of which comes before the first request: catch up until then."""
         if not self.checked:
             await self.on_thread(self._expect, self.registry.head())
+            self.board = open_board(await self.call_aggregator("board"))
             self.checked = True
 
     def __serve_build_asgi_app__(self) -> FastPath:
@@ -132,12 +137,20 @@ class Recommendations:
         return await self.on_thread(self._recommend, questions)
 
     async def _read(self, user_ids: Set[str]) -> dict[str, History]:
-        """These users' histories, and the changes of the catalog, as the aggregator has them now, in one call."""
-        copies = self.cache.copies(user_ids)
-        newer, changes = await self.call_aggregator("newer", last_offsets(copies), self.item_revision)
+        """These users' histories, and the changes of the catalog, as the aggregator has them now.
+
+        One call, or none where the board says that nothing has changed.
+        """
+        counters = self.board.users(user_ids) if self.board else {}
+        items = self.board.items() if self.board else None
+        histories, lacking = self.cache.split(user_ids, counters)
+        if not lacking and items is not None and items == self.items_counter:
+            return histories
+        newer, changes = await self.call_aggregator("newer", last_offsets(lacking), self.item_revision)
         if changes:
             await self.on_thread(self._change_items, changes)
-        return self.cache.update(copies, newer)
+        self.items_counter = items
+        return histories | self.cache.update(lacking, newer, counters)
 
     def _change_items(self, changes: list[ItemChange]) -> None:
         self.recommender.catalog_changed({change.item_id: change.attributes for change in changes})
@@ -274,6 +287,11 @@ class Recommendations:
         except (DeltaMismatch, FileNotFoundError) as error:
             logger.warning("loading the newest version whole: %s", error)
             self.recommender = self._load()
+
+
+def open_board(place: str | None) -> ChangeBoard | None:
+    """The aggregator's board, or None where it has none."""
+    return None if place is None else ChangeBoard.open(Path(place))
 
 
 def learner_handle() -> ActorHandle:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lib.change_board import ChangeBoard
 from lib.events import Event
 from lib.user_histories import History, UserHistories
 from serving.history_cache import HistoryCache, last_offsets
@@ -27,8 +28,9 @@ def add(histories: UserHistories, user_id: str, item_id: str, offset: int = 0) -
 
 def ask(cache: HistoryCache, histories: UserHistories, *user_ids: str) -> dict[str, History]:
     """What a replica does before a batch."""
-    copies = cache.copies(user_ids)
-    return cache.update(copies, [histories.newer(*asked) for asked in last_offsets(copies)])
+    whole, copies = cache.split(user_ids, {})
+    assert whole == {}, "nobody counts"
+    return cache.update(copies, [histories.newer(*asked) for asked in last_offsets(copies)], {})
 
 
 def test_a_copy_follows_its_history(histories):
@@ -44,7 +46,7 @@ def test_a_copy_follows_its_history(histories):
 def test_nothing_is_sent_where_nothing_came(histories):
     cache = HistoryCache(users=10, keep=KEEP)
     before = ask(cache, histories, "dataset", "logged", "nobody")
-    copies = cache.copies(["dataset", "logged", "nobody"])
+    copies = cache.split(["dataset", "logged", "nobody"], {})[1]
     assert [histories.newer(*asked) for asked in last_offsets(copies)] == [None, None, None]
     after = ask(cache, histories, "dataset", "logged", "nobody")
     assert all(after[user] is before[user] for user in before), "what was made of a copy stays with it"
@@ -63,9 +65,9 @@ def test_two_batches_at_once_take_the_same_events_once(histories):
     cache = HistoryCache(users=10, keep=KEEP)
     ask(cache, histories, "logged")
     add(histories, "logged", "late", 50)
-    first, second = cache.copies(["logged"]), cache.copies(["logged"])
+    first, second = cache.split(["logged"], {})[1], cache.split(["logged"], {})[1]
     for copies in (first, second):
-        found = cache.update(copies, [histories.newer(*asked) for asked in last_offsets(copies)])
+        found = cache.update(copies, [histories.newer(*asked) for asked in last_offsets(copies)], {})
         assert found["logged"] == histories.get("logged")
     assert ask(cache, histories, "logged")["logged"] == histories.get("logged")
 
@@ -77,7 +79,7 @@ def test_the_users_who_asked_last_are_kept(histories):
     current = ask(cache, histories, "both")
     assert len(cache) == 2
     assert current["both"] == histories.get("both")
-    copies = cache.copies(["dataset", "both", "logged"])
+    copies = cache.split(["dataset", "both", "logged"], {})[1]
     assert [copies[user] is None for user in ("dataset", "both", "logged")] == [False, False, True]
 
 
@@ -86,3 +88,45 @@ def test_a_batch_larger_than_the_cache_is_answered_whole(histories):
     users = ("dataset", "logged", "both")
     assert ask(cache, histories, *users) == {user: histories.get(user) for user in users}
     assert len(cache) == 1
+
+
+def test_a_copy_is_whole_as_long_as_its_counter_stays(histories, tmp_path):
+    written = ChangeBoard.create(tmp_path / "changes")
+    board, cache = ChangeBoard.open(tmp_path / "changes"), HistoryCache(users=10, keep=KEEP)
+
+    def split(*user_ids: str) -> tuple[dict[str, History], dict[str, History | None]]:
+        return cache.split(user_ids, board.users(user_ids))
+
+    def read(*user_ids: str) -> None:
+        counters, (_, copies) = board.users(user_ids), split(*user_ids)
+        cache.update(copies, [histories.newer(*asked) for asked in last_offsets(copies)], counters)
+
+    assert split("logged", "both") == ({}, {"logged": None, "both": None})
+    read("logged", "both")
+    assert split("logged", "both") == ({"logged": histories.get("logged"), "both": histories.get("both")}, {})
+    before = histories.get("both")
+    add(histories, "both", "late", 50)
+    written.mark_user("both")
+    assert split("logged", "both") == ({"logged": histories.get("logged")}, {"both": before})
+    read("both")
+    assert split("both") == ({"both": histories.get("both")}, {})
+
+
+def test_a_change_between_the_counter_and_the_copy_makes_it_ask_again(histories, tmp_path):
+    board, cache = ChangeBoard.create(tmp_path / "changes"), HistoryCache(users=10, keep=KEEP)
+    counters, copies = board.users(["logged"]), {"logged": None}
+    board.mark_user("logged")  # acknowledged after the counter was read; the copy may or may not have it
+    cache.update(copies, [histories.get("logged")], counters)
+    assert cache.split(["logged"], board.users(["logged"]))[0] == {}
+
+
+def test_a_restarted_writer_makes_every_copy_ask_again(histories, tmp_path):
+    path = tmp_path / "changes"
+    first = ChangeBoard.create(path)
+    reader = ChangeBoard.open(path)
+    users, items = reader.users(["dataset", "nobody"]), reader.items()
+    first.mark_items()
+    assert (reader.users(["dataset", "nobody"]), reader.items()) == (users, items + 1)
+    ChangeBoard.create(path)
+    assert all(reader.users([user]) != {user: counter} for user, counter in users.items())
+    assert reader.items() == items + 2
