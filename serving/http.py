@@ -73,16 +73,11 @@ def http_application(replica: "Replica") -> FastPath:
             listed.append(fields)
         return _json({"request_id": request_id, "model_version": version, "items": listed})
 
-    async def checked_filter(conditions: dict[str, Any] | None) -> ItemFilter | None:
-        """A filter that the catalog understands; one that it does not is the asker's error, not the batch's."""
-        filter = ItemFilter.of(conditions)
-        if filter is not None:  # on the thread that also changes the catalog
-            await replica.on_thread(lambda: filter.mask(replica.recommender.catalog))
-        return filter
-
     async def answer_request(request: RecommendationRequest, deadline: float | None) -> Response:
         history = _history(request, rules)
-        filter = await checked_filter(request.filter)
+        filter = ItemFilter.of(request.filter)
+        if filter is not None:
+            await replica.check_filter(filter)
         question = Question(history, request.k, filter, request.exclude_seen, request.explain)
         return await recommend(question, request.user_id, deadline)
 

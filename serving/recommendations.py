@@ -1,7 +1,9 @@
 """The deployment that answers: HTTP, histories, encoder and index in one process, a batch at a time.
 
-Requests that arrive while a batch runs form the next one; an idle replica answers at once. Batches, pushed deltas and
-catch-ups all run on one thread, so every answer is of one version.
+Requests that arrive while a batch runs form the next one; an idle replica answers at once. A batch is computed in the
+event loop: on a thread of its own it would ask for the interpreter some forty times, and a replica that is refusing a
+thousand requests a second would hardly answer any. Pushed deltas and catch-ups, which may take long, have a thread; a
+lock keeps them and the batches apart, so every answer is of one version.
 """
 
 import asyncio
@@ -24,6 +26,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from lib.change_board import ChangeBoard
 from lib.item_log import ItemChange
+from lib.ranking import ItemFilter
 from lib.ranking_rules import RankingRules
 from lib.recommender import Question, RankedItem, Recommender
 from lib.registry import Registry
@@ -48,8 +51,8 @@ logger = logging.getLogger("ray.serve")
 class ReplicaConfig:
     """How one replica works."""
 
-    largest_batch: int = 64
-    longest_wait: float = 1.0  # seconds; who would wait longer for an answer is told at once to try again
+    largest_batch: int = 32
+    longest_wait: float = 0.1  # seconds; who would wait longer for an answer is told at once to try again
     threads: int = 1  # of torch and FAISS
     cached_users: int = 20_000  # whose histories are kept here
     cached_events: int = AggregatorConfig().keep_events  # of each of them
@@ -81,7 +84,8 @@ class Recommendations:
         self.board: ChangeBoard | None = None  # known once the aggregator has answered for the first time
         self.items_counter: int | None = None  # of the board, before the catalog's changes were asked for
         self.answers: Batches[Asked, tuple[int, list[RankedItem]]] = Batches(self._answer, self.config.largest_batch)
-        self.executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="changes")
+        self.unchanging = asyncio.Lock()  # held by whoever reads or changes the recommender
         self.counts: Counter[str] = Counter()
         self.latency: Counter[float] = Counter()
         self.latency_sum = 0.0
@@ -134,7 +138,9 @@ class Recommendations:
             question if user_id is None else question._replace(history=histories[user_id])
             for question, user_id in asked
         ]
-        return await self.on_thread(self._recommend, questions)
+        async with self.unchanging:
+            version = self.recommender.version
+            return [(version, items) for items in self.recommender.recommend(questions)]
 
     async def _read(self, user_ids: Set[str]) -> dict[str, History]:
         """These users' histories, and the changes of the catalog, as the aggregator has them now.
@@ -157,13 +163,10 @@ class Recommendations:
         self.item_changes |= {change.item_id: change.attributes for change in changes}
         self.item_revision = max(self.item_revision, changes[-1].revision)
 
-    def _recommend(self, questions: list[Question]) -> list[tuple[int, list[RankedItem]]]:
-        version = self.recommender.version
-        return [(version, items) for items in self.recommender.recommend(questions)]
-
     async def on_thread(self, function: Callable, *arguments: Any) -> Any:
-        """Run on the one thread that owns the recommender."""
-        return await asyncio.get_running_loop().run_in_executor(self.executor, partial(function, *arguments))
+        """Run on the thread that may change the recommender, while nobody reads it."""
+        async with self.unchanging:
+            return await asyncio.get_running_loop().run_in_executor(self.executor, partial(function, *arguments))
 
     async def call_aggregator(self, method: str, *arguments: Any) -> Any:
         """Call the aggregator; while it restarts the call waits and is repeated."""
@@ -173,7 +176,8 @@ class Recommendations:
     async def similar(self, item_id: str, k: int) -> tuple[int, list[RankedItem]]:
         """The version, and the items nearest to an item; KeyError for one that the catalog does not have."""
         await self._read(set())
-        return await self.on_thread(lambda: (self.recommender.version, self.recommender.similar(item_id, k)))
+        async with self.unchanging:
+            return self.recommender.version, self.recommender.similar(item_id, k)
 
     async def has_item(self, item_id: str) -> bool:
         """Whether the catalog has an item now, with or without a row."""
@@ -189,7 +193,17 @@ class Recommendations:
             InputError: it names the item and the attribute.
         """
         await self._read(set())
-        await self.on_thread(lambda: self.recommender.catalog.check(items))
+        async with self.unchanging:
+            self.recommender.catalog.check(items)
+
+    async def check_filter(self, filter: ItemFilter) -> None:
+        """Refuse a filter that the catalog does not understand: it is the asker's error, not the batch's.
+
+        Raises:
+            InputError: it names the attribute.
+        """
+        async with self.unchanging:
+            self.recommender.mask(filter)
 
     async def rollback(self, version: int) -> dict[str, Any]:
         """Have the learner bring a stored version back; ValueError where no learner runs.
@@ -235,7 +249,8 @@ class Recommendations:
 
     async def describe(self) -> dict[str, Any]:
         """Version, checksum and counts of one replica."""
-        return await self.on_thread(self._describe)
+        async with self.unchanging:
+            return self._describe()
 
     def _describe(self) -> dict[str, Any]:
         return {

@@ -50,7 +50,7 @@ def overload_benchmark(
         write_bodies(data, Path(folder) / "bodies")
         results: dict[str, Any] = measure(port, Path(folder) / "bodies", times, seconds)
     figures = list(results["32 connections"])
-    table = Table("load", *figures)
+    table = Table("load", "answered/s", "refused/s", "errors", "p50 ms", "p95 ms", "p99 ms", "refused p99 ms")
     for name, row in results.items():
         table.add_row(name, *("-" if row[figure] is None else f"{row[figure]:.1f}" for figure in figures))
     Console().print(table)
