@@ -11,7 +11,8 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-SMOOTHING = 0.1  # weight of the newest batch in the mean of the durations
+SMOOTHING = 0.1  # weight of the newest batch in the mean of the durations, and of the newest lag
+TICK = 0.02  # seconds between two looks at the event loop
 
 
 class Overloaded(RuntimeError):
@@ -30,6 +31,7 @@ class Batches(Generic[Item, Result]):
         self.largest = largest
         self.count = 0  # batches that have run
         self.duration = 0.0  # seconds of a batch, a running mean
+        self.lag = 0.0  # seconds by which the event loop is late, a running mean: so long requests wait to be read
         self._waiting: list[tuple[Item, asyncio.Future[Result]]] = []
         self._running: asyncio.Task | None = None
 
@@ -41,12 +43,19 @@ class Batches(Generic[Item, Result]):
             self._running = asyncio.create_task(self._run_batches())
         return await answer
 
+    async def watch(self) -> None:
+        """Measure the lag of the event loop for as long as this runs."""
+        while True:
+            start = time.perf_counter()
+            await asyncio.sleep(TICK)
+            self.lag += (time.perf_counter() - start - TICK - self.lag) * SMOOTHING
+
     def expected_wait(self) -> float:
         """Seconds until one more item would have its result, by the durations of late."""
         if self._running is None or self._running.done():
             return 0.0
         ahead = 1 + len(self._waiting) // self.largest  # with the one that runs now
-        return (ahead + 1) * self.duration
+        return self.lag + (ahead + 1) * self.duration
 
     def admit(self, longest: float) -> None:
         """Refuse one more item if it would wait longer than so many seconds.

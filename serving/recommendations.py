@@ -91,12 +91,14 @@ class Recommendations:
         self.latency_sum = 0.0
         self.recommender = self._load()
         self.checked = False
+        self.watching: asyncio.Task | None = None
 
     async def check_health(self) -> None:
         """Serve's health check, the first of which comes before the first request: catch up until then."""
         if not self.checked:
             await self.on_thread(self._expect, self.registry.head())
             self.board = open_board(await self.call_aggregator("board"))
+            self.watching = asyncio.create_task(self.answers.watch())
             self.checked = True
 
     def __serve_build_asgi_app__(self) -> FastPath:

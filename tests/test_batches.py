@@ -1,6 +1,7 @@
 """Adaptive batches: nobody waits for nothing, results go to their callers, and what would wait too long is refused."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -90,8 +91,26 @@ def test_more_is_refused_once_the_wait_would_be_too_long():
         with pytest.raises(Overloaded) as refused:
             batches.admit(0.3)
         assert refused.value.wait == pytest.approx(0.4)
+        batches.lag = 0.2
+        with pytest.raises(Overloaded):
+            batches.admit(0.5)  # it waited to be read as well
         double.gate.set()
         await asyncio.gather(*running, *waiting)
         batches.admit(0.0)
+
+    asyncio.run(scenario())
+
+
+def test_a_late_event_loop_shows():
+    async def scenario() -> None:
+        batches = Batches(Doubling(), largest=2)
+        watching = asyncio.create_task(batches.watch())
+        await asyncio.sleep(0.05)
+        calm = batches.lag
+        for _ in range(20):
+            time.sleep(0.05)
+            await asyncio.sleep(0.001)
+        assert batches.lag > calm + 0.005
+        watching.cancel()
 
     asyncio.run(scenario())
