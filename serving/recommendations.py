@@ -52,7 +52,7 @@ class ReplicaConfig:
     """How one replica works."""
 
     largest_batch: int = 32
-    longest_wait: float = 0.1  # seconds; who would wait longer for an answer is told at once to try again
+    longest_wait: float = 1.0  # seconds; who would wait longer for an answer is told at once to try again
     threads: int = 1  # of torch and FAISS
     cached_users: int = 20_000  # whose histories are kept here
     cached_events: int = AggregatorConfig().keep_events  # of each of them
