@@ -37,6 +37,9 @@ class FastPath:
         while messages[-1].get("more_body", False) and size <= LARGEST_BODY:
             messages.append(await receive())
             size += len(messages[-1].get("body", b""))
+        if size > LARGEST_BODY:  # which the application refuses, however it ends
+            await self.app(scope, _again(messages, receive), send)
+            return
         try:
             request = RecommendationRequest.model_validate_json(b"".join(m.get("body", b"") for m in messages))
         except ValidationError:
