@@ -22,7 +22,6 @@ from typing import Annotated, Any
 import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 import typer
 from rich.console import Console
 
@@ -88,8 +87,7 @@ def replay_world(data: Path, folder: Path) -> World:
 
 def frozen_model(model: Path) -> Frozen:
     """The model as it was before the first click; its weights never change."""
-    torch.set_num_threads(1)  # the cores belong to the service
-    use_threads(1)
+    use_threads(1)  # the cores belong to the service
     recommender = Recommender.load(model)
     busy = threading.Lock()
 

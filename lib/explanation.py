@@ -62,8 +62,7 @@ def occluded(history: Histories, config: BehaviourEncoderConfig) -> list[np.ndar
         history.values[places],
         history.timestamps[places],
     )
-    batches = SequenceBatches(several, config)
-    codes = np.stack([several.rows, several.kinds, batches.gaps, batches.values]).astype(np.int64)
+    codes = SequenceBatches(several, config).codes()
     stops = several.offsets[1:]
     starts = np.maximum(several.offsets[:-1], stops - config.max_length)
     return [codes[:, start:stop] for start, stop in zip(starts, stops, strict=True)]

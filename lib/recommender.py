@@ -200,9 +200,7 @@ class Recommender:
         if found is not None and (found.complete or found.catalog_items == len(self.catalog)):
             return found
         flat = to_histories([history], self.catalog, self.kind_codes)
-        newest = slice(max(len(flat.rows) - self.encoder.config.max_length, 0), None)
-        batches = SequenceBatches(flat, self.encoder.config)
-        codes = np.stack([flat.rows, flat.kinds, batches.gaps, batches.values]).astype(np.int64)[:, newest]
+        codes = SequenceBatches(flat, self.encoder.config).codes()[:, -self.encoder.config.max_length :]
         complete = len(flat.rows) == len(history)
         history.encoded = EncodedHistory(codes, np.unique(flat.rows), len(self.catalog), complete)
         return history.encoded
@@ -228,9 +226,7 @@ class Recommender:
         mask[PADDING_ROW + 1 : len(self.catalog) + 1] = True
         if filter is not None:
             mask[: len(self.catalog) + 1] &= filter.mask(self.catalog)
-        mask[[self.catalog.row_of[item_id] for item_id in self.catalog.removed if item_id in self.catalog.row_of]] = (
-            False
-        )
+        mask[self.catalog.rows(self.catalog.removed)] = False
         return mask
 
     def popular(self, k: int, filter: ItemFilter | None = None) -> list[RankedItem]:
@@ -241,7 +237,7 @@ class Recommender:
             scores, rows = most_popular(popularity, mask, count)
             return rows, scores / top
 
-        top = max(float(most_popular(popularity, self.mask(filter), 1)[0].max(initial=0.0)), 0.0) or 1.0
+        top = float(popularity[self.mask(filter)].max(initial=0.0)) or 1.0
         if self.rules.active:
             items = self._arranged(k, filter, NOTHING_SEEN, most)
         else:

@@ -88,6 +88,10 @@ class SequenceBatches:
         self.values = value_buckets(histories.values, config.value_boundaries)
         self.weights = target_weights(histories.kinds, histories.values, config.event_kinds)
 
+    def codes(self) -> np.ndarray:
+        """(4, E) int64 rows, kinds, gaps and values of all events."""
+        return np.stack([self.histories.rows, self.histories.kinds, self.gaps, self.values]).astype(np.int64)
+
     def windows(self, generator: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Starts and lengths of training windows of at most max_length + 1 events, cut from the newest end.
 

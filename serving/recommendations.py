@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
@@ -71,7 +70,6 @@ class Recommendations:
     ):
         self.config = config or ReplicaConfig()
         self.rules = rules or RankingRules()
-        torch.set_num_threads(self.config.threads)
         use_threads(self.config.threads)
         self.replica_id = serve.get_replica_context().replica_id.unique_id
         self.registry = Registry(state)

@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.configuration import write_json
-from lib.inverted_index import choose_device, copy_to
-from lib.retrieval import ItemIndex, use_threads
+from lib.inverted_index import copy_to
+from lib.retrieval import ItemIndex, search_device, use_threads
 from tests.benchmarks.machine import describe_machine
 
 SIZES = [10_000, 100_000, 1_000_000]
@@ -102,7 +102,7 @@ def recall(found: np.ndarray, exact: np.ndarray) -> float:
 
 def faiss_exact(vectors: np.ndarray) -> Search:
     """The exact peer, on the card where there is one."""
-    index = copy_to(choose_device(faiss.get_num_gpus()), faiss.IndexFlatIP(WIDTH))
+    index = copy_to(search_device(), faiss.IndexFlatIP(WIDTH))
     index.add(vectors)
     return lambda queries: index.search(queries, K)[1]
 
@@ -240,7 +240,7 @@ def benchmark(
     """Measure retrieval at several catalog sizes."""
     machine = describe_machine()
     use_threads(threads)
-    device = choose_device(faiss.get_num_gpus())
+    device = search_device()
     if device.type == "cuda":
         machine["card"] = torch.cuda.get_device_name(device)
     results = []
