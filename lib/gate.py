@@ -114,7 +114,7 @@ class Reference:
 
     @contextmanager
     def in_place(self, encoder: BehaviourEncoder, rows: Tensor) -> Iterator[None]:
-        """Within the block the encoder is the reference, as far as `rows` (R,) are concerned; then itself, to the bit."""
+        """Within the block the encoder is the reference as far as `rows` (R,) go; after it it is itself, to the bit."""
         rows = rows[rows < len(self.places)]
         rows = rows[self.places[rows] >= 0]
         state = state_of(encoder)

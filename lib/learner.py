@@ -18,7 +18,7 @@ from lib.encoder import BehaviourEncoder
 from lib.events import InputError
 from lib.gate import Gate, GateConfig
 from lib.histories import Histories
-from lib.influence import InfluenceLimits, last_opinions, limited
+from lib.influence import Influence, InfluenceLimits, Targets, is_newcomer, last_opinions
 from lib.item_log import ItemChange
 from lib.model_folder import Manifest
 from lib.popularity import DAY, event_counts, moved_reference
@@ -26,7 +26,7 @@ from lib.registry import LoadedVersion, Registry
 from lib.rejections import Rejection, Rejections
 from lib.sequences import Batch, SequenceBatches
 from lib.training import Trainer, TrainingConfig
-from lib.user_histories import MicroBatch, SampleSizes, to_histories
+from lib.user_histories import History, MicroBatch, SampleSizes, to_histories
 from lib.weights import ROW_TENSORS, Delta, Fingerprint, difference, grow_items, state_of
 
 
@@ -113,6 +113,7 @@ class NearlineLearner:
         self.fingerprint = Fingerprint(self.encoder)
         assert self.encoder.config.event_kinds is not None
         self.kind_codes = {kind: place + 1 for place, kind in enumerate(self.encoder.config.event_kinds)}
+        self.influence = Influence(self.config, *loaded.facts.get("newcomers", ()))
         self.gate = Gate(self.config, self.encoder, self.catalog, self.kind_codes, self.config.seed)
 
     @property
@@ -149,6 +150,7 @@ class NearlineLearner:
             self.events_rejected += events
             return self._reject(self.log_offset, batch.last_offset, events, reason)
         self.events_trained += events
+        self.influence.passed()
         quality = self.gate.live.quality
         facts = {"kind": "nearline", "events": events, "loss": loss, "ndcg": None if np.isnan(quality) else quality}
         delta = self._publish(self._changes(journal, rows), batch.last_offset, facts)
@@ -257,9 +259,13 @@ class NearlineLearner:
 
     def _train(self, batch: Batch) -> float:
         """One step; returns its loss. The version seeds dropout, so that a restarted learner makes the same step."""
+        rate = self.trainer.learning_rate
+        self.trainer.learning_rate = rate * self.influence.kept  # as far as new events count, the weights may move
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed + self.version)
-            return self.trainer.step(batch).loss
+            loss = self.trainer.step(batch).loss
+        self.trainer.learning_rate = rate
+        return loss
 
     def _extend_catalog(self, batch: MicroBatch) -> None:
         """Give rows to items that feedback names for the first time."""
@@ -305,18 +311,30 @@ class NearlineLearner:
             known = sum(kind in self.kind_codes for kind in history.events[len(history) - count :])
             share[stop - known : stop] = 1.0
             new[stop - known : stop] = True
-        sequences.weights = self._limited(sequences.weights * share, new, flat)
+        newcomers = [*self._newcomers(batch), *(self._is_newcomer(history, 0, batch) for history in replay)]
+        sequences.weights = self._limited(sequences.weights * share, new, flat, np.array(newcomers, bool))
         starts, lengths = sequences.windows()
         useful = np.array([sequences.weights[s + 1 : s + n].any() for s, n in zip(starts, lengths, strict=True)], bool)
         if not useful.any():
             return None
         return sequences.training_batch(starts[useful], lengths[useful])
 
-    def _limited(self, weights: np.ndarray, new: np.ndarray, flat: Histories) -> np.ndarray:
-        """(E,) the weights of targets, within the limits of what one user and one item may move."""
+    def _limited(self, weights: np.ndarray, new: np.ndarray, flat: Histories, newcomers: np.ndarray) -> np.ndarray:
+        """(E,) the weights of targets, within the limits of what one user and a crowd may move."""
         owners = np.repeat(np.arange(len(flat)), flat.lengths)
         weights = weights * last_opinions(flat, owners, self.kind_codes)
-        return weights * limited(weights, new, owners, flat.rows, self.encoder.item_popularity.numpy(), self.config)
+        weights[flat.offsets[:-1][flat.lengths > 0]] = 0.0  # a first event has nothing that it could follow from
+        targets = Targets(weights, owners, flat.rows, new, newcomers)
+        return self.influence.limited(targets, self.encoder.item_popularity.numpy())
+
+    def _newcomers(self, batch: MicroBatch) -> list[bool]:
+        """Of each user with new events, whether they are new here."""
+        new = zip(batch.histories, batch.new_counts, strict=True)
+        return [self._is_newcomer(history, count, batch) for history, count in new]
+
+    def _is_newcomer(self, history: History, count: int, batch: MicroBatch) -> bool:
+        context = self.sample_sizes.history_length
+        return is_newcomer(history, count, context, batch.last_offset, self.config)
 
     def _count_popularity(self, batch: MicroBatch, journal: UndoJournal) -> None:
         """Count the new events, a user's of one item once in the history at hand, all within the limits."""
@@ -333,8 +351,14 @@ class NearlineLearner:
         encoder, half_life = self.encoder, self.config.popularity_half_life
         rows, timestamps = np.array(new_rows), np.array(new_timestamps)
         popularity = encoder.item_popularity.numpy()
-        counted = np.array(first, dtype=np.float32)
-        counted *= limited(counted, np.ones(len(rows), bool), np.array(new_owners), rows, popularity, self.config)
+        targets = Targets(
+            weights=np.array(first, dtype=np.float32),
+            owners=np.array(new_owners),
+            rows=rows,
+            new=np.ones(len(rows), bool),
+            newcomers=np.array(self._newcomers(batch)),
+        )
+        counted = targets.weights * self.influence.left(targets, popularity)
         reference, factor = moved_reference(max(new_timestamps), int(encoder.popularity_reference), half_life)
         counts = torch.from_numpy(event_counts(timestamps, reference, half_life) * counted).float()
         if factor == 1.0:
@@ -361,6 +385,7 @@ class NearlineLearner:
         counts = {
             "events_trained": self.events_trained,
             "events_rejected": self.events_rejected,
+            "newcomers": [self.influence.usual, self.influence.updates],
         }
         delta = Delta(
             version=self.version + 1,

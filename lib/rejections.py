@@ -1,7 +1,7 @@
 """The durable list of rejected updates, beside the versions: which events the weights have not learned from, and why.
 
-Lines of JSON, one a rejection, in files of at most LINES_A_FILE that are named by the number of their first line. A file
-is written anew with each line, so that it is whole or not there, also on storage that cannot append.
+Lines of JSON, one a rejection, in files of at most LINES_A_FILE that are named by the number of their first line. A
+file is written anew with each line, so that it is whole or not there, also on storage that cannot append.
 """
 
 import json
