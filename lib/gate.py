@@ -1,22 +1,24 @@
 """The gate: what an update must pass before any replica sees it.
 
-Four questions, each of which has its own blind spot, so that all four are asked:
+Five questions, each of which has its own blind spot, so that all are asked:
 
 - Are all weights and losses finite?
 - Is the loss as it has been, that of the training batch and that on held-out events? Judged by the median of the latest
   updates and their median absolute deviation, which a few outliers cannot move (Hampel 1974).
+- Have the weights moved as far as they usually do? A learning rate that is wrong shows here first.
 - Does the update rank the held-out window no worse than the live version? The window (lib/user_histories.py) holds the
   newest event of many users who act now, none of them in the update, few for any one item.
 - Have the updates of late, taken together, done harm? Each may stay within its tolerance while their sum does not. So
   new events are ranked before they are learned, by the live version and by a reference: the live version of some
   updates ago. Neither has seen them, so that the newer ought to be the better one. Where it is significantly worse, the
-  learner goes back to the reference; and only a version that is no worse than the reference takes its place.
+  learner goes back to the reference; and only a version that is no worse than the reference takes its place. Losses
+  say sooner than ranks whether a difference is more than chance, so both must be worse.
 
 What the gate remembers is of this process: after a restart the live version is the reference.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -36,7 +38,8 @@ from lib.weights import ROW_TENSORS, state_of
 TABLE = ROW_TENSORS[0]
 TO_SIGMA = 1.4826  # of a median absolute deviation, where what deviates is normal
 FEWEST_LOSSES = 16  # that a baseline is made of
-FEWEST_PAIRS = 128  # new events that the reference is judged by
+FEWEST_MOVEMENTS = 8  # that say what is usual
+FEWEST_PAIRS = 64  # new events that the reference is judged by
 MOST_OF_AN_ITEM = 2  # of the new events of an update
 
 
@@ -49,18 +52,20 @@ class GateConfig:
     held_out_candidates: int = 1000  # it is ranked among so many random items, and all items of the update
     loss_tolerance: float = 0.25  # a loss may be above the live version's, or the usual one, by this share
     loss_deviations: float = 6.0  # and above the usual one by so many standard deviations, whichever is more
-    loss_updates: int = 64  # latest updates that say what is usual
+    movement_tolerance: float = 4.0  # the weights may move so many times as far as they usually do
+    usual_updates: int = 64  # latest updates that say what is usual
     quality_tolerance: float = 0.05  # the window's NDCG@10 may fall by this share of it
     deviations: float = 3.0  # a fall must be so many standard errors to be more than chance
     reference_updates: int = 32  # after so many updates a version that is no worse becomes the reference
     reference_tolerance: float = 0.02  # the share of the reference's NDCG@10 by which later versions may be worse
     reference_users: int = 24  # of an update, whose new event the reference ranks; 0: there is no reference
+    reference_events: int = 512  # the latest of these, by which the versions since are judged
 
     def __post_init__(self) -> None:
         for name in ("held_out_users", "reference_users"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}: {getattr(self, name)} is below 0")
-        for name in ("held_out_length", "held_out_candidates", "loss_updates", "reference_updates"):
+        for name in ("held_out_length", "held_out_candidates", "usual_updates", "reference_updates"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} is too small; give 1 or more")
 
@@ -147,10 +152,11 @@ class Gate:
         self.catalog = catalog
         self.kind_codes = kind_codes
         self.spread = np.random.default_rng(seed).random(config.held_out_candidates)
-        self.losses = {name: deque(maxlen=config.loss_updates) for name in ("training", "held-out")}
+        self.losses = {name: deque(maxlen=config.usual_updates) for name in ("training", "held-out")}
+        self.movements: deque[float] = deque(maxlen=config.usual_updates)
         self.reference: Reference | None = None
-        # NDCG@10 of new events that neither had learned: the live version's and the reference's
-        self.pairs: deque[tuple[float, float]] = deque(maxlen=4 * config.reference_updates * config.reference_users)
+        # of new events that neither had learned, the losses and the NDCG@10 of the live version and of the reference
+        self.pairs: deque[tuple[float, ...]] = deque(maxlen=config.reference_events)
         self.candidates = torch.zeros(0, dtype=torch.long)
         self.window = to_histories([], catalog, kind_codes)
         self.live = NOTHING
@@ -168,30 +174,42 @@ class Gate:
             needed = torch.unique(torch.cat([self.candidates, torch.from_numpy(fresh.rows.astype(np.int64))]))
             with self.reference.in_place(self.encoder, needed):
                 earlier = self._standing(fresh)
-            self.pairs.extend(zip(live.ndcg.tolist(), earlier.ndcg.tolist(), strict=True))
+            columns = (live.losses, earlier.losses, live.ndcg, earlier.ndcg)
+            self.pairs.extend(zip(*(column.tolist() for column in columns), strict=True))
 
     def harm(self) -> str | None:
         """What the updates since the reference have done together, if it is harm: the learner is to go back to it."""
         if len(self.pairs) < FEWEST_PAIRS:
             return None
-        live, earlier = np.array(self.pairs).T
-        lost = earlier - live
-        tolerated = self.config.reference_tolerance * earlier.mean()
-        if lost.mean() - self.config.deviations * standard_error(lost) <= tolerated:
+        loss, earlier_loss, quality, earlier_quality = np.array(self.pairs).T
+        rise = loss - earlier_loss
+        worse = rise.mean() > self.config.deviations * standard_error(rise)
+        lost = earlier_quality.mean() - quality.mean()
+        if not worse or lost <= self.config.reference_tolerance * earlier_quality.mean():
             return None
         assert self.reference is not None
         return (
-            f"of new events the NDCG@10 is {live.mean():.3f}, and that of version {self.reference.version}, "
-            f"{self.reference.updates} updates ago, {earlier.mean():.3f}"
+            f"of new events the NDCG@10 is {quality.mean():.3f}, and that of version {self.reference.version}, "
+            f"{self.reference.updates} updates ago, {earlier_quality.mean():.3f}"
         )
 
-    def objection(self, loss: float | None, rows: Tensor) -> str | None:
-        """Why the update, which has changed these rows (R,) and had this training loss, must not go live, or None."""
+    def objection(
+        self, loss: float | None, rows: Tensor, dense: Mapping[str, Tensor], counted: float = 1.0
+    ) -> str | None:
+        """Why an update must not go live, or None.
+
+        Args:
+            loss: of its training batch, None where there was nothing to train.
+            rows: (R,) rows of the item table that it has changed.
+            dense: the other tensors before it.
+            counted: the share of its learning rate that it was made with.
+        """
         if not self._finite(rows) or (loss is not None and not np.isfinite(loss)):
             return "a loss or a weight is not finite"
         after = self._standing(self.window)
         return (
-            self._worse(after)
+            self._too_far(dense, counted)
+            or self._worse(after)
             or self._spike("training", float("nan") if loss is None else loss)
             or self._spike("held-out", after.loss)
         )
@@ -214,13 +232,29 @@ class Gate:
         self.pairs.clear()
 
     def _no_worse(self) -> bool:
-        return not self.pairs or bool(np.diff(np.array(self.pairs), axis=1).mean() <= 0)
+        if not self.pairs:
+            return True
+        _, _, quality, earlier_quality = np.array(self.pairs).T
+        return bool(quality.mean() >= earlier_quality.mean())
 
     def _finite(self, rows: Tensor) -> bool:
         return all(
             bool(torch.isfinite(tensor[rows] if name in ROW_TENSORS else tensor).all())
             for name, tensor in state_of(self.encoder).items()
         )
+
+    def _too_far(self, dense: Mapping[str, Tensor], counted: float) -> str | None:
+        """How much farther than usual the weights have moved, if that is too far."""
+        state = state_of(self.encoder)
+        floating = [name for name, tensor in dense.items() if tensor.is_floating_point()]
+        moved = float(sum(((state[name] - dense[name]) ** 2).sum() for name in floating)) ** 0.5 / max(counted, 1e-3)
+        if moved == 0.0:
+            return None
+        usual = float(np.median(self.movements)) if len(self.movements) >= FEWEST_MOVEMENTS else float("inf")
+        if moved <= self.config.movement_tolerance * usual:
+            self.movements.append(moved)
+            return None
+        return f"the weights moved {moved / usual:.1f} times as far as they usually do"
 
     def _worse(self, after: Standing) -> str | None:
         """What the update has made of the window, if that is worse than the live version's."""

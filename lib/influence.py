@@ -114,14 +114,9 @@ def _part(most: np.ndarray | float, total: np.ndarray) -> np.ndarray:
     return np.minimum(1.0, most / np.maximum(total, 1e-9))
 
 
-def is_newcomer(history: History, count: int, context: int, last_offset: int, limits: InfluenceLimits) -> bool:
-    """Whether a user's first event is among the latest of the log; `count` of the history at hand are new.
-
-    Judged by offsets, which nobody can forge, unlike times. Where more than `context` came before, the first is not at
-    hand; so many events are no newcomer's.
-    """
-    known = len(history) - count
-    return known < context and history.offsets[0] > max(last_offset - limits.newcomer_events, 0)
+def is_newcomer(history: History, last_offset: int, limits: InfluenceLimits) -> bool:
+    """Whether a user's first event is among the latest of the log: nobody can forge offsets, unlike times."""
+    return history.first_offset > max(last_offset - limits.newcomer_events, 0)
 
 
 def last_opinions(flat: Histories, owners: np.ndarray, kind_codes: Mapping[str, int]) -> np.ndarray:

@@ -144,7 +144,7 @@ class NearlineLearner:
         loss = None if training is None else self._train(training)
         self._count_popularity(batch, journal)
         rows = torch.unique(torch.cat([journal.changed_rows(), self._unpublished_rows()]))
-        reason = self.gate.objection(loss, rows)
+        reason = self.gate.objection(loss, rows, journal.dense, self.influence.kept)
         if reason is not None:
             journal.undo()
             self.events_rejected += events
@@ -308,11 +308,13 @@ class NearlineLearner:
         share[flat.offsets[len(histories)] :] = self.config.replay_weight
         new = np.zeros(len(flat.rows), dtype=bool)
         for stop, history, count in zip(flat.offsets[1:], histories, batch.new_counts, strict=False):
-            known = sum(kind in self.kind_codes for kind in history.events[len(history) - count :])
-            share[stop - known : stop] = 1.0
-            new[stop - known : stop] = True
-        newcomers = [*self._newcomers(batch), *(self._is_newcomer(history, 0, batch) for history in replay)]
-        sequences.weights = self._limited(sequences.weights * share, new, flat, np.array(newcomers, bool))
+            newest = history.newest(count)
+            events = zip(newest.offsets, newest.events, strict=True)
+            known = [offset not in batch.quarantined for offset, kind in events if kind in self.kind_codes]
+            share[stop - len(known) : stop] = known
+            new[stop - len(known) : stop] = True
+        newcomers = self._newcomers([*histories, *replay], batch.last_offset)
+        sequences.weights = self._limited(sequences.weights * share, new, flat, newcomers)
         starts, lengths = sequences.windows()
         useful = np.array([sequences.weights[s + 1 : s + n].any() for s, n in zip(starts, lengths, strict=True)], bool)
         if not useful.any():
@@ -327,14 +329,9 @@ class NearlineLearner:
         targets = Targets(weights, owners, flat.rows, new, newcomers)
         return self.influence.limited(targets, self.encoder.item_popularity.numpy())
 
-    def _newcomers(self, batch: MicroBatch) -> list[bool]:
-        """Of each user with new events, whether they are new here."""
-        new = zip(batch.histories, batch.new_counts, strict=True)
-        return [self._is_newcomer(history, count, batch) for history, count in new]
-
-    def _is_newcomer(self, history: History, count: int, batch: MicroBatch) -> bool:
-        context = self.sample_sizes.history_length
-        return is_newcomer(history, count, context, batch.last_offset, self.config)
+    def _newcomers(self, histories: Sequence[History], last_offset: int) -> np.ndarray:
+        """(U,) bool, whose users are new here."""
+        return np.array([is_newcomer(history, last_offset, self.config) for history in histories], dtype=bool)
 
     def _count_popularity(self, batch: MicroBatch, journal: UndoJournal) -> None:
         """Count the new events, a user's of one item once in the history at hand, all within the limits."""
@@ -345,8 +342,8 @@ class NearlineLearner:
             new_timestamps += history.timestamps[before:]
             new_owners += [user] * count
             known = set(history.item_ids[:before])
-            for item_id in history.item_ids[before:]:
-                first.append(item_id not in known)
+            for item_id, offset in zip(history.item_ids[before:], history.offsets[before:], strict=True):
+                first.append(item_id not in known and offset not in batch.quarantined)
                 known.add(item_id)
         encoder, half_life = self.encoder, self.config.popularity_half_life
         rows, timestamps = np.array(new_rows), np.array(new_timestamps)
@@ -356,7 +353,7 @@ class NearlineLearner:
             owners=np.array(new_owners),
             rows=rows,
             new=np.ones(len(rows), bool),
-            newcomers=np.array(self._newcomers(batch)),
+            newcomers=self._newcomers(batch.histories, batch.last_offset),
         )
         counted = targets.weights * self.influence.left(targets, popularity)
         reference, factor = moved_reference(max(new_timestamps), int(encoder.popularity_reference), half_life)

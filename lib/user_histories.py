@@ -35,6 +35,7 @@ class History:
     values: list[float | None] = field(default_factory=list)
     timestamps: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
+    first_offset: int = field(default=0, compare=False)  # of the user's first event of all, also where it is not here
     encoded: EncodedHistory | None = field(default=None, compare=False, repr=False)  # kept by who made it
 
     def __len__(self) -> int:
@@ -68,6 +69,7 @@ class History:
             self.values[start:stop],
             self.timestamps[start:stop],
             self.offsets[start:stop],
+            self.first_offset,
         )
 
     def newest(self, count: int) -> "History":
@@ -107,7 +109,7 @@ class UserHistories:
         """Add a user's newest event."""
         history = self._histories.get(event.user_id)
         if history is None:
-            history = self._histories[event.user_id] = History()
+            history = self._histories[event.user_id] = History(first_offset=offset)
             self._users.append(event.user_id)
         history.append(event, offset)
         if len(history) > 2 * self.keep:  # trimmed in large steps, so that appending stays cheap
@@ -143,7 +145,7 @@ class UserHistories:
 
     def held_out(
         self, count: int, length: int, without: Container[str], generator: np.random.Generator
-    ) -> list[History]:
+    ) -> dict[str, History]:
         """The newest `length` events of at most `count` users, by whose last event an update is judged.
 
         Half of them act now; the other half is drawn from all, so that a crowd of newcomers, however large, is not all
@@ -163,7 +165,7 @@ class UserHistories:
                 items[history.item_ids[-1]] += 1
                 if items[history.item_ids[-1]] <= max(count // 16, 1):
                     found[user_id] = history.newest(length)
-        return list(found.values())
+        return found
 
     def erase(self, user_id: str) -> None:
         """Forget a user."""
@@ -195,6 +197,7 @@ class MicroBatch:
     received_at: list[int]  # milliseconds, of each new event
     replay: list[History]  # a sample of users, to learn from again
     held_out: list[History]  # of other users who act now, for the gate
+    quarantined: frozenset[int] = frozenset()  # offsets of new events that are not to be learned now
 
 
 def to_histories(histories: Sequence[History], catalog: Catalog, kind_codes: dict[str, int]) -> Histories:

@@ -10,7 +10,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ import ray
 from ray.actor import ActorHandle
 
 from lib.change_board import ONE_MACHINE, ChangeBoard
+from lib.cleaning import FeedbackGuard
 from lib.datasets import read_events
-from lib.events import CleaningRules, Event, FloodGuard
+from lib.events import CleaningRules, Event
 from lib.feedback_log import FeedbackLog, LoggedEvent
 from lib.item_log import ItemChange, ItemLog
 from lib.user_histories import History, MicroBatch, SampleSizes, UserHistories
@@ -30,6 +31,7 @@ LOG_FILE = "feedback.sqlite"
 ITEM_LOG_FILE = "items.sqlite"
 BOARD_FILE = "changes"
 DUPLICATE = "duplicate"
+NEWCOMER_EVENTS = 5  # with fewer in their history, somebody is new
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Aggregator:
         self.last_offset = self.log.last_offset()
         self.items = ItemLog(path.with_name(ITEM_LOG_FILE))
         self.changes = ChangeBoard.create(path.with_name(BOARD_FILE)) if os.environ.get(ONE_MACHINE) else None
-        self.flood_guard = FloodGuard(self.config.cleaning)
+        self.guard = FeedbackGuard(self.config.cleaning)
+        self.quarantined: set[int] = set()  # offsets of events that the learner has yet to pass by
         self.rejected: Counter[str] = Counter()
         self.accepted = 0
         self.duplicates = 0
@@ -89,15 +92,15 @@ class Aggregator:
         """
         self.rejected.update(reject or {})
         now = time.time_ns() // 1_000_000
-        admitted = [self.flood_guard.admit(event.user_id, now) for event in events]
-        kept = [event for event, admit in zip(events, admitted, strict=True) if admit]
+        objections = [self.guard.objection(event, now) for event in events]
+        kept = [event for event, objection in zip(events, objections, strict=True) if objection is None]
         result = await asyncio.wrap_future(self.log.append(kept)) if kept else None
         offsets = iter(result.offsets if result is not None else ())
         answers: list[str | None] = []
-        for event, admit in zip(events, admitted, strict=True):
-            if not admit:
-                answers.append(f"flood: more than {self.config.cleaning.flood_events} events in a minute")
-                self.rejected["flood"] += 1
+        for event, objection in zip(events, objections, strict=True):
+            if objection is not None:
+                answers.append(objection.message)
+                self.rejected[objection.reason] += 1
                 continue
             offset = next(offsets)
             if offset is None:
@@ -105,6 +108,7 @@ class Aggregator:
                 answers.append(None if repeated else DUPLICATE)
                 self.duplicates += not repeated
                 continue
+            self._notice(event, offset, now)
             self.histories.append(event, offset)
             if self.changes is not None:
                 self.changes.mark_user(event.user_id)
@@ -115,6 +119,12 @@ class Aggregator:
         if self.arrivals:
             self.arrived.set()
         return answers
+
+    def _notice(self, event: Event, offset: int, now: int) -> None:
+        """Whether it is one of a crowd of newcomers, before its user's history grows."""
+        newcomer = len(self.histories.get(event.user_id, NEWCOMER_EVENTS)) < NEWCOMER_EVENTS
+        if newcomer and self.guard.crowded(event, now) and self.config.cleaning.quarantine:
+            self.quarantined.add(offset)
 
     async def get_histories(self, user_ids: Sequence[str]) -> list[History]:
         """The histories of many users, in one call a batch."""
@@ -179,7 +189,11 @@ class Aggregator:
         # the log can be ahead of the histories by what was committed a moment ago
         read = self.log.read(after, self.config.largest_batch)
         events = [logged for logged in read if logged.offset <= self.last_offset]
-        return self._batch(events, after, sample) if events else None
+        if not events:
+            return None
+        batch = self._batch(events, after, sample)
+        self.quarantined = {offset for offset in self.quarantined if offset > after}
+        return replace(batch, quarantined=frozenset(self.quarantined))
 
     def _due(self, after: int) -> float:
         """Seconds until the trigger fires, 0 or less when it has; infinite without pending events."""
@@ -195,12 +209,13 @@ class Aggregator:
         for logged in events:
             new.setdefault(logged.event.user_id, []).append(logged)
         histories = [self._with_context(user, mine, after, sample.history_length) for user, mine in new.items()]
-        drawn = self.histories.sample(sample.held_out_users + sample.replay_events, self.generator)
-        others = [user_id for user_id in dict.fromkeys(drawn) if user_id not in new]
-        held_out = others[: min(sample.held_out_users, len(others) // 2)]
+        users, length = sample.held_out_users, sample.held_out_length + 1
+        held_out = self.histories.held_out(users, length, new, self.generator)
+        drawn = self.histories.sample(sample.replay_events, self.generator)
+        others = [user_id for user_id in dict.fromkeys(drawn) if user_id not in new and user_id not in held_out]
         replay: list[History] = []
         room = sample.replay_events
-        for user_id in others[len(held_out) :]:
+        for user_id in others:
             if room <= 0:
                 break
             replay.append(self.histories.get(user_id, sample.history_length + 1))
@@ -211,7 +226,7 @@ class Aggregator:
             new_counts=[len(mine) for mine in new.values()],
             received_at=[logged.received_at for logged in events],
             replay=replay,
-            held_out=[self.histories.get(user_id, sample.held_out_length + 1) for user_id in held_out],
+            held_out=list(held_out.values()),
         )
 
     def _with_context(self, user_id: str, new: list[LoggedEvent], after: int, length: int) -> History:
@@ -235,6 +250,7 @@ class Aggregator:
             "events": self.accepted,
             "duplicates": self.duplicates,
             "rejected": dict(self.rejected),
+            "noticed": dict(self.guard.noticed),
             "users": len(self.histories),
             "commits": self.log.commits,
             "item_revision": self.items.revision,

@@ -1,0 +1,239 @@
+"""A live stream without a cluster, honest or attacked, and how well what is live ranks what honest people do next.
+
+The parts are those of the service: cleaning, histories, micro-batches, and the near-line learner with its registry.
+Each honest event is ranked among all items by the version that is live when it comes (prequential), seen items removed.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from lib.attributes import attribute_codes, attribute_values
+from lib.catalog import Catalog
+from lib.cleaning import FeedbackGuard
+from lib.encoder import BehaviourEncoder, BehaviourEncoderConfig
+from lib.events import EVENT_KINDS, CleaningRules, Event
+from lib.histories import histories_of
+from lib.learner import LearnerConfig, NearlineLearner
+from lib.metrics import ndcg_at
+from lib.model_folder import Manifest
+from lib.popularity import DAY, event_counts
+from lib.registry import Registry
+from lib.rejections import Rejection
+from lib.sequences import SequenceBatches, value_boundaries
+from lib.training import Trainer, TrainingConfig
+from lib.user_histories import MicroBatch, UserHistories, to_histories
+
+BATCH_EVENTS = 64
+EVENTS_PER_SECOND = 5  # of honest people
+FAKE = "fake"  # what attackers' ids begin with
+ATTACKS = ("one user", "a thousand users", "random labels", "learning rate")
+
+
+class World(NamedTuple):
+    """What is trained on, and what happens after it."""
+
+    past: list[Event]
+    live: list[Event]
+    items: pa.Table | None
+
+
+class Arrival(NamedTuple):
+    """An event and when it arrives, in milliseconds."""
+
+    time: int
+    event: Event
+
+
+def events_of(table: pa.Table) -> list[Event]:
+    """A table's events in the order of their times."""
+    columns = (table.sort_by("timestamp")[name].to_pylist() for name in Event._fields[:5])
+    return [Event(*values) for values in zip(*columns, strict=True)]
+
+
+def shop_world(visitors: int, items: int, live: int, seed: int = 1) -> World:
+    """The synthetic shop, with what its visitors do of their own accord as the stream."""
+    from jobs.shop import Shop
+
+    shop = Shop(seed=seed, visitors=visitors, items=items)
+    stream = []
+    for _ in range(live):
+        shop.advance(shop.seconds_per_event)
+        visitor = shop.next_visitor()
+        stream.append(Event(visitor, *shop.next_choice(visitor), None, shop.now))
+    return World(events_of(shop.history), stream, shop.items)
+
+
+def pretrained(world: World, folder: Path, epochs: int, hidden_size: int = 32, max_length: int = 20) -> Registry:
+    """A registry whose first version has learned the past."""
+    catalog = Catalog.of_dataset(dict.fromkeys(event.item_id for event in world.past), world.items)
+    table = pa.Table.from_pylist([event._asdict() for event in world.past])
+    table = table.set_column(table.schema.get_field_index("value"), "value", table["value"].cast(pa.float32()))
+    histories = histories_of(table, catalog.row_of, EVENT_KINDS)
+    attributes = attribute_values(catalog)
+    codes = attribute_codes(catalog, attributes)
+    torch.manual_seed(0)
+    encoder = BehaviourEncoder(
+        BehaviourEncoderConfig(
+            item_rows=len(catalog) + 1,
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_length=max_length,
+            dropout=0.3,
+            event_kinds=list(EVENT_KINDS),
+            value_boundaries=value_boundaries(histories.values),
+            inputs=["kind", "value", "attributes"],
+            attribute_values=attributes,
+            attributes_per_item=codes.shape[1],
+        )
+    )
+    encoder.item_attributes.copy_(torch.from_numpy(codes))
+    trainer = Trainer(encoder, len(catalog), TrainingConfig(learning_rate=2e-3, negatives=256))
+    batches = SequenceBatches(histories, encoder.config)
+    for epoch in range(epochs):
+        for batch in batches.epoch(2048, np.random.default_rng(epoch)):
+            trainer.step(batch)
+    newest = int(histories.timestamps.max())
+    counts = np.bincount(histories.rows, event_counts(histories.timestamps, newest, 7 * DAY), len(catalog) + 1)
+    encoder.item_popularity.copy_(torch.from_numpy(counts.astype(np.float32)))
+    encoder.popularity_reference.fill_(newest)
+    registry = Registry(folder)
+    registry.publish_snapshot(encoder, catalog, Manifest(version=1), trainer.optimizer_state())
+    return registry
+
+
+def arrivals_of(world: World, attack: str | None, start: float = 0.25, stop: float = 0.5) -> list[Arrival]:
+    """The live stream with an attack mixed into the part from start to stop, shares of it."""
+    gap = 1000 // EVENTS_PER_SECOND
+    arrivals = [Arrival(place * gap, event) for place, event in enumerate(world.live)]
+    fakes = _fakes(world, attack)
+    first, last = (int(share * len(arrivals)) * gap for share in (start, stop))
+    for place, fake in enumerate(fakes):
+        time = first + (last - first) * place // len(fakes)
+        honest = arrivals[time // gap].event.timestamp
+        arrivals.append(Arrival(time, fake._replace(timestamp=honest + time % gap, event_id=f"{FAKE}-{place}")))
+    return sorted(arrivals, key=lambda arrival: arrival.time)
+
+
+def _fakes(world: World, attack: str | None) -> list[Event]:
+    """An attack's events; their times are still to be set."""
+    generator = np.random.default_rng(7)
+    counts = Counter(event.item_id for event in world.past)
+    known = [item_id for item_id, _ in counts.most_common()]
+    pushed = known[len(known) * 3 // 4]
+    if attack == "one user":
+        return [Event(f"{FAKE}-clicker", pushed, "click", None, 0)] * 5000
+    if attack == "a thousand users":  # each looks like anybody, then buys the one item
+        fakes = []
+        for user in range(1000):
+            seen = generator.choice(known[: len(known) // 4], 4, replace=False)
+            fakes += [Event(f"{FAKE}-{user}", str(item_id), "click", None, 0) for item_id in seen]
+            fakes.append(Event(f"{FAKE}-{user}", pushed, "purchase", None, 0))
+        return fakes
+    if attack == "random labels":
+        kinds = ("click", "purchase", "like", "dislike")
+        choices = zip(
+            generator.integers(0, 200, 5000), generator.choice(known, 5000), generator.choice(kinds, 5000), strict=True
+        )
+        return [Event(f"{FAKE}-{user}", str(item_id), str(kind), None, 0) for user, item_id, kind in choices]
+    return []
+
+
+@dataclass
+class Outcome:
+    """What became of a stream."""
+
+    ndcg: dict[tuple[str, str, int], float] = field(default_factory=dict)  # NDCG@10 of each honest event
+    updates: int = 0
+    rejections: list[tuple[int, Rejection]] = field(default_factory=list)  # with the number of the update
+    refused: Counter[str] = field(default_factory=Counter)  # by cleaning, reason
+    seconds: list[float] = field(default_factory=list)  # of each update
+
+    @property
+    def quality(self) -> float:
+        """Mean NDCG@10."""
+        return float(np.mean(list(self.ndcg.values())))
+
+
+class LiveStream:
+    """The service's way of an event, in one process."""
+
+    def __init__(self, world: World, registry: Registry, config: LearnerConfig, rules: CleaningRules | None = None):
+        self.learner = NearlineLearner(registry, config)
+        self.guard = FeedbackGuard(rules or CleaningRules())
+        self.histories = UserHistories()
+        for event in world.past:
+            self.histories.append(event)
+        self.generator = np.random.default_rng(0)
+        self.offset = 0
+        self.waiting: list[tuple[int, Event]] = []
+        self.outcome = Outcome()
+
+    def run(self, arrivals: Sequence[Arrival], before: Callable[[int], None] = lambda update: None) -> Outcome:
+        """Take every arrival; `before` is told the number of each update that is about to be made."""
+        for time, event in arrivals:
+            objection = self.guard.objection(event, time)
+            if objection is not None:
+                self.outcome.refused[objection.reason] += 1
+                continue
+            self.offset += 1
+            self.histories.append(event, self.offset)
+            self.waiting.append((self.offset, event))
+            if len(self.waiting) == BATCH_EVENTS:
+                before(self.outcome.updates)
+                self._update()
+        return self.outcome
+
+    def _update(self) -> None:
+        batch = self._batch()
+        self._rank(batch)
+        result = self.learner.learn(batch)
+        if isinstance(result, Rejection):
+            self.outcome.rejections.append((self.outcome.updates, result))
+        self.outcome.updates += 1
+        self.waiting = []
+
+    def _batch(self) -> MicroBatch:
+        sizes, after = self.learner.sample_sizes, self.waiting[0][0] - 1
+        new = Counter(event.user_id for _, event in self.waiting)
+        histories = [self.histories.get(user, sizes.history_length + count) for user, count in new.items()]
+        held_out = self.histories.held_out(sizes.held_out_users, sizes.held_out_length + 1, new, self.generator)
+        replay, room = [], sizes.replay_events
+        for user in dict.fromkeys(self.histories.sample(sizes.replay_events, self.generator)):
+            if room > 0 and user not in new and user not in held_out:
+                replay.append(self.histories.get(user, sizes.history_length + 1))
+                room -= len(replay[-1])
+        assert after == self.learner.log_offset
+        return MicroBatch(self.offset, histories, list(new.values()), [], replay, list(held_out.values()))
+
+    @torch.no_grad()
+    def _rank(self, batch: MicroBatch) -> None:
+        """Rank what honest people did, by what is live."""
+        learner, cases, keys = self.learner, [], []
+        for history, count in zip(batch.histories, batch.new_counts, strict=True):
+            for end in range(max(len(history) - count, 1), len(history)):
+                event = self.waiting[history.offsets[end] - self.waiting[0][0]][1]
+                known = event.item_id in learner.catalog.row_of and event.item_id not in history.item_ids[:end]
+                if known and not event.user_id.startswith(FAKE):
+                    cases.append(history.slice(0, end))
+                    keys.append((event.user_id, event.item_id, event.timestamp))
+        flat = to_histories(cases, learner.catalog, learner.kind_codes)
+        targets = torch.tensor(learner.catalog.rows(item_id for _, item_id, _ in keys))
+        encoder = learner.encoder.eval()
+        vectors = encoder.item_vectors(torch.arange(len(learner.catalog) + 1))
+        for places, part in SequenceBatches(flat, encoder.config).inference():
+            queries = encoder.queries(encoder.interests(part.kinds, part.gaps, part.values, part.lengths, part.rows))
+            scores = queries @ vectors.T
+            own = scores.gather(1, targets[places][:, None])
+            scores.scatter_(1, part.rows, float("-inf"))  # padding, and what the encoder has seen
+            ranks = (scores >= own).sum(1).numpy() - 1
+            for place, ndcg in zip(places, ndcg_at(ranks, 10), strict=True):
+                self.outcome.ndcg[keys[place]] = float(ndcg)
