@@ -22,7 +22,7 @@ from lib.popularity import DAY, event_counts, moved_reference
 from lib.registry import LoadedVersion, Registry
 from lib.sequences import Batch, SequenceBatches
 from lib.training import Trainer, TrainingConfig
-from lib.user_histories import History, MicroBatch, SampleSizes, to_histories
+from lib.user_histories import History, MicroBatch, ReplaySample, SampleSizes, to_histories
 from lib.weights import ROW_TENSORS, Delta, Fingerprint, difference, grow_items, state_of
 
 
@@ -31,8 +31,10 @@ class LearnerConfig:
     """How the weights follow the feedback."""
 
     learning_rate: float = 1e-3
-    context_length: int = 32  # events read before a user's new ones, and of a replayed history; never over max_length
-    replay_events: int = 1024  # of random users' histories, learned again with every update
+    context_length: int = 50  # events read before a user's new ones, and of a replayed window; never over max_length
+    replay_events: int = 1024  # in windows of earlier histories, learned again with every update
+    replay_recent_share: float = 0.5  # of the windows around the latest events; the others are around any
+    replay_recent_events: int = 2000  # so many are the latest
     replay_weight: float = 0.5  # of a replayed target, where a new event's is 1
     negatives: int = 512
     popularity_half_life: float = 7 * DAY  # milliseconds
@@ -121,7 +123,8 @@ class NearlineLearner:
         """What the learner wants with the new events of a micro-batch."""
         config = self.config
         length = min(config.context_length, self.encoder.config.max_length)
-        return SampleSizes(length, config.replay_events, config.held_out_users, config.held_out_length)
+        replay = ReplaySample(config.replay_events, config.replay_recent_share, config.replay_recent_events)
+        return SampleSizes(length, replay, config.held_out_users, config.held_out_length)
 
     @property
     def checksum(self) -> str:

@@ -23,6 +23,7 @@ from lib.datasets import read_events
 from lib.events import CleaningRules, Event, FloodGuard
 from lib.feedback_log import FeedbackLog, LoggedEvent
 from lib.item_log import ItemChange, ItemLog
+from lib.micro_batches import micro_batch
 from lib.user_histories import History, MicroBatch, SampleSizes, UserHistories
 from serving.names import AGGREGATOR, NAMESPACE
 
@@ -179,7 +180,7 @@ class Aggregator:
         # the log can be ahead of the histories by what was committed a moment ago
         read = self.log.read(after, self.config.largest_batch)
         events = [logged for logged in read if logged.offset <= self.last_offset]
-        return self._batch(events, after, sample) if events else None
+        return micro_batch(events, after, self.histories, sample, self.generator) if events else None
 
     def _due(self, after: int) -> float:
         """Seconds until the trigger fires, 0 or less when it has; infinite without pending events."""
@@ -189,40 +190,6 @@ class Aggregator:
             return 0.0  # enough events, or some that came before this process started
         age = time.time_ns() // 1_000_000 - self.arrivals[0].received_at
         return (self.config.trigger_ms - age) / 1000
-
-    def _batch(self, events: list[LoggedEvent], after: int, sample: SampleSizes) -> MicroBatch:
-        new: dict[str, list[LoggedEvent]] = {}
-        for logged in events:
-            new.setdefault(logged.event.user_id, []).append(logged)
-        histories = [self._with_context(user, mine, after, sample.history_length) for user, mine in new.items()]
-        drawn = self.histories.sample(sample.held_out_users + sample.replay_events, self.generator)
-        others = [user_id for user_id in dict.fromkeys(drawn) if user_id not in new]
-        held_out = others[: min(sample.held_out_users, len(others) // 2)]
-        replay: list[History] = []
-        room = sample.replay_events
-        for user_id in others[len(held_out) :]:
-            if room <= 0:
-                break
-            replay.append(self.histories.get(user_id, sample.history_length + 1))
-            room -= len(replay[-1])
-        return MicroBatch(
-            last_offset=events[-1].offset,
-            histories=histories,
-            new_counts=[len(mine) for mine in new.values()],
-            received_at=[logged.received_at for logged in events],
-            replay=replay,
-            held_out=[self.histories.get(user_id, sample.held_out_length + 1) for user_id in held_out],
-        )
-
-    def _with_context(self, user_id: str, new: list[LoggedEvent], after: int, length: int) -> History:
-        """A user's new events behind the newest `length` of those that came before.
-
-        The new ones are the log's, so that each is learned once also where more wait than are kept in memory.
-        """
-        history = self.histories.get(user_id).up_to(after, after)[0].newest(length)
-        for logged in new:
-            history.append(logged.event, logged.offset)
-        return history
 
     async def status(self) -> dict[str, Any]:
         """Counts since the start of this process, and the log's offsets."""

@@ -489,7 +489,7 @@ def test_popularity_survives_years_without_overflow(registry, learner):
 def test_what_the_learner_asks_for(learner):
     sizes = learner.sample_sizes
     assert (sizes.history_length, sizes.held_out_users) == (8, 64)
-    assert sizes.replay_events == 1024
+    assert sizes.replay.events == 1024
     assert sizes.held_out_length == 20
 
 
