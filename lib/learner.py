@@ -6,7 +6,7 @@ publish the delta with the optimiser's state and the log offset in one atomic st
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,12 +18,14 @@ from lib.encoder import BehaviourEncoder
 from lib.item_log import ItemChange
 from lib.metrics import ndcg_at
 from lib.model_folder import Manifest
-from lib.popularity import DAY, event_counts, moved_reference
+from lib.popularity import event_counts, moved_reference
 from lib.registry import LoadedVersion, Registry
 from lib.sequences import Batch, SequenceBatches
 from lib.training import Trainer, TrainingConfig
 from lib.user_histories import History, MicroBatch, ReplaySample, SampleSizes, to_histories
 from lib.weights import ROW_TENSORS, Delta, Fingerprint, difference, grow_items, state_of
+
+LEAST_HALF_LIFE = 1000.0  # events: of fewer, chance decides what is popular
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,15 @@ class LearnerConfig:
     """How the weights follow the feedback."""
 
     learning_rate: float = 1e-3
+    new_row_boost: float = 20.0  # times the learning rate that a new item's row moves faster, fading with its updates
+    steps: int = 2  # of training with every update, each with the new events and its own part of the replayed windows
     context_length: int = 50  # events read before a user's new ones, and of a replayed window; never over max_length
-    replay_events: int = 1024  # in windows of earlier histories, learned again with every update
+    replay_events: int = 2000  # in windows of earlier histories, learned again with every update
     replay_recent_share: float = 0.5  # of the windows around the latest events; the others are around any
     replay_recent_events: int = 2000  # so many are the latest
-    replay_weight: float = 0.5  # of a replayed target, where a new event's is 1
+    replay_weight: float = 0.2  # of a replayed target, where a new event's is 1
     negatives: int = 512
-    popularity_half_life: float = 7 * DAY  # milliseconds
+    popularity_half_life: float | None = None  # events; None: as many as the catalog has items
     held_out_users: int = 64
     held_out_length: int = 20  # events of their histories that the gate reads
     held_out_candidates: int = 1000  # a held-out target is ranked among so many random items
@@ -104,6 +108,7 @@ class NearlineLearner:
     def _take(self, loaded: LoadedVersion) -> None:
         self.encoder: BehaviourEncoder = loaded.encoder
         self.catalog: Catalog = loaded.catalog
+        self.popularity_half_life = self.config.popularity_half_life or max(len(self.catalog), LEAST_HALF_LIFE)
         self.published_items = len(self.catalog)  # later ones wait for the next delta: theirs was rejected
         self.version = loaded.version
         self.log_offset = loaded.log_offset
@@ -111,7 +116,10 @@ class NearlineLearner:
         self.events_rejected = int(loaded.facts.get("events_rejected", 0))
         self.item_revision = 0  # of changed items: deltas do not hold their attributes, so all of them are asked for
         training = TrainingConfig(
-            learning_rate=self.config.learning_rate, negatives=self.config.negatives, seed=self.config.seed
+            learning_rate=self.config.learning_rate,
+            new_row_boost=self.config.new_row_boost,
+            negatives=self.config.negatives,
+            seed=self.config.seed,
         )
         self.trainer = _trainer_of(loaded, training)
         self.fingerprint = Fingerprint(self.encoder)
@@ -141,8 +149,7 @@ class NearlineLearner:
         self._extend_catalog(batch)
         self.trainer.before_update = journal.record
         before = self._held_out_quality(batch.held_out)
-        training = self._training_batch(batch)
-        loss = None if training is None else self._train(training)
+        loss = self._train(batch)
         self._count_popularity(batch, journal)
         after = self._held_out_quality(batch.held_out)
         rows = torch.unique(torch.cat([journal.changed_rows(), self._unpublished_rows()]))
@@ -206,7 +213,7 @@ class NearlineLearner:
         for name in ROW_TENSORS:
             target[name][later] = state_of(self.encoder)[name][later]
         references = np.array([int(self.encoder.popularity_reference)]), int(loaded.encoder.popularity_reference)
-        target["item_popularity"][later] *= float(event_counts(*references, self.config.popularity_half_life)[0])
+        target["item_popularity"][later] *= float(event_counts(*references, self.popularity_half_life)[0])
         trainer = _trainer_of(loaded, self.trainer.config)
         rows = self._rows_that_differ(target, trainer)
         _, tensors = difference(self.encoder, target, rows)
@@ -231,11 +238,20 @@ class NearlineLearner:
         """(R,) rows of the items that no delta has named yet."""
         return torch.arange(self.published_items + 1, len(self.catalog) + 1)
 
-    def _train(self, batch: Batch) -> float:
-        """One step; returns its loss. The version seeds dropout, so that a restarted learner makes the same step."""
+    def _train(self, batch: MicroBatch) -> float | None:
+        """Some steps, each with the new events and its own part of the replay; returns the loss of the first.
+
+        The version seeds dropout, so that a restarted learner makes the same steps.
+        """
+        losses = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed + self.version)
-            return self.trainer.step(batch).loss
+            for number in range(self.config.steps):
+                part = replace(batch, replay=batch.replay[number :: self.config.steps])
+                training = self._training_batch(part)
+                if training is not None:
+                    losses.append(self.trainer.step(training).loss)
+        return losses[0] if losses else None
 
     def _extend_catalog(self, batch: MicroBatch) -> None:
         """Give rows to items that feedback names for the first time."""
@@ -287,13 +303,13 @@ class NearlineLearner:
         return sequences.training_batch(starts[useful], lengths[useful])
 
     def _count_popularity(self, batch: MicroBatch, journal: UndoJournal) -> None:
-        rows, timestamps = [], []
+        rows, offsets = [], []
         for history, count in zip(batch.histories, batch.new_counts, strict=True):
             rows += [self.catalog.row_of[item_id] for item_id in history.item_ids[len(history) - count :]]
-            timestamps += history.timestamps[len(history) - count :]
-        encoder, half_life = self.encoder, self.config.popularity_half_life
-        reference, factor = moved_reference(max(timestamps), int(encoder.popularity_reference), half_life)
-        counts = torch.from_numpy(event_counts(np.array(timestamps), reference, half_life)).float()
+            offsets += history.offsets[len(history) - count :]
+        encoder, half_life = self.encoder, self.popularity_half_life
+        reference, factor = moved_reference(batch.last_offset, int(encoder.popularity_reference), half_life)
+        counts = torch.from_numpy(event_counts(np.array(offsets), reference, half_life)).float()
         if factor == 1.0:
             journal.record(torch.unique(torch.tensor(rows)))
         else:
