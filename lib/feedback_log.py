@@ -166,9 +166,10 @@ class FeedbackLogReader:
         with self._reading() as connection:
             return _last_offset(connection)
 
-    def count(self) -> int:
-        """Number of events in the log."""
-        return self._query("SELECT COUNT(*) FROM events")[0][0]
+    def count(self, after: int = 0, up_to: int | None = None) -> int:
+        """Number of events in the log, of those with an offset greater than `after` and at most `up_to`."""
+        end = INT64_MAX if up_to is None else up_to
+        return self._query("SELECT COUNT(*) FROM events WHERE offset > ? AND offset <= ?", after, end)[0][0]
 
     def close(self) -> None:
         """End reading."""
