@@ -7,6 +7,7 @@ fewer would be a gap, more an overlap. The steps of a lineage tile the log, so w
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, Self
 
 
@@ -84,7 +85,7 @@ def check(chain: Sequence[Account], log: Log) -> Ledger:
     faults = []
     if first.parent is not None:
         faults.append(f"version {first.version}: its parent {first.parent} is missing")
-    for before, account in zip(chain, chain[1:], strict=False):
+    for before, account in pairwise(chain):
         faults += step_faults(before, account, log.count(before.log_offset, account.log_offset))
     if last_offset < newest.log_offset:
         faults.append(

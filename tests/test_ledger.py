@@ -105,6 +105,7 @@ def test_sound_steps_fold_into_one_and_others_stay_to_be_seen():
 
 def learned(registry: Registry, log: FeedbackLog, updates: int, config: LearnerConfig = CONFIG) -> NearlineLearner:
     """Updates of two events each, from a learner that is restarted before every one of them."""
+    learner = NearlineLearner(registry, config)
     for _ in range(updates):
         learner = NearlineLearner(registry, config)
         last = learner.log_offset + 2
