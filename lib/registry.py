@@ -290,9 +290,10 @@ class Registry:
         bound = snapshots[-keep_snapshots]
         accounts = [account._asdict() for account in folded(self.ledger(), bound)]
         self._write(LEDGER_FILE, json.dumps({"accounts": accounts}).encode(), replace=True)
-        for version in self.deltas():
-            if version <= bound:
-                self.fs.delete_file(self._delta_path(version))
+        for info in self._children(DELTAS):
+            unfinished = Path(info.path).name.startswith(".")  # of a process that was killed
+            if unfinished or (Path(info.path).name.isdigit() and int(Path(info.path).name) <= bound):
+                self.fs.delete_file(info.path)
         for version in snapshots[1:-keep_snapshots]:
             self.fs.delete_file(f"{self.root}/{SNAPSHOTS}/{version:010d}/{MANIFEST}")
             self.fs.delete_dir(f"{self.root}/{SNAPSHOTS}/{version:010d}")

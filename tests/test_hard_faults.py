@@ -4,6 +4,7 @@ import asyncio
 import resource
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,14 +24,16 @@ from lib.item_log import ItemLog
 from lib.learner import LearnerConfig, NearlineLearner
 from lib.ledger import check
 from lib.model_folder import Manifest, save_model
-from lib.recommender import Question, Recommender
+from lib.recommender import Question, RankedItem, Recommender
 from lib.registry import Registry
 from lib.user_histories import MicroBatch, SampleSizes
 from lib.weights import Delta, DeltaMismatch
 from lib.write_ahead_log import Tail, read_tail
 from serving.aggregator import LOG_FILE, Aggregator, AggregatorConfig
 from serving.app import check_state
+from serving.decision_log import DecisionLog
 from serving.errors import answer_of
+from serving.recommendations import Recommendations
 from tests.test_feedback_log import STREAM, make_event, start_process
 from tests.tiny import assert_same_state, copied_state, history, item_ids, micro_batch, started_registry, tiny_encoder
 
@@ -146,6 +149,15 @@ def test_items_that_cannot_be_written_are_not_there(tmp_path):
     assert (log.after(0), log.revision) == ([], 0)
     log._connection.execute("PRAGMA max_page_count = 100000")
     assert log.append([("a", {})]) == 1
+
+
+def test_an_explored_answer_that_cannot_be_recorded_is_given_and_counted(tmp_path):
+    replica = Recommendations.__new__(Recommendations)  # just the part that records
+    replica.decisions, replica.counts = DecisionLog(str(tmp_path), "replica"), Counter()
+    with files_up_to(300):
+        for number in range(5):
+            replica.record(f"request-{number}", "user", 1, [RankedItem("item", 0.5, None, 0.5)] * 10)
+    assert 3 <= replica.counts["unrecorded"] <= 5
 
 
 @pytest.mark.parametrize(("kind", "status", "words"), [(LogFull, 507, "full"), (LogWriteError, 503, "try again")])

@@ -1,14 +1,18 @@
 """The ledger holds of a sound lineage, and of no lineage that learned an event twice, or not at all."""
 
+import json
 from dataclasses import dataclass
 
 import pytest
 
+from jobs.command_line import run_command
+from jobs.versions import versions_command
 from lib.feedback_log import FeedbackLog
 from lib.learner import LearnerConfig, NearlineLearner
 from lib.ledger import Account, Ledger, check, folded, lineage
 from lib.registry import Registry
 from lib.weights import Delta
+from serving.aggregator import LOG_FILE
 from tests.test_feedback_log import make_event
 from tests.tiny import history, micro_batch, started_registry
 
@@ -141,3 +145,23 @@ def test_a_doctored_registry_is_found(tmp_path):
             assert any(fault in found for found in check(Registry(registry.root).ledger(), log).faults)
         path.unlink()
         assert check(Registry(registry.root).ledger(), log).faults == ["version 4: its parent 3 is missing"]
+
+
+def test_the_command_says_so_and_fails_on_a_fault(tmp_path, capsys):
+    def afterclick_versions() -> tuple[int, str]:
+        with pytest.raises(SystemExit) as end:
+            run_command(versions_command, ["--model", str(tmp_path), "--check", "--json", str(tmp_path / "check.json")])
+        return int(end.value.code or 0), "".join(capsys.readouterr())
+
+    assert afterclick_versions()[0] == 2
+    registry = started_registry(tmp_path / "live")
+    with FeedbackLog(tmp_path / "live" / LOG_FILE) as log:
+        learned(registry, log, 2)
+        status, output = afterclick_versions()
+        assert (status, output.strip().splitlines()[-1][-15:]) == (0, "each event once")
+        learner = NearlineLearner(registry, CONFIG)
+        learner.learn(micro_batch(4, [history([1, 2])]))  # an event that was learned before
+        status, output = afterclick_versions()
+        assert status == 1
+        assert "fault: version 4, offsets 5 to 4: overlap, 1 events trained on" in output
+        assert json.loads((tmp_path / "check.json").read_text())["faults"] != []

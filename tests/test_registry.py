@@ -175,9 +175,14 @@ def test_writes_leave_no_temporary_files(registry):
 
 def test_snapshots_in_between_and_pruning(registry):
     config = LearnerConfig(negatives=8, held_out_users=0, snapshot_every=2, keep_snapshots=2)
+    unfinished = files_of(registry) / "deltas" / ".0000000002.4711"
+    unfinished.parent.mkdir(exist_ok=True)
+    unfinished.write_bytes(b"of a process that was killed")
     states = learn(registry, 8, config)  # snapshots 1, 2, 4, 6, 8; the newest two stay, and the first
     assert registry.snapshots() == [1, 6, 8]
-    assert registry.deltas() == [7, 8, 9]
+    assert [path.name for path in sorted((files_of(registry) / "deltas").iterdir())] == [
+        f"{version:010d}" for version in (7, 8, 9)
+    ]
     assert registry.oldest() == 1
     assert [info.version for info in registry.versions()] == [1, 6, 7, 8, 9]
     for version in (1, 6, 7, 8, 9):
