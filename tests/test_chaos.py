@@ -1,4 +1,4 @@
-"""Ten kills under traffic: nothing that was acknowledged is lost, nothing is learned twice, and all of it comes back."""
+"""Ten kills under traffic: nothing acknowledged is lost, nothing is learned twice, and everything comes back."""
 
 import asyncio
 import os
