@@ -13,14 +13,14 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from lib.feedback_log import FeedbackLogReader
-from lib.ledger import Ledger, check
+from lib.ledger import check
 from lib.registry import Registry
 from lib.weights import fingerprint
 from serving.aggregator import LOG_FILE
@@ -141,20 +141,22 @@ class Load:
         self._unacknowledged = 0
         self._stopping = False
         self._tasks: list[asyncio.Task] = []
+        self._rates: list[asyncio.Task] = []
         self._random = random.Random(self.name)
 
     async def __aenter__(self) -> "Load":
-        connector = aiohttp.TCPConnector(limit=0)
-        self.client = aiohttp.ClientSession(
-            self.url, timeout=aiohttp.ClientTimeout(total=PATIENCE), connector=connector
-        )
+        connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=PATIENCE)
+        self.client = aiohttp.ClientSession(self.url, timeout=timeout, connector=connector)
+        return self
+
+    def begin(self) -> None:
+        """Send and ask from now on."""
         self._tasks = [asyncio.create_task(self._send()) for _ in range(SENDERS)]
         self._rates = [
             asyncio.create_task(self._at_rate(self._new_event, self.events_per_second)),
             asyncio.create_task(self._at_rate(self._ask_in_turn, self.questions_per_second)),
             asyncio.create_task(self._watch()),
         ]
-        return self
 
     async def __aexit__(self, *exception: object) -> None:
         for task in [*self._rates, *self._tasks]:
@@ -209,20 +211,24 @@ class Load:
 
     async def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any] | None:
         """One request; None, and a noted failure, where it does not end in a 200."""
+        answer, failure = await self._tried(method, path, body)
+        if answer is None:
+            self.failures.append(Failure(time.monotonic(), path, failure))
+        return answer
+
+    async def _tried(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[dict[str, Any] | None, str]:
         try:
             async with self.client.request(method, path, json=body) as response:
                 content = await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
-            self.failures.append(Failure(time.monotonic(), path, type(error).__name__))
-            return None
+            return None, type(error).__name__
         if response.status == 200:
-            return json.loads(content)
-        self.failures.append(Failure(time.monotonic(), path, f"{response.status} {_reason(content)}"))
-        return None
+            return json.loads(content), ""
+        return None, f"{response.status} {_reason(content)}"
 
     async def status(self) -> dict[str, Any] | None:
         """The status where it can be had, with what it says of versions held against what was said before."""
-        status = await self.request("GET", "/v1/status")
+        status, _ = await self._tried("GET", "/v1/status", None)
         if status is None:
             return None
         seen = {replica["replica_id"]: replica["version"] for replica in status["replicas"]}
@@ -337,24 +343,16 @@ async def recovered(load: Load, root: int, kill: Kill) -> None:
 # --------------------------------------------------------------------------------------------------------------- proofs
 
 
-async def proofs(load: Load, state: Path, status: dict[str, Any]) -> tuple[list[str], Ledger]:
-    """What does not hold of a service that has settled (empty: everything does), and its ledger."""
-    faults = sorted(set(load.faults))
+async def proofs(load: Load, state: Path) -> tuple[list[str], dict[str, Any]]:
+    """What does not hold of a service once it has settled (empty: everything does), and its ledger."""
+    try:
+        status = await load.settled()
+    except TimeoutError as error:
+        return [*sorted(set(load.faults)), str(error)], {}
+    faults, registry, learner = sorted(set(load.faults)), Registry(state), status["learner"]
     with FeedbackLogReader(state / LOG_FILE) as log:
-        logged = Counter((entry.event.user_id, str(entry.event.event_id)) for entry in log.replay())
-        acknowledged = set(load.acknowledged)
-        if lost := [event for event in acknowledged if logged[event] == 0]:
-            faults.append(f"{len(lost)} acknowledged events are not in the log, such as {lost[0]}")
-        if doubled := [event for event in acknowledged if logged[event] > 1]:
-            faults.append(f"{len(doubled)} acknowledged events are in the log more than once, such as {doubled[0]}")
-        ours = [event for event in logged if event[0].startswith(f"{load.name}-")]
-        if strange := [event for event in ours if event not in load.sent]:
-            faults.append(f"{len(strange)} events are in the log that nobody sent, such as {strange[0]}")
-        faults += await _history_faults(load, log)
-        registry = Registry(state)
         ledger = check(registry.ledger(), log)
-        faults += ledger.faults
-        learner = status["learner"]
+        faults += _log_faults(load, log) + await _history_faults(load, log) + ledger.faults
         if learner["events_trained"] + learner["events_rejected"] != log.count():
             faults.append(f"the learner counts other events than the {log.count()} of the log: {learner}")
     loaded = registry.load()
@@ -362,7 +360,21 @@ async def proofs(load: Load, state: Path, status: dict[str, Any]) -> tuple[list[
         faults.append(f"a stored version is damaged: {loaded.damage}")
     if (loaded.version, fingerprint(loaded.encoder)) != (learner["version"], learner["checksum"]):
         faults.append(f"version {loaded.version} is stored with other weights than version {learner['version']} has")
-    return faults + await _liveness_faults(load, status), ledger
+    return faults + await _liveness_faults(load, status), asdict(ledger)
+
+
+def _log_faults(load: Load, log: FeedbackLogReader) -> list[str]:
+    faults = []
+    logged = Counter((entry.event.user_id, str(entry.event.event_id)) for entry in log.replay())
+    acknowledged = set(load.acknowledged)
+    if lost := [event for event in acknowledged if logged[event] == 0]:
+        faults.append(f"{len(lost)} acknowledged events are not in the log, such as {lost[0]}")
+    if doubled := [event for event in acknowledged if logged[event] > 1]:
+        faults.append(f"{len(doubled)} acknowledged events are in the log more than once, such as {doubled[0]}")
+    ours = [event for event in logged if event[0].startswith(f"{load.name}-")]
+    if strange := [event for event in ours if event not in load.sent]:
+        faults.append(f"{len(strange)} events are in the log that nobody sent, such as {strange[0]}")
+    return faults
 
 
 async def _history_faults(load: Load, log: FeedbackLogReader) -> list[str]:
