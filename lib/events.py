@@ -415,9 +415,14 @@ class FloodGuard:
         self._forget(earliest)
         return admitted
 
+    def take_back(self, user_id: str) -> None:
+        """Forget the newest event of a user: it was not taken after all."""
+        if times := self._times.get(user_id):
+            times.pop()
+
     def _forget(self, earliest: int) -> None:
         while len(self._times) > 1:
             user_id, times = next(iter(self._times.items()))
-            if times[-1] > earliest and len(self._times) <= self.max_users:
+            if times and times[-1] > earliest and len(self._times) <= self.max_users:
                 return
             del self._times[user_id]

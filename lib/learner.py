@@ -5,8 +5,9 @@ publish the delta with the optimiser's state and the log offset in one atomic st
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,19 +99,29 @@ class UndoJournal:
 
 
 class NearlineLearner:
-    """Owns the newest version of the weights and moves it on; a restarted one continues from the registry."""
+    """Owns the newest version of the weights and moves it on; a restarted one continues from the registry.
 
-    def __init__(self, registry: Registry, config: LearnerConfig):
+    Where the newest versions are damaged it continues from the newest whole one, whose later events it is given again;
+    `damage` says so. `when_storage_fails` hears of a version that could not be stored: it is stored once it returns.
+    """
+
+    def __init__(
+        self, registry: Registry, config: LearnerConfig, when_storage_fails: Callable[[OSError], None] | None = None
+    ):
         self.registry = registry
         self.config = config
+        self.when_storage_fails = when_storage_fails
         self._take(registry.load())
 
     def _take(self, loaded: LoadedVersion) -> None:
+        self.damage = loaded.damage
+        self.newest_number = max(loaded.version, self.registry.head() or 0)  # also of versions that are damaged
         self.encoder: BehaviourEncoder = loaded.encoder
         self.catalog: Catalog = loaded.catalog
         self.popularity_half_life = self.config.popularity_half_life or max(len(self.catalog), LEAST_HALF_LIFE)
         self.published_items = len(self.catalog)  # later ones wait for the next delta: theirs was rejected
         self.version = loaded.version
+        self.parent = loaded.parent
         self.log_offset = loaded.log_offset
         self.events_trained = int(loaded.facts.get("events_trained", 0))
         self.events_rejected = int(loaded.facts.get("events_rejected", 0))
@@ -222,6 +233,13 @@ class NearlineLearner:
             tensor.copy_(target[name])
         self.trainer.load_optimizer_state(trainer.optimizer_state())
         return self._publish(changes, self.log_offset, {"kind": "rollback", "restored": version})
+
+    def store_whole(self) -> Delta:
+        """Publish a version that changes nothing and is stored whole, so that no older file is needed to load it."""
+        changes = self._changes(UndoJournal(self.trainer), self._unpublished_rows())
+        delta = self._publish(changes, self.log_offset, {"kind": "whole", "loss": None})
+        self.save_snapshot(delta.facts)
+        return delta
 
     def _rows_that_differ(self, target: Mapping[str, Tensor], trainer: Trainer) -> Tensor:
         """(R,) rows whose weights or optimiser state are not those of the target, and the unpublished ones."""
@@ -380,7 +398,7 @@ class NearlineLearner:
             "events_rejected": self.events_rejected,
         }
         delta = Delta(
-            version=self.version + 1,
+            version=self.newest_number + 1,
             parent=self.version,
             checksum=checksum,
             log_offset=last_offset,
@@ -390,17 +408,31 @@ class NearlineLearner:
             new_items=self.catalog.item_ids[self.published_items + 1 :],
             facts=facts | counts | {"created": time.time_ns() // 1_000_000},
         )
-        self.registry.publish_delta(delta, self.trainer.optimizer_state(delta.rows))
-        self.version, self.log_offset, self.published_items = delta.version, last_offset, len(self.catalog)
-        if self.version % self.config.snapshot_every == 0:
+        optimizer = self.trainer.optimizer_state(delta.rows)
+        self._store(lambda: self.registry.publish_delta(delta, optimizer))
+        self.version = self.newest_number = delta.version
+        self.parent, self.log_offset, self.published_items = delta.parent, last_offset, len(self.catalog)
+        if self.version % self.config.snapshot_every == 0 or self.version != delta.parent + 1:
             self.save_snapshot(delta.facts)
         return delta
 
     def save_snapshot(self, facts: dict) -> None:
         """Store the newest version whole, so that loading it needs no deltas, and prune what is old."""
-        manifest = Manifest(version=self.version, parent=self.version - 1, log_offset=self.log_offset, facts=facts)
-        self.registry.publish_snapshot(self.encoder, self.catalog, manifest, self.trainer.optimizer_state())
-        self.registry.prune(self.config.keep_snapshots)
+        manifest = Manifest(version=self.version, parent=self.parent, log_offset=self.log_offset, facts=facts)
+        optimizer = self.trainer.optimizer_state()
+        self._store(lambda: self.registry.publish_snapshot(self.encoder, self.catalog, manifest, optimizer))
+        self._store(lambda: self.registry.prune(self.config.keep_snapshots))
+
+    def _store(self, write: Callable[[], Any]) -> None:
+        """Write, and write again as often as it fails, where somebody waits for the storage."""
+        while True:
+            try:
+                write()
+                return
+            except OSError as error:
+                if self.when_storage_fails is None or isinstance(error, FileExistsError):
+                    raise
+                self.when_storage_fails(error)
 
 
 def _trainer_of(loaded: LoadedVersion, config: TrainingConfig) -> Trainer:

@@ -10,9 +10,10 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -21,7 +22,7 @@ from ray.actor import ActorHandle
 from lib.change_board import ONE_MACHINE, ChangeBoard
 from lib.datasets import read_events
 from lib.events import CleaningRules, Event, FloodGuard
-from lib.feedback_log import FeedbackLog, LoggedEvent
+from lib.feedback_log import FeedbackLog, LoggedEvent, LogWriteError
 from lib.item_log import ItemChange, ItemLog
 from lib.micro_batches import micro_batch
 from lib.user_histories import History, MicroBatch, SampleSizes, UserHistories
@@ -31,6 +32,7 @@ LOG_FILE = "feedback.sqlite"
 ITEM_LOG_FILE = "items.sqlite"
 BOARD_FILE = "changes"
 DUPLICATE = "duplicate"
+TORN = "{}: the last commit was torn when the machine stopped, and is dropped; it was not acknowledged"
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,15 @@ class AggregatorConfig:
     seed: int = 0
 
 
+class Arrival(NamedTuple):
+    """An event that is not yet released to the learner, and when it came: seconds of a clock that nobody sets."""
+
+    offset: int
+    at: float
+
+
 class Aggregator:
-    """Owns the log and the histories."""
+    """Owns the log and the histories. Elapsed time is monotonic: a clock that is set stalls and floods nobody."""
 
     def __init__(self, state: str, data: str | None = None, config: AggregatorConfig | None = None):
         self.config = config or AggregatorConfig()
@@ -62,12 +71,13 @@ class Aggregator:
             self.histories.append(logged.event, logged.offset)
         self.last_offset = self.log.last_offset()
         self.items = ItemLog(path.with_name(ITEM_LOG_FILE))
+        self.damage = [TORN.format(log.path) for log in (self.log, self.items) if log.torn]
         self.changes = ChangeBoard.create(path.with_name(BOARD_FILE)) if os.environ.get(ONE_MACHINE) else None
         self.flood_guard = FloodGuard(self.config.cleaning)
         self.rejected: Counter[str] = Counter()
         self.accepted = 0
         self.duplicates = 0
-        self.arrivals: deque[LoggedEvent] = deque()  # not yet released to the learner
+        self.arrivals: deque[Arrival] = deque()  # not yet released to the learner
         self.learned_offset = 0  # as far as the learner has asked beyond
         self.arrived = asyncio.Event()
         self.generator = np.random.default_rng(self.config.seed)
@@ -89,10 +99,15 @@ class Aggregator:
         `reject` counts the events that the replica rejected already.
         """
         self.rejected.update(reject or {})
-        now = time.time_ns() // 1_000_000
-        admitted = [self.flood_guard.admit(event.user_id, now) for event in events]
+        now = time.monotonic()
+        admitted = [self.flood_guard.admit(event.user_id, int(now * 1000)) for event in events]
         kept = [event for event, admit in zip(events, admitted, strict=True) if admit]
-        result = await asyncio.wrap_future(self.log.append(kept)) if kept else None
+        try:
+            result = await asyncio.wrap_future(self.log.append(kept)) if kept else None
+        except LogWriteError:
+            for event in events:  # who sends again what was not taken is no flood
+                self.flood_guard.take_back(event.user_id)
+            raise
         offsets = iter(result.offsets if result is not None else ())
         answers: list[str | None] = []
         for event, admit in zip(events, admitted, strict=True):
@@ -109,7 +124,7 @@ class Aggregator:
             self.histories.append(event, offset)
             if self.changes is not None:
                 self.changes.mark_user(event.user_id)
-            self.arrivals.append(LoggedEvent(offset, event, now))
+            self.arrivals.append(Arrival(offset, now))
             self.last_offset = offset
             self.accepted += 1
             answers.append(None)
@@ -180,7 +195,10 @@ class Aggregator:
         # the log can be ahead of the histories by what was committed a moment ago
         read = self.log.read(after, self.config.largest_batch)
         events = [logged for logged in read if logged.offset <= self.last_offset]
-        return micro_batch(events, after, self.histories, sample, self.generator) if events else None
+        if not events:
+            return None
+        batch = micro_batch(events, after, self.histories, sample, self.generator)
+        return replace(batch, received_at=self._received_at(events))
 
     def _due(self, after: int) -> float:
         """Seconds until the trigger fires, 0 or less when it has; infinite without pending events."""
@@ -188,8 +206,14 @@ class Aggregator:
             return float("inf")
         if not self.arrivals or self.arrivals[0].offset > after + 1 or len(self.arrivals) >= self.config.trigger_events:
             return 0.0  # enough events, or some that came before this process started
-        age = time.time_ns() // 1_000_000 - self.arrivals[0].received_at
-        return (self.config.trigger_ms - age) / 1000
+        return self.arrivals[0].at + self.config.trigger_ms / 1000 - time.monotonic()
+
+    def _received_at(self, events: list[LoggedEvent]) -> list[int]:
+        """When events came, in milliseconds as the clock is set now; of those before this process, as it was then."""
+        released = takewhile(lambda arrival: arrival.offset <= events[-1].offset, self.arrivals)
+        behind = time.time() - time.monotonic()
+        arrived = {arrival.offset: int((arrival.at + behind) * 1000) for arrival in released}
+        return [arrived.get(logged.offset, logged.received_at) for logged in events]
 
     async def status(self) -> dict[str, Any]:
         """Counts since the start of this process, and the log's offsets."""
@@ -205,6 +229,7 @@ class Aggregator:
             "users": len(self.histories),
             "commits": self.log.commits,
             "item_revision": self.items.revision,
+            "damage": self.damage,
         }
 
     async def close(self) -> None:
