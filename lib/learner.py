@@ -16,11 +16,15 @@ from torch import Tensor
 from lib.attributes import attribute_codes
 from lib.catalog import Catalog
 from lib.encoder import BehaviourEncoder
+from lib.events import InputError
+from lib.gate import Gate, GateConfig
+from lib.histories import Histories
+from lib.influence import Influence, InfluenceLimits, Targets, is_newcomer, last_opinions
 from lib.item_log import ItemChange
-from lib.metrics import ndcg_at
 from lib.model_folder import Manifest
 from lib.popularity import event_counts, moved_reference
 from lib.registry import LoadedVersion, Registry
+from lib.rejections import Rejection, Rejections
 from lib.sequences import Batch, SequenceBatches
 from lib.training import Trainer, TrainingConfig
 from lib.user_histories import History, MicroBatch, ReplaySample, SampleSizes, to_histories
@@ -30,8 +34,8 @@ LEAST_HALF_LIFE = 1000.0  # events: of fewer, chance decides what is popular
 
 
 @dataclass(frozen=True)
-class LearnerConfig:
-    """How the weights follow the feedback."""
+class LearnerConfig(GateConfig, InfluenceLimits):
+    """How the weights follow the feedback; what an update must pass is the gate's (lib/gate.py)."""
 
     learning_rate: float = 1e-3
     new_row_boost: float = 20.0  # times the learning rate that a new item's row moves faster, fading with its updates
@@ -43,23 +47,9 @@ class LearnerConfig:
     replay_weight: float = 0.2  # of a replayed target, where a new event's is 1
     negatives: int = 512
     popularity_half_life: float | None = None  # events; None: as many as the catalog has items
-    held_out_users: int = 64
-    held_out_length: int = 20  # events of their histories that the gate reads
-    held_out_candidates: int = 1000  # a held-out target is ranked among so many random items
-    loss_tolerance: float = 0.25  # the held-out loss may rise by this share
-    quality_tolerance: float = 0.05  # the held-out NDCG@10 may fall by so much
     snapshot_every: int = 200  # versions
     keep_snapshots: int = 10
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """An update that failed its gate: nothing of it is left in the weights."""
-
-    last_offset: int
-    events: int
-    reason: str
 
 
 class UndoJournal:
@@ -79,6 +69,10 @@ class UndoJournal:
         tensors = (encoder.item_embeddings.weight, encoder.item_popularity, row.first, row.second, row.steps)
         self.rows.append(rows)
         self.saved.append(tuple(tensor.detach()[rows].clone() for tensor in tensors))
+
+    def embeddings(self) -> list[tuple[Tensor, Tensor]]:
+        """Recorded rows (R,) with their embeddings (R, C), the oldest record first."""
+        return [(rows, saved[0]) for rows, saved in zip(self.rows, self.saved, strict=True)]
 
     def changed_rows(self) -> Tensor:
         """(R,) all recorded rows, ascending."""
@@ -125,6 +119,10 @@ class NearlineLearner:
         self.log_offset = loaded.log_offset
         self.events_trained = int(loaded.facts.get("events_trained", 0))
         self.events_rejected = int(loaded.facts.get("events_rejected", 0))
+        self.rejections = Rejections(self.registry)
+        newest = self.rejections.newest
+        if newest is not None and newest.version == self.version:  # no version was published since
+            self.log_offset, self.events_rejected = newest.last_offset, newest.events_rejected
         self.item_revision = 0  # of changed items: deltas do not hold their attributes, so all of them are asked for
         training = TrainingConfig(
             learning_rate=self.config.learning_rate,
@@ -136,6 +134,8 @@ class NearlineLearner:
         self.fingerprint = Fingerprint(self.encoder)
         assert self.encoder.config.event_kinds is not None
         self.kind_codes = {kind: place + 1 for place, kind in enumerate(self.encoder.config.event_kinds)}
+        self.influence = Influence(self.config, *loaded.facts.get("newcomers", ()))
+        self.gate = Gate(self.config, self.encoder, self.catalog, self.kind_codes, self.config.seed)
 
     @property
     def sample_sizes(self) -> SampleSizes:
@@ -159,20 +159,46 @@ class NearlineLearner:
             return self._publish(self._changes(journal, self._unpublished_rows()), batch.last_offset, facts)
         self._extend_catalog(batch)
         self.trainer.before_update = journal.record
-        before = self._held_out_quality(batch.held_out)
+        self.gate.before(batch, self.version, self.log_offset)
+        if (harm := self.gate.harm()) is not None:
+            return self._go_back(batch, harm)
         loss = self._train(batch)
         self._count_popularity(batch, journal)
-        after = self._held_out_quality(batch.held_out)
         rows = torch.unique(torch.cat([journal.changed_rows(), self._unpublished_rows()]))
-        reason = self._objection(loss, before, after, rows)
+        reason = self.gate.objection(loss, rows)
         if reason is not None:
             journal.undo()
             self.events_rejected += events
-            self.log_offset = batch.last_offset
-            return Rejection(batch.last_offset, events, reason)
+            return self._reject(self.log_offset, batch.last_offset, events, reason)
         self.events_trained += events
-        facts = {"kind": "nearline", "events": events, "loss": loss, "ndcg": None if np.isnan(after[1]) else after[1]}
-        return self._publish(self._changes(journal, rows), batch.last_offset, facts)
+        self.influence.passed()
+        quality = self.gate.live.quality
+        facts = {"kind": "nearline", "events": events, "loss": loss, "ndcg": None if np.isnan(quality) else quality}
+        delta = self._publish(self._changes(journal, rows), batch.last_offset, facts)
+        self.gate.passed(events, delta.version, delta.log_offset, journal.embeddings())
+        return delta
+
+    def _reject(self, after: int, last: int, events: int, reason: str, delta: Delta | None = None) -> Rejection:
+        """Mark the events beyond one log offset up to another as rejected, for good."""
+        rejection = Rejection(self.version, after, last, events, self.events_rejected, reason, delta=delta)
+        self.rejections.add(rejection)
+        self.log_offset = last
+        return rejection
+
+    def _go_back(self, batch: MicroBatch, reason: str) -> Rejection:
+        """Publish the weights of the gate's reference anew: what was learned since did harm, a little each time."""
+        reference, events = self.gate.reference, sum(batch.new_counts)
+        assert reference is not None
+        try:
+            loaded = self.registry.load(reference.version)
+        except InputError:  # it was pruned: what can be had is that it gets no worse
+            self.gate.forget()
+            self.events_rejected += events
+            return self._reject(self.log_offset, batch.last_offset, events, reason)
+        self.events_rejected += events + reference.events
+        facts = {"kind": "rollback", "restored": reference.version, "reason": reason}
+        delta = self._restore(loaded, batch.last_offset, facts)
+        return self._reject(reference.log_offset, batch.last_offset, events + reference.events, reason, delta)
 
     def change_items(self, changes: Sequence[ItemChange]) -> Delta | None:
         """Take items that were put or deleted while live; a new one gets a row and starts as those that are like it.
@@ -217,7 +243,9 @@ class NearlineLearner:
         Raises:
             InputError: the version is not stored.
         """
-        loaded = self.registry.load(version)
+        return self._restore(self.registry.load(version), self.log_offset, {"kind": "rollback", "restored": version})
+
+    def _restore(self, loaded: LoadedVersion, log_offset: int, facts: dict) -> Delta:
         grow_items(loaded.encoder, self.encoder.config.item_rows)
         target = state_of(loaded.encoder)
         later = slice(len(loaded.catalog) + 1, None)  # items that came after that version keep what they have
@@ -232,7 +260,8 @@ class NearlineLearner:
         for name, tensor in state_of(self.encoder).items():
             tensor.copy_(target[name])
         self.trainer.load_optimizer_state(trainer.optimizer_state())
-        return self._publish(changes, self.log_offset, {"kind": "rollback", "restored": version})
+        self.gate.forget()
+        return self._publish(changes, log_offset, facts)
 
     def store_whole(self) -> Delta:
         """Publish a version that changes nothing and is stored whole, so that no older file is needed to load it."""
@@ -262,13 +291,16 @@ class NearlineLearner:
         The version seeds dropout, so that a restarted learner makes the same steps.
         """
         losses = []
+        rate = self.trainer.learning_rate
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed + self.version)
             for number in range(self.config.steps):
-                part = replace(batch, replay=batch.replay[number :: self.config.steps])
-                training = self._training_batch(part)
+                training = self._training_batch(replace(batch, replay=batch.replay[number :: self.config.steps]))
                 if training is not None:
+                    # as far as new events count, the weights may move
+                    self.trainer.learning_rate = rate * self.influence.kept
                     losses.append(self.trainer.step(training).loss)
+        self.trainer.learning_rate = rate
         return losses[0] if losses else None
 
     def _extend_catalog(self, batch: MicroBatch) -> None:
@@ -310,75 +342,68 @@ class NearlineLearner:
         sequences = SequenceBatches(flat, self.encoder.config)
         share = np.zeros(len(flat.rows), dtype=np.float32)
         share[flat.offsets[len(histories)] :] = self.config.replay_weight
+        new = np.zeros(len(flat.rows), dtype=bool)
         for stop, history, count in zip(flat.offsets[1:], histories, batch.new_counts, strict=False):
             known = sum(kind in self.kind_codes for kind in history.events[len(history) - count :])
             share[stop - known : stop] = 1.0
-        sequences.weights = sequences.weights * share
+            new[stop - known : stop] = True
+        newcomers = [*self._newcomers(batch), *(self._is_newcomer(history, 0, batch) for history in replay)]
+        sequences.weights = self._limited(sequences.weights * share, new, flat, np.array(newcomers, bool))
         starts, lengths = sequences.windows()
         useful = np.array([sequences.weights[s + 1 : s + n].any() for s, n in zip(starts, lengths, strict=True)], bool)
         if not useful.any():
             return None
         return sequences.training_batch(starts[useful], lengths[useful])
 
+    def _limited(self, weights: np.ndarray, new: np.ndarray, flat: Histories, newcomers: np.ndarray) -> np.ndarray:
+        """(E,) the weights of targets, within the limits of what one user and a crowd may move."""
+        owners = np.repeat(np.arange(len(flat)), flat.lengths)
+        weights = weights * last_opinions(flat, owners, self.kind_codes)
+        weights[flat.offsets[:-1][flat.lengths > 0]] = 0.0  # a first event has nothing that it could follow from
+        targets = Targets(weights, owners, flat.rows, new, newcomers)
+        return self.influence.limited(targets, self.encoder.item_popularity.numpy())
+
+    def _newcomers(self, batch: MicroBatch) -> list[bool]:
+        """Of each user with new events, whether they are new here."""
+        new = zip(batch.histories, batch.new_counts, strict=True)
+        return [self._is_newcomer(history, count, batch) for history, count in new]
+
+    def _is_newcomer(self, history: History, count: int, batch: MicroBatch) -> bool:
+        context = self.sample_sizes.history_length
+        return is_newcomer(history, count, context, batch.last_offset, self.config)
+
     def _count_popularity(self, batch: MicroBatch, journal: UndoJournal) -> None:
-        rows, offsets = [], []
-        for history, count in zip(batch.histories, batch.new_counts, strict=True):
-            rows += [self.catalog.row_of[item_id] for item_id in history.item_ids[len(history) - count :]]
-            offsets += history.offsets[len(history) - count :]
+        """Count the new events, a user's of one item once in the history at hand, all within the limits."""
+        new_rows, new_offsets, new_owners, first = [], [], [], []
+        for user, (history, count) in enumerate(zip(batch.histories, batch.new_counts, strict=True)):
+            before = len(history) - count
+            new_rows += [self.catalog.row_of[item_id] for item_id in history.item_ids[before:]]
+            new_offsets += history.offsets[before:]
+            new_owners += [user] * count
+            known = set(history.item_ids[:before])
+            for item_id in history.item_ids[before:]:
+                first.append(item_id not in known)
+                known.add(item_id)
         encoder, half_life = self.encoder, self.popularity_half_life
+        rows = np.array(new_rows)
+        popularity = encoder.item_popularity.numpy()
+        targets = Targets(
+            weights=np.array(first, dtype=np.float32),
+            owners=np.array(new_owners),
+            rows=rows,
+            new=np.ones(len(rows), bool),
+            newcomers=np.array(self._newcomers(batch)),
+        )
+        counted = targets.weights * self.influence.left(targets, popularity)
         reference, factor = moved_reference(batch.last_offset, int(encoder.popularity_reference), half_life)
-        counts = torch.from_numpy(event_counts(np.array(offsets), reference, half_life)).float()
+        counts = torch.from_numpy(event_counts(np.array(new_offsets), reference, half_life) * counted).float()
         if factor == 1.0:
-            journal.record(torch.unique(torch.tensor(rows)))
+            journal.record(torch.from_numpy(np.unique(rows)))
         else:
             journal.record(torch.arange(len(encoder.item_popularity)))
             encoder.item_popularity *= factor
             encoder.popularity_reference.fill_(reference)
-        encoder.item_popularity.index_add_(0, torch.tensor(rows), counts)
-
-    @torch.no_grad()
-    def _held_out_quality(self, held_out: list[History]) -> tuple[float, float]:
-        """(loss, NDCG@10) of the newest event of held-out users among random items; NaN without such users."""
-        limit = self.config.held_out_length + 1
-        flat = to_histories([history.newest(limit) for history in held_out], self.catalog, self.kind_codes)
-        users = np.flatnonzero(flat.lengths >= 2)
-        if len(users) == 0:
-            return float("nan"), float("nan")
-        flat = flat.take(users)
-        self.encoder.eval()
-        context = flat.without_newest()
-        targets = torch.from_numpy(flat.rows[flat.offsets[1:] - 1].astype(np.int64))
-        generator = torch.Generator().manual_seed(self.config.seed + self.version)
-        others = torch.randint(1, len(self.catalog) + 1, (self.config.held_out_candidates,), generator=generator)
-        losses, ranks = [], []
-        for places, part in SequenceBatches(context, self.encoder.config).inference():
-            u = self.encoder.interests(part.kinds, part.gaps, part.values, part.lengths, part.rows)
-            queries = self.encoder.queries(u)
-            wanted = targets[torch.from_numpy(places)]
-            own = (queries * self.encoder.item_vectors(wanted)).sum(-1, keepdim=True)
-            rest = queries @ self.encoder.item_vectors(others).T
-            rest = rest.masked_fill(wanted[:, None] == others[None, :], float("-inf"))
-            ranks.append((rest >= own).sum(1).numpy())  # ties count against it: where all are alike, nothing is found
-            logits = torch.cat([own, rest], dim=1) / self.encoder.config.temperature
-            losses.append(torch.logsumexp(logits, dim=1) - logits[:, 0])
-        return float(torch.cat(losses).mean()), float(ndcg_at(np.concatenate(ranks), 10).mean())
-
-    def _objection(
-        self, loss: float | None, before: tuple[float, float], after: tuple[float, float], rows: Tensor
-    ) -> str | None:
-        """Why an update must not go live, or None."""
-        state = state_of(self.encoder)
-        finite = all(
-            bool(torch.isfinite(tensor[rows] if name in ROW_TENSORS else tensor).all())
-            for name, tensor in state.items()
-        )
-        if not finite or (loss is not None and not np.isfinite(loss)):
-            return "a loss or a weight is not finite"
-        if after[0] > before[0] * (1 + self.config.loss_tolerance):
-            return f"the held-out loss rose from {before[0]:.3f} to {after[0]:.3f}"
-        if after[1] < before[1] - self.config.quality_tolerance:
-            return f"the held-out NDCG@10 fell from {before[1]:.3f} to {after[1]:.3f}"
-        return None
+        encoder.item_popularity.index_add_(0, torch.from_numpy(rows), counts)
 
     def _changes(self, journal: UndoJournal, rows: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:
         """The changed rows of the row tensors, and of the other tensors those that differ."""
@@ -396,6 +421,7 @@ class NearlineLearner:
         counts = {
             "events_trained": self.events_trained,
             "events_rejected": self.events_rejected,
+            "newcomers": [self.influence.usual, self.influence.updates],
         }
         delta = Delta(
             version=self.newest_number + 1,

@@ -22,15 +22,13 @@ def micro_batch(
     new: dict[str, list[LoggedEvent]] = {}
     for logged in events:
         new.setdefault(logged.event.user_id, []).append(logged)
-    drawn = dict.fromkeys(histories.sample(sample.held_out_users, generator))
-    held_out = [user_id for user_id in drawn if user_id not in new]
     return MicroBatch(
         last_offset=events[-1].offset,
         histories=[_with_context(histories.get(user), own, after, sample.history_length) for user, own in new.items()],
         new_counts=[len(own) for own in new.values()],
         received_at=[logged.received_at for logged in events],
         replay=histories.windows(sample.replay, sample.history_length + 1, after, generator),
-        held_out=[histories.get(user_id, sample.held_out_length + 1) for user_id in held_out],
+        held_out=histories.held_out(sample.held_out_users, sample.held_out_length + 1, new, generator),
     )
 
 

@@ -3,6 +3,7 @@
     snapshots/<version>/   a whole model folder with the optimiser's state
     deltas/<version>       what changed from the version before, the optimiser's state of it, and the log offset
     ledger.json            what versions that were deleted have learned (lib/ledger.py)
+    rejections/<number>    updates that were not published, and why (lib/rejections.py)
 
 A version is one file (a delta) or one folder whose manifest comes last (a snapshot), so it exists as a whole or not at
 all: the weights, the optimiser and the log offset move in one atomic step. Any version is the newest snapshot at or
@@ -307,6 +308,20 @@ class Registry:
             return Manifest.model_validate_json(data)
         except ValidationError as error:
             raise InputError(f"version: {path} is damaged ({type(error).__name__}); restore it") from error
+
+    def files(self, folder: str) -> list[str]:
+        """Names of a folder's files, ascending."""
+        names = (Path(info.path).name for info in self._children(folder))
+        return sorted(name for name in names if not name.startswith("."))  # those are being written
+
+    def read(self, name: str) -> bytes:
+        """A file of the registry."""
+        with self.fs.open_input_file(f"{self.root}/{name}") as file:
+            return file.read()
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Write a file anew, or for the first time, in one atomic step."""
+        self._write(name, data, replace=True)
 
     def _delta_path(self, version: int) -> str:
         return f"{self.root}/{DELTAS}/{version:010d}"

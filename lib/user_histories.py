@@ -2,8 +2,10 @@
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
@@ -12,6 +14,8 @@ from lib.events import Event
 from lib.histories import Histories
 
 REMEMBERED_EVENTS = 1_000_000  # whose users are known to the replay sample
+RECENT_USERS = 1024  # of whom is known in which order they acted last
+LEAST_HELD_OUT = 5  # events of a user by whom an update is judged
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,7 @@ class UserHistories:
         self._totals: dict[str, int] = {}  # events of each user, those counted that are no longer kept
         self._event_users: list[str] = []  # of the latest events
         self._event_numbers = array("I")  # the place of each among its user's events
+        self._recent: dict[str, None] = {}  # who acted last, the latest at the end
 
     def __len__(self) -> int:
         return len(self._histories)
@@ -119,6 +124,10 @@ class UserHistories:
             self._histories[event.user_id] = history.newest(self.keep)
         if len(self._event_users) > 2 * REMEMBERED_EVENTS:
             del self._event_users[:REMEMBERED_EVENTS], self._event_numbers[:REMEMBERED_EVENTS]
+        self._recent.pop(event.user_id, None)
+        self._recent[event.user_id] = None
+        if len(self._recent) > RECENT_USERS:
+            del self._recent[next(iter(self._recent))]
 
     def get(self, user_id: str, count: int | None = None) -> History:
         """A user's newest events (all that are kept, or `count`); empty for an unknown user."""
@@ -171,11 +180,36 @@ class UserHistories:
         stop = min(number + 1 + int(generator.integers(0, length // 2 + 1)), bisect_right(history.offsets, up_to))
         return history.slice(max(stop - length, 0), max(stop, 0))
 
+    def held_out(
+        self, count: int, length: int, without: Container[str], generator: np.random.Generator
+    ) -> list[History]:
+        """The newest `length` events of at most `count` users, by whose last event an update is judged.
+
+        Half of them act now; the other half is drawn from all, so that a crowd of newcomers, however large, is not all
+        that is heard. Each has some history, and few end at the same item.
+        """
+        recent = generator.permutation(list(islice(reversed(self._recent), 4 * count)))
+        drawn = self.sample(2 * count, generator)
+        found: dict[str, History] = {}
+        items: Counter[str] = Counter()
+        for most, users in ((count // 2, recent), (count, drawn), (count, recent)):
+            for user_id in users:
+                if len(found) >= most:
+                    break
+                history = self._histories[user_id]
+                if user_id in without or user_id in found or len(history) < LEAST_HELD_OUT:
+                    continue
+                items[history.item_ids[-1]] += 1
+                if items[history.item_ids[-1]] <= max(count // 16, 1):
+                    found[user_id] = history.newest(length)
+        return list(found.values())
+
     def erase(self, user_id: str) -> None:
         """Forget a user."""
         if self._histories.pop(user_id, None) is not None:
             self._users.remove(user_id)
             del self._totals[user_id]
+            self._recent.pop(user_id, None)
 
 
 @dataclass(frozen=True)
@@ -209,7 +243,7 @@ class MicroBatch:
     new_counts: list[int]
     received_at: list[int]  # milliseconds, of each new event
     replay: list[History]  # windows to learn from again
-    held_out: list[History]  # another sample of users, for the gate
+    held_out: list[History]  # of other users who act now, for the gate
 
 
 def to_histories(histories: Sequence[History], catalog: Catalog, kind_codes: dict[str, int]) -> Histories:

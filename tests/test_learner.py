@@ -344,20 +344,6 @@ def test_a_dense_tensor_or_a_loss_that_is_not_finite_is_rejected(learner, monkey
     assert learner.version == 1
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "objection"),
-    [
-        ((2.0, 0.30), (2.4, 0.26), None),
-        ((2.0, 0.30), (2.6, 0.30), "loss rose from 2.000 to 2.600"),
-        ((2.0, 0.30), (1.9, 0.24), "NDCG@10 fell from 0.300 to 0.240"),
-        ((float("nan"), float("nan")), (float("nan"), float("nan")), None),  # nobody is held out
-    ],
-)
-def test_the_tolerances_of_the_gate(learner, before, after, objection):
-    found = learner._objection(1.0, before, after, torch.zeros(0, dtype=torch.long))
-    assert found is None if objection is None else objection in found
-
-
 def test_learning_goes_on_after_a_rejection(registry, learner):
     twin = NearlineLearner(started_registry(f"{registry.root}-twin", dropout=0.3), CONFIG)
     rejected_update(learner, micro_batch(1, [history([1, 2, 3])], held_out=HELD_OUT))
@@ -517,9 +503,3 @@ def test_what_the_learner_asks_for(learner):
     assert (sizes.history_length, sizes.held_out_users) == (8, 64)
     assert sizes.replay.events == 2000
     assert sizes.held_out_length == 20
-
-
-def test_held_out_users_with_too_little_history_are_no_gate(learner):
-    loss, quality = learner._held_out_quality([history([1]), History(), history(["unknown", "other"])])
-    assert np.isnan(loss)
-    assert np.isnan(quality)

@@ -1,0 +1,69 @@
+"""The durable list of rejected updates, beside the versions: which events the weights have not learned from, and why.
+
+Lines of JSON, one a rejection, in files of at most LINES_A_FILE that are named by the number of their first line. A
+file is written anew with each line, so that it is whole or not there, also on storage that cannot append.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from lib.registry import Registry
+from lib.weights import Delta
+
+REJECTIONS = "rejections"
+LINES_A_FILE = 256
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """An update that failed its gate: nothing of it is left in the weights."""
+
+    version: int  # that was live, and is so still
+    after_offset: int  # of the log; the events are those beyond it,
+    last_offset: int  # up to this one
+    events: int
+    events_rejected: int  # with those of all rejections before
+    reason: str
+    time: int = field(default_factory=lambda: time.time_ns() // 1_000_000)  # milliseconds
+    delta: Delta | None = field(default=None, compare=False)  # where earlier updates, too, had to be taken back
+
+    def facts(self) -> dict[str, Any]:
+        """What is stored and shown of it."""
+        return {name: value for name, value in vars(self).items() if name != "delta"}
+
+
+class Rejections:
+    """The list in one registry; for its one learner."""
+
+    def __init__(self, registry: Registry):
+        self.registry = registry
+        files = registry.files(REJECTIONS)
+        self.first = int(files[-1]) if files else 1  # number of the newest file's first line
+        self.lines = registry.read(self._name()).decode().splitlines() if files else []
+
+    def __len__(self) -> int:
+        """How many updates were ever rejected."""
+        return self.first - 1 + len(self.lines)
+
+    @property
+    def newest(self) -> Rejection | None:
+        """The latest one."""
+        return Rejection(**json.loads(self.lines[-1])) if self.lines else None
+
+    def add(self, rejection: Rejection) -> None:
+        """Make one durable."""
+        if len(self.lines) >= LINES_A_FILE:
+            self.first, self.lines = self.first + len(self.lines), []
+        self.lines.append(json.dumps(rejection.facts()))
+        self.registry.replace(self._name(), "\n".join([*self.lines, ""]).encode())
+
+    def all(self) -> list[Rejection]:
+        """Every one, the oldest first."""
+        names = [f"{REJECTIONS}/{name}" for name in self.registry.files(REJECTIONS)]
+        lines = [line for name in names for line in self.registry.read(name).decode().splitlines()]
+        return [Rejection(**json.loads(line)) for line in lines]
+
+    def _name(self) -> str:
+        return f"{REJECTIONS}/{self.first:010d}"
