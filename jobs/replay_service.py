@@ -25,15 +25,21 @@ def through_service(url: str, stream: Stream, progress: Callable[[int], None] | 
     Raises:
         InputError: there is no such service, or it refuses an event.
     """
-    return asyncio.run(_replay(url.rstrip("/"), stream, progress))
+    return asyncio.run(_checked(url.rstrip("/"), stream, progress))
 
 
-async def _replay(url: str, stream: Stream, progress: Callable[[int], None] | None) -> Outcome:
+async def _checked(url: str, stream: Stream, progress: Callable[[int], None] | None) -> Outcome:
+    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT) as client:
+        await _check(client, stream)
+    return await send_stream(url, stream, progress)
+
+
+async def send_stream(url: str, stream: Stream, progress: Callable[[int], None] | None = None) -> Outcome:
+    """Ask and send, whatever the service has learned before."""
     events = events_of(stream.newest)
     ranks = np.full(len(events), MISSED, dtype=np.int64)
     limits = httpx.Limits(max_connections=AT_ONCE)
     async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT, limits=limits) as client:
-        await _check(client, stream)
         for start in range(0, len(events), AT_ONCE):
             by_user: dict[str, list[int]] = {}
             for number in range(start, min(start + AT_ONCE, len(events))):
