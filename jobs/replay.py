@@ -27,7 +27,7 @@ from jobs.pretrain import PretrainSettings, pretrain
 from jobs.replay_report import plot_replay, print_replay
 from jobs.replay_service import through_service
 from lib.datasets import read_events, read_items
-from lib.events import InputError
+from lib.events import InputError, order_events
 from lib.learner import LearnerConfig
 from lib.prequential import Daily, Frozen, Live, Outcome, Stream, replay, split_by_time
 from lib.prequential_comparison import ReplayComparison, compare_arms
@@ -88,8 +88,8 @@ def _pretrained(stream: Stream, data: Path, folder: Path, settings: PretrainSett
     """The model of the oldest events, from the folder if it is there."""
     oldest, model = folder / "oldest", folder / "model"
     if model.exists():
-        names = ["user_id", "item_id", "timestamp"]
-        if not read_events(oldest).select(names).equals(stream.oldest.select(names)):
+        kept, events = read_events(oldest), order_events(stream.oldest)
+        if any(not kept[name].equals(events[name]) for name in ("user_id", "item_id", "timestamp")):
             raise InputError(f"out: {oldest} is not the oldest part of {data}; name another folder")
         return model
     oldest.mkdir(parents=True, exist_ok=True)
