@@ -41,6 +41,8 @@ def prepare_environment() -> None:
         # must not be given up: with the other one dead, HAProxy would answer 500 by itself.
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "10",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        # a dead HAProxy is replaced after three checks; at Ray's 10 s nobody would be answered for half a minute
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         # what takes long has a thread of its own; between two event loops each request would cross twice
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),

@@ -26,22 +26,22 @@ def print_comparison(comparison: Comparison, title: str) -> None:
     """Print the contenders' metrics, their differences from the first, and ndcg of each bucket of cases."""
     console = Console()
     names = list(comparison.results[0].metrics)
-    table = _table(title, names)
+    table = metric_table(title, names)
     for result in comparison.results:
-        table.add_row(result.name, *(_cell(result.metrics[name]) for name in names))
+        table.add_row(result.name, *(metric_cell(result.metrics[name]) for name in names))
     table.caption = f"second lines: {LEVEL:.0%} intervals, {RESAMPLES:,} resamples of the users"
     console.print(table)
     if len(comparison.results) > 1:
         names = list(comparison.results[1].differences)
-        table = _table(f"difference from {comparison.results[0].name}, paired", names)
+        table = metric_table(f"difference from {comparison.results[0].name}, paired", names)
         for result in comparison.results[1:]:
-            table.add_row(result.name, *(_cell(result.differences[name], signed=True) for name in names))
+            table.add_row(result.name, *(metric_cell(result.differences[name], signed=True) for name in names))
         console.print(table)
     for place, breakdown in enumerate(comparison.breakdowns):
         metric = ndcg_name(comparison)
-        table = _table(f"{metric} by {HEADINGS[breakdown.by]}", bucket_names(breakdown))
+        table = metric_table(f"{metric} by {HEADINGS[breakdown.by]}", bucket_names(breakdown))
         for result in comparison.results:
-            table.add_row(result.name, *(_cell(bucket[metric]) for bucket in result.breakdowns[place]))
+            table.add_row(result.name, *(metric_cell(bucket[metric]) for bucket in result.breakdowns[place]))
         console.print(table)
 
 
@@ -63,7 +63,8 @@ def bucket_names(breakdown: Breakdown) -> list[str]:
     ]
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
+def metric_table(title: str, columns: Sequence[str]) -> Table:
+    """An empty table with a first column for names."""
     table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
     table.add_column("", overflow="fold")
     for column in columns:
@@ -71,7 +72,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def _cell(estimate: Estimate, signed: bool = False) -> str:
+def metric_cell(estimate: Estimate, signed: bool = False) -> str:
     """The value, and in a second line its interval."""
     if math.isnan(estimate.value):
         return "-"

@@ -2,8 +2,10 @@
 
     python -m jobs.nearline --model MODEL     joins the running cluster and keeps a learner there
 
-It yields to the replicas: lower priority, one thread, short steps. Whatever goes wrong that it cannot handle ends the
-process; Ray starts it again, and it continues from the registry, where weights, optimiser and log offset moved as one.
+It yields to the replicas: lower priority, one thread, short steps. Where a version cannot be stored (a full disk) it
+says so in its status and waits: nothing is pushed that a restart would lose. Whatever goes wrong that it cannot handle
+ends the process; Ray starts it again, and it continues from the registry, where weights, optimiser and log offset moved
+as one.
 """
 
 import logging
@@ -38,6 +40,7 @@ from serving.rollout import Acknowledgements, Rollout
 logger = logging.getLogger(__name__)
 ANNOUNCE_SECONDS = 1.0
 RETRY_SECONDS = 0.05
+STORAGE_RETRY_SECONDS = 1.0
 NICENESS = 10  # below the replicas, and still moving when they take all of the cores
 
 
@@ -99,21 +102,28 @@ class Learner:
         keep_freed_memory()
         self.config = config
         self.state = state
-        self.learner = NearlineLearner(Registry(state), config)
+        self.stopping = threading.Event()
+        self.storage_error: str | None = None  # while a version cannot be stored
+        self.learner = NearlineLearner(Registry(state), config, self._wait_for_storage)
         self.live = Live.of(self.learner)
         self.rollout = Rollout()
         self.progress = Progress()
         self.rollbacks: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
         self.announced = 0.0
-        self.stopping = threading.Event()
+        self.stored_whole = 0  # the newest version that was, for replicas that could not catch up otherwise
         self.thread = threading.Thread(target=self._run, name="learning", daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
         try:
+            if self.learner.damage:
+                logger.warning("learning goes on from version %d: %s", self.learner.version, self.learner.damage)
+                self._store_whole()
             while not self.stopping.is_set():
                 self._step()
         except Exception:
+            if self.stopping.is_set():  # what was not stored is learned after the next start
+                return
             logger.error("the learner ends and is started again:\n%s", traceback.format_exc())
             os._exit(1)
 
@@ -125,7 +135,10 @@ class Learner:
         elif batch is not None:
             self._change_items(batch)
         if time.monotonic() - self.announced > ANNOUNCE_SECONDS:
-            self._acknowledge(self.rollout.announce(self.learner.version))
+            acknowledgements = self.rollout.announce(self.learner.version)
+            self._acknowledge(acknowledgements)
+            if acknowledgements.behind(self.learner.version) and self.stored_whole < self.learner.version:
+                self._store_whole()
 
     def _next_batch(self) -> MicroBatch | list[ItemChange] | None:
         learner = self.learner
@@ -138,8 +151,22 @@ class Learner:
         if delta is not None:
             self._push(delta)
 
+    def _store_whole(self) -> None:
+        """A version whose loading needs no older file, for those who cannot read one of these."""
+        delta = self.learner.store_whole()
+        self.live, self.stored_whole = Live.of(self.learner), delta.version
+        self._push(delta)
+
+    def _wait_for_storage(self, error: OSError) -> None:
+        """A version could not be stored: say so, and return when it is time to try again."""
+        self.storage_error = f"a version cannot be stored ({error}); make room in {self.state}, and learning goes on"
+        logger.error(self.storage_error)
+        if self.stopping.wait(STORAGE_RETRY_SECONDS):
+            raise error
+
     def _update(self, batch: MicroBatch) -> None:
         start = time.perf_counter()
+        waited = [time.time_ns() / 1e6 - received for received in batch.received_at]
         outcome = self.learner.learn(batch)
         self.live = Live.of(self.learner)
         if isinstance(outcome, Rejection):
@@ -147,13 +174,13 @@ class Learner:
             return
         learned = time.perf_counter()
         size, everywhere = self._push(outcome)
-        now = time.time_ns() / 1e6
         pushed = time.perf_counter()
         self.progress.steps.append(
             {"learn_ms": (learned - start) * 1e3, "push_ms": (pushed - learned) * 1e3, "push_bytes": float(size)}
         )
         if everywhere:
-            self.progress.delays.extend(now - received for received in batch.received_at)
+            # a clock that was set meanwhile changes neither part by more than it must
+            self.progress.delays.extend(max(before, 0.0) + (pushed - start) * 1e3 for before in waited)
             self.progress.delayed += len(batch.received_at)
         loss = outcome.facts["loss"]
         if loss is not None:
@@ -165,9 +192,13 @@ class Learner:
 
         Without any replica there is nothing to wait for: those to come start with the newest version.
         """
+        self.storage_error = None
         acknowledgements, size = self.rollout.push(delta)
         self._acknowledge(acknowledgements)
         while acknowledgements.replicas and not acknowledgements.all_at(delta.version) and not self.stopping.is_set():
+            if acknowledgements.behind(delta.version) and self.stored_whole < delta.version:
+                self._store_whole()
+                break
             # one that died is soon no longer counted among the live; one that was busy catches up
             time.sleep(RETRY_SECONDS)
             acknowledgements = self.rollout.announce(delta.version)
@@ -210,7 +241,9 @@ class Learner:
     def status(self) -> dict[str, Any]:
         """Version, counts, delays."""
         return {
-            "state": "running",
+            "state": "running" if self.storage_error is None else "waiting for storage",
+            "storage_error": self.storage_error,
+            "damage": self.learner.damage,
             **asdict(self.live),
             "pushes": self.progress.pushes,
             "rejected_updates": self.progress.rejected_updates,

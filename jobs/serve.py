@@ -7,6 +7,7 @@ Log and versions live in MODEL/live, so the same command continues where it was 
 
 import logging
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from lib.learner import LearnerConfig
 from lib.model_folder import load_model
 from lib.ranking_rules import BoundRules, RankingRules
 from serving.aggregator import aggregator_handle, start_aggregator
-from serving.app import ServeArguments, build
+from serving.app import ServeArguments, build, check_state
 from serving.names import AGGREGATOR, APPLICATION, LEARNER, NAMESPACE
 
 START_SECONDS = 60.0  # for HAProxy to know the replicas
@@ -55,15 +56,22 @@ def start_service(arguments: ServeArguments, port: int, learner: LearnerConfig |
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it starts is said in two lines of our own
     try:
         application = build(arguments)
-        ray.get(start_aggregator(arguments.state_location, arguments.data).status.remote())
+        aggregator = start_aggregator(arguments.state_location, arguments.data)
+        _say_damage(ray.get(aggregator.status.remote()))
         serve.start(http_options=HTTPOptions(host=HOST, port=port))
         serve.run(application, name=APPLICATION, route_prefix="/")
-        ray.get(start_learner(arguments.state_location, learner).status.remote())
+        _say_damage(ray.get(start_learner(arguments.state_location, learner).status.remote()))
         _wait_until_answering(url)
     except BaseException:
         stop_service()
         raise
     return Service(url, arguments)
+
+
+def _say_damage(status: Any) -> None:
+    """What a part found damaged in its files, and goes on without."""
+    for damage in status["damage"]:
+        print(f"warning: {damage}", file=sys.stderr, flush=True)
 
 
 def _check(arguments: ServeArguments, port: int) -> None:
@@ -168,6 +176,7 @@ def serve_command(
     )
     require_free_port(port)  # here and of the model, too: what can be known before Ray is started
     check_model(arguments)
+    check_state(arguments.state_location, pages=True)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

@@ -33,7 +33,7 @@ from lib.evaluation import training_part
 from lib.events import EVENT_KINDS, InputError
 from lib.histories import Histories, histories_of
 from lib.model_folder import Manifest, save_model, write_manifest
-from lib.popularity import DAY, event_counts
+from lib.popularity import DAY, event_counts, steady_total
 from lib.presets import Preset, preset_for
 from lib.registry import OPTIMIZER_FILE
 from lib.sequences import SequenceBatches
@@ -148,14 +148,14 @@ def new_encoder(
 
 
 def count_popularity(encoder: BehaviourEncoder, data: TrainingData | StreamedData, half_life: float) -> None:
-    """Fill in what is popular at the end of the training data."""
+    """Fill in what is popular at the end of the training data; it weighs no more than live feedback will."""
     reference = data.figures.newest
     totals = np.zeros(encoder.config.item_rows)
     for histories in data.parts():
         counts = event_counts(histories.timestamps, reference, half_life)
         totals += np.bincount(histories.rows, weights=counts, minlength=encoder.config.item_rows)
+    totals *= min(1.0, steady_total(len(data.catalog)) / max(totals.sum(), 1.0))
     encoder.item_popularity.copy_(torch.from_numpy(totals.astype(np.float32)))
-    encoder.popularity_reference.fill_(reference)
 
 
 def learning_rate_at(step: int, total: int, peak: float) -> float:

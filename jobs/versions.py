@@ -1,6 +1,6 @@
 """List the versions that are stored for a served model.
 
-python -m jobs.versions --model MODEL [--json FILE]
+python -m jobs.versions --model MODEL [--json FILE] [--check]
 """
 
 from dataclasses import asdict
@@ -16,6 +16,7 @@ from jobs.configuration import write_json
 from lib.events import InputError
 
 if TYPE_CHECKING:
+    from lib.ledger import Ledger
     from lib.registry import VersionInfo
 
 
@@ -40,13 +41,42 @@ def stored_versions(model: Path, state: str | None = None) -> "list[VersionInfo]
     return versions or [own]
 
 
+def checked_ledger(state: str) -> "Ledger":
+    """The stored versions compared with the feedback log beside them.
+
+    Raises:
+        InputError: there are no versions or no log, or they cannot be read.
+    """
+    from lib.feedback_log import FeedbackLogReader
+    from lib.ledger import check
+    from lib.registry import Registry
+    from serving.aggregator import LOG_FILE
+
+    chain = Registry(state).ledger()  # before the log: what is learned meanwhile is in the log already
+    if not chain:
+        raise InputError(
+            f"state: no versions are stored at {state}, so there is nothing to check; serve the model first"
+        )
+    with FeedbackLogReader(Path(state) / LOG_FILE) as log:
+        return check(chain, log)
+
+
 def versions_command(
     model: Annotated[Path, typer.Option(help="Model folder.")],
     state: Annotated[str | None, typer.Option(help="Where versions live; MODEL/live if absent.")] = None,
     last: Annotated[int, typer.Option(min=1, help="How many of the newest to show.")] = 20,
     json_: Annotated[Path | None, typer.Option("--json", help="Write all of them there.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Prove by the log that each event was learned once.")] = False,
 ) -> None:
-    """List stored versions, newest last."""
+    """List stored versions, newest last; or check them: exit status 1 where an event was learned twice, or never."""
+    if check:
+        ledger = checked_ledger(state or f"{model}/live")
+        if json_ is not None:
+            write_json(json_, asdict(ledger))
+        print(ledger)
+        for fault in ledger.faults:
+            print(f"fault: {fault}")
+        raise typer.Exit(1 if ledger.faults else 0)
     versions = stored_versions(model, state)
     if json_ is not None:
         write_json(json_, [asdict(version) for version in versions])

@@ -53,6 +53,11 @@ class FeedbackGuard:
         self._forget(earliest)
         return found
 
+    def take_back(self, user_id: str) -> None:
+        """Forget the newest event of a user: it was not taken after all."""
+        if arrivals := self._arrivals.get(user_id):
+            arrivals.pop()
+
     def crowded(self, event: Event, now: int) -> bool:
         """Count an admitted event of a newcomer; whether it is one of a crowd that its item draws."""
         if self.rules.crowd_users == 0:
@@ -103,7 +108,7 @@ class FeedbackGuard:
     def _forget(self, earliest: int) -> None:
         while len(self._arrivals) > 1:
             user_id, arrivals = next(iter(self._arrivals.items()))
-            if arrivals[-1].time > earliest and len(self._arrivals) <= self.max_users:
+            if arrivals and arrivals[-1].time > earliest and len(self._arrivals) <= self.max_users:
                 return
             del self._arrivals[user_id]
 

@@ -261,7 +261,7 @@ class BehaviourEncoder(PreTrainedModel):
         self.register_buffer(
             "item_attributes", torch.zeros(config.item_rows, config.attributes_per_item, dtype=torch.int32)
         )
-        self.register_buffer("popularity_reference", torch.zeros(1, dtype=torch.int64))  # milliseconds
+        self.register_buffer("popularity_reference", torch.zeros(1, dtype=torch.int64))  # the log offset of a 1
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -150,7 +150,7 @@ def rank(contender: Contender, cases: Cases, k: int = 10, batch: int = 256) -> R
         inputs = inputs.select(inputs.rows > 0)
         unknown_inputs += int((inputs.lengths == 0).sum())
         for places, scores in contender.score(inputs):
-            _remove_seen(scores, inputs, places)
+            remove_seen(scores, inputs, places)
             own = scores[torch.arange(len(places)), torch.from_numpy(own_targets[start + places])]
             # ties count against the target: a model to which all items are alike finds none
             found = (scores >= own[:, None]).sum(dim=1) - 1
@@ -163,7 +163,7 @@ def rank(contender: Contender, cases: Cases, k: int = 10, batch: int = 256) -> R
     return Ranking(ranks, recommended, int((own_targets == 0).sum()), unknown_inputs)
 
 
-def _remove_seen(scores: Tensor, inputs: Histories, places: np.ndarray) -> None:
+def remove_seen(scores: Tensor, inputs: Histories, places: np.ndarray) -> None:
     """Make -inf of the items in each history, and of row 0."""
     lengths = inputs.lengths[places]
     seen = inputs.rows[spans(inputs.offsets[places], lengths)]

@@ -24,7 +24,7 @@ MEMORY = 512  # updates that make up what is usual
 class InfluenceLimits:
     """What counts in full; beyond it a user's total grows with the square root, a crowd's not at all."""
 
-    user_limit: float = 16.0  # of one user's new events in a micro-batch, where a click counts 1
+    user_limit: float = 64.0  # of one user's new events in a micro-batch, where a click counts 1
     newcomer_events: int = 100_000  # a newcomer's first event is among so many latest ones of the log
     newcomer_share: float = 2.0  # newcomers may weigh so many times what they usually do,
     item_limit: float = 4.0  # and on one item so much,

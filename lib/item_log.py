@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib.events import InputError
+from lib.feedback_log import last_commit_is_torn, write_error
 
 # A change takes the place of the one before, so that a new reader reads each item once. The newest change always
 # stays, so the highest revision is the last one that was given.
@@ -43,6 +44,7 @@ class ItemLog:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
+        self.torn = last_commit_is_torn(path)
         with self._errors():
             self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             for statement in ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", SCHEMA):
@@ -53,15 +55,18 @@ class ItemLog:
         """Record items with their attributes, None for a deleted one; durable when it returns the newest revision.
 
         Raises:
-            InputError: the file could not be written; nothing of the call is recorded then.
+            LogWriteError: the file could not be written; nothing of the call is recorded then.
         """
         revision = self.revision
-        with self._lock, self._errors(), self._connection:
-            self._connection.execute("BEGIN IMMEDIATE")
-            for item_id, attributes in items:
-                revision += 1
-                text = None if attributes is None else json.dumps(attributes)
-                self._connection.execute(PUT, (item_id, revision, text))
+        try:
+            with self._lock, self._connection:
+                self._connection.execute("BEGIN IMMEDIATE")
+                for item_id, attributes in items:
+                    revision += 1
+                    text = None if attributes is None else json.dumps(attributes)
+                    self._connection.execute(PUT, (item_id, revision, text))
+        except sqlite3.Error as error:
+            raise write_error(f"item log {self.path}", error) from error
         self.revision = revision
         return revision
 

@@ -5,8 +5,9 @@ publish the delta with the optimiser's state and the log offset in one atomic st
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +22,15 @@ from lib.histories import Histories
 from lib.influence import Influence, InfluenceLimits, Targets, is_newcomer, last_opinions
 from lib.item_log import ItemChange
 from lib.model_folder import Manifest
-from lib.popularity import DAY, event_counts, moved_reference
+from lib.popularity import event_counts, moved_reference
 from lib.registry import LoadedVersion, Registry
 from lib.rejections import Rejection, Rejections
 from lib.sequences import Batch, SequenceBatches
 from lib.training import Trainer, TrainingConfig
-from lib.user_histories import History, MicroBatch, SampleSizes, to_histories
+from lib.user_histories import History, MicroBatch, ReplaySample, SampleSizes, to_histories
 from lib.weights import ROW_TENSORS, Delta, Fingerprint, difference, grow_items, state_of
+
+LEAST_HALF_LIFE = 1000.0  # events: of fewer, chance decides what is popular
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,15 @@ class LearnerConfig(GateConfig, InfluenceLimits):
     """How the weights follow the feedback; what an update must pass is the gate's (lib/gate.py)."""
 
     learning_rate: float = 1e-3
-    context_length: int = 32  # events read before a user's new ones, and of a replayed history; never over max_length
-    replay_events: int = 1024  # of random users' histories, learned again with every update
-    replay_weight: float = 0.5  # of a replayed target, where a new event's is 1
+    new_row_boost: float = 20.0  # times the learning rate that a new item's row moves faster, fading with its updates
+    steps: int = 1  # of training with every update, each with the new events and its own part of the replayed windows
+    context_length: int = 50  # events read before a user's new ones, and of a replayed window; never over max_length
+    replay_events: int = 2000  # in windows of earlier histories, learned again with every update
+    replay_recent_share: float = 0.3  # of the windows around the latest events; the others are around any
+    replay_recent_events: int = 2000  # so many are the latest
+    replay_weight: float = 0.2  # of a replayed target, where a new event's is 1
     negatives: int = 512
-    popularity_half_life: float = 7 * DAY  # milliseconds
+    popularity_half_life: float | None = None  # events; None: as many as the catalog has items
     snapshot_every: int = 200  # versions
     keep_snapshots: int = 10
     seed: int = 0
@@ -86,18 +93,29 @@ class UndoJournal:
 
 
 class NearlineLearner:
-    """Owns the newest version of the weights and moves it on; a restarted one continues from the registry."""
+    """Owns the newest version of the weights and moves it on; a restarted one continues from the registry.
 
-    def __init__(self, registry: Registry, config: LearnerConfig):
+    Where the newest versions are damaged it continues from the newest whole one, whose later events it is given again;
+    `damage` says so. `when_storage_fails` hears of a version that could not be stored: it is stored once it returns.
+    """
+
+    def __init__(
+        self, registry: Registry, config: LearnerConfig, when_storage_fails: Callable[[OSError], None] | None = None
+    ):
         self.registry = registry
         self.config = config
+        self.when_storage_fails = when_storage_fails
         self._take(registry.load())
 
     def _take(self, loaded: LoadedVersion) -> None:
+        self.damage = loaded.damage
+        self.newest_number = max(loaded.version, self.registry.head() or 0)  # also of versions that are damaged
         self.encoder: BehaviourEncoder = loaded.encoder
         self.catalog: Catalog = loaded.catalog
+        self.popularity_half_life = self.config.popularity_half_life or max(len(self.catalog), LEAST_HALF_LIFE)
         self.published_items = len(self.catalog)  # later ones wait for the next delta: theirs was rejected
         self.version = loaded.version
+        self.parent = loaded.parent
         self.log_offset = loaded.log_offset
         self.events_trained = int(loaded.facts.get("events_trained", 0))
         self.events_rejected = int(loaded.facts.get("events_rejected", 0))
@@ -107,7 +125,10 @@ class NearlineLearner:
             self.log_offset, self.events_rejected = newest.last_offset, newest.events_rejected
         self.item_revision = 0  # of changed items: deltas do not hold their attributes, so all of them are asked for
         training = TrainingConfig(
-            learning_rate=self.config.learning_rate, negatives=self.config.negatives, seed=self.config.seed
+            learning_rate=self.config.learning_rate,
+            new_row_boost=self.config.new_row_boost,
+            negatives=self.config.negatives,
+            seed=self.config.seed,
         )
         self.trainer = _trainer_of(loaded, training)
         self.fingerprint = Fingerprint(self.encoder)
@@ -121,7 +142,8 @@ class NearlineLearner:
         """What the learner wants with the new events of a micro-batch."""
         config = self.config
         length = min(config.context_length, self.encoder.config.max_length)
-        return SampleSizes(length, config.replay_events, config.held_out_users, config.held_out_length)
+        replay = ReplaySample(config.replay_events, config.replay_recent_share, config.replay_recent_events)
+        return SampleSizes(length, replay, config.held_out_users, config.held_out_length)
 
     @property
     def checksum(self) -> str:
@@ -140,8 +162,7 @@ class NearlineLearner:
         self.gate.before(batch, self.version, self.log_offset)
         if (harm := self.gate.harm()) is not None:
             return self._go_back(batch, harm)
-        training = self._training_batch(batch)
-        loss = None if training is None else self._train(training)
+        loss = self._train(batch)
         self._count_popularity(batch, journal)
         rows = torch.unique(torch.cat([journal.changed_rows(), self._unpublished_rows()]))
         reason = self.gate.objection(loss, rows, journal.dense, self.influence.kept)
@@ -174,7 +195,7 @@ class NearlineLearner:
             self.gate.forget()
             self.events_rejected += events
             return self._reject(self.log_offset, batch.last_offset, events, reason)
-        self.events_rejected += events + reference.events
+        self.events_rejected += events  # those before were trained on, and are so still in the ledger
         facts = {"kind": "rollback", "restored": reference.version, "reason": reason}
         delta = self._restore(loaded, batch.last_offset, facts)
         return self._reject(reference.log_offset, batch.last_offset, events + reference.events, reason, delta)
@@ -231,7 +252,7 @@ class NearlineLearner:
         for name in ROW_TENSORS:
             target[name][later] = state_of(self.encoder)[name][later]
         references = np.array([int(self.encoder.popularity_reference)]), int(loaded.encoder.popularity_reference)
-        target["item_popularity"][later] *= float(event_counts(*references, self.config.popularity_half_life)[0])
+        target["item_popularity"][later] *= float(event_counts(*references, self.popularity_half_life)[0])
         trainer = _trainer_of(loaded, self.trainer.config)
         rows = self._rows_that_differ(target, trainer)
         _, tensors = difference(self.encoder, target, rows)
@@ -241,6 +262,13 @@ class NearlineLearner:
         self.trainer.load_optimizer_state(trainer.optimizer_state())
         self.gate.forget()
         return self._publish(changes, log_offset, facts)
+
+    def store_whole(self) -> Delta:
+        """Publish a version that changes nothing and is stored whole, so that no older file is needed to load it."""
+        changes = self._changes(UndoJournal(self.trainer), self._unpublished_rows())
+        delta = self._publish(changes, self.log_offset, {"kind": "whole", "loss": None})
+        self.save_snapshot(delta.facts)
+        return delta
 
     def _rows_that_differ(self, target: Mapping[str, Tensor], trainer: Trainer) -> Tensor:
         """(R,) rows whose weights or optimiser state are not those of the target, and the unpublished ones."""
@@ -257,15 +285,23 @@ class NearlineLearner:
         """(R,) rows of the items that no delta has named yet."""
         return torch.arange(self.published_items + 1, len(self.catalog) + 1)
 
-    def _train(self, batch: Batch) -> float:
-        """One step; returns its loss. The version seeds dropout, so that a restarted learner makes the same step."""
+    def _train(self, batch: MicroBatch) -> float | None:
+        """Some steps, each with the new events and its own part of the replay; returns the loss of the first.
+
+        The version seeds dropout, so that a restarted learner makes the same steps.
+        """
+        losses = []
         rate = self.trainer.learning_rate
-        self.trainer.learning_rate = rate * self.influence.kept  # as far as new events count, the weights may move
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed + self.version)
-            loss = self.trainer.step(batch).loss
+            for number in range(self.config.steps):
+                training = self._training_batch(replace(batch, replay=batch.replay[number :: self.config.steps]))
+                if training is not None:
+                    # as far as new events count, the weights may move
+                    self.trainer.learning_rate = rate * self.influence.kept
+                    losses.append(self.trainer.step(training).loss)
         self.trainer.learning_rate = rate
-        return loss
+        return losses[0] if losses else None
 
     def _extend_catalog(self, batch: MicroBatch) -> None:
         """Give rows to items that feedback names for the first time."""
@@ -335,18 +371,18 @@ class NearlineLearner:
 
     def _count_popularity(self, batch: MicroBatch, journal: UndoJournal) -> None:
         """Count the new events, a user's of one item once in the history at hand, all within the limits."""
-        new_rows, new_timestamps, new_owners, first = [], [], [], []
+        new_rows, new_offsets, new_owners, first = [], [], [], []
         for user, (history, count) in enumerate(zip(batch.histories, batch.new_counts, strict=True)):
             before = len(history) - count
             new_rows += [self.catalog.row_of[item_id] for item_id in history.item_ids[before:]]
-            new_timestamps += history.timestamps[before:]
+            new_offsets += history.offsets[before:]
             new_owners += [user] * count
             known = set(history.item_ids[:before])
             for item_id, offset in zip(history.item_ids[before:], history.offsets[before:], strict=True):
                 first.append(item_id not in known and offset not in batch.quarantined)
                 known.add(item_id)
-        encoder, half_life = self.encoder, self.config.popularity_half_life
-        rows, timestamps = np.array(new_rows), np.array(new_timestamps)
+        encoder, half_life = self.encoder, self.popularity_half_life
+        rows = np.array(new_rows)
         popularity = encoder.item_popularity.numpy()
         targets = Targets(
             weights=np.array(first, dtype=np.float32),
@@ -356,8 +392,8 @@ class NearlineLearner:
             newcomers=self._newcomers(batch.histories, batch.last_offset),
         )
         counted = targets.weights * self.influence.left(targets, popularity)
-        reference, factor = moved_reference(max(new_timestamps), int(encoder.popularity_reference), half_life)
-        counts = torch.from_numpy(event_counts(timestamps, reference, half_life) * counted).float()
+        reference, factor = moved_reference(batch.last_offset, int(encoder.popularity_reference), half_life)
+        counts = torch.from_numpy(event_counts(np.array(new_offsets), reference, half_life) * counted).float()
         if factor == 1.0:
             journal.record(torch.from_numpy(np.unique(rows)))
         else:
@@ -385,7 +421,7 @@ class NearlineLearner:
             "newcomers": [self.influence.usual, self.influence.updates],
         }
         delta = Delta(
-            version=self.version + 1,
+            version=self.newest_number + 1,
             parent=self.version,
             checksum=checksum,
             log_offset=last_offset,
@@ -395,17 +431,31 @@ class NearlineLearner:
             new_items=self.catalog.item_ids[self.published_items + 1 :],
             facts=facts | counts | {"created": time.time_ns() // 1_000_000},
         )
-        self.registry.publish_delta(delta, self.trainer.optimizer_state(delta.rows))
-        self.version, self.log_offset, self.published_items = delta.version, last_offset, len(self.catalog)
-        if self.version % self.config.snapshot_every == 0:
+        optimizer = self.trainer.optimizer_state(delta.rows)
+        self._store(lambda: self.registry.publish_delta(delta, optimizer))
+        self.version = self.newest_number = delta.version
+        self.parent, self.log_offset, self.published_items = delta.parent, last_offset, len(self.catalog)
+        if self.version % self.config.snapshot_every == 0 or self.version != delta.parent + 1:
             self.save_snapshot(delta.facts)
         return delta
 
     def save_snapshot(self, facts: dict) -> None:
         """Store the newest version whole, so that loading it needs no deltas, and prune what is old."""
-        manifest = Manifest(version=self.version, parent=self.version - 1, log_offset=self.log_offset, facts=facts)
-        self.registry.publish_snapshot(self.encoder, self.catalog, manifest, self.trainer.optimizer_state())
-        self.registry.prune(self.config.keep_snapshots)
+        manifest = Manifest(version=self.version, parent=self.parent, log_offset=self.log_offset, facts=facts)
+        optimizer = self.trainer.optimizer_state()
+        self._store(lambda: self.registry.publish_snapshot(self.encoder, self.catalog, manifest, optimizer))
+        self._store(lambda: self.registry.prune(self.config.keep_snapshots))
+
+    def _store(self, write: Callable[[], Any]) -> None:
+        """Write, and write again as often as it fails, where somebody waits for the storage."""
+        while True:
+            try:
+                write()
+                return
+            except OSError as error:
+                if self.when_storage_fails is None or isinstance(error, FileExistsError):
+                    raise
+                self.when_storage_fails(error)
 
 
 def _trainer_of(loaded: LoadedVersion, config: TrainingConfig) -> Trainer:

@@ -2,11 +2,13 @@
 
     snapshots/<version>/   a whole model folder with the optimiser's state
     deltas/<version>       what changed from the version before, the optimiser's state of it, and the log offset
+    ledger.json            what versions that were deleted have learned (lib/ledger.py)
     rejections/<number>    updates that were not published, and why (lib/rejections.py)
 
 A version is one file (a delta) or one folder whose manifest comes last (a snapshot), so it exists as a whole or not at
 all: the weights, the optimiser and the log offset move in one atomic step. Any version is the newest snapshot at or
-below it plus the deltas in between.
+below it plus the deltas in between. Every file has a checksum: where the newest versions are damaged, the newest whole
+one is loaded, and learning goes on from its log offset under numbers that were never given.
 """
 
 import json
@@ -14,13 +16,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import safetensors
 import safetensors.numpy
 from pyarrow import fs
 from pydantic import ValidationError
@@ -28,10 +31,12 @@ from pydantic import ValidationError
 from lib.catalog import Catalog
 from lib.encoder import BehaviourEncoder
 from lib.events import InputError
+from lib.ledger import Account, folded, lineage
 from lib.model_folder import MANIFEST, Manifest, check_file, load_model, save_model, write_manifest
 from lib.weights import OPTIMIZER_PREFIX, Delta, DeltaMismatch, apply_delta
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+LEDGER_FILE = "ledger.json"
 SNAPSHOTS, DELTAS = "snapshots", "deltas"
 
 
@@ -40,7 +45,7 @@ class VersionInfo:
     """One line of the list of versions."""
 
     version: int
-    kind: str  # "snapshot" or "delta"
+    kind: str  # "snapshot", "delta" or "damaged"
     created: int  # milliseconds
     log_offset: int
     size: int  # bytes
@@ -58,6 +63,8 @@ class LoadedVersion:
     facts: dict[str, Any]
     optimizer: dict[str, np.ndarray] | None
     optimizer_deltas: list[tuple[np.ndarray, dict[str, np.ndarray]]]
+    parent: int | None
+    damage: list[str] = field(default_factory=list)  # what was not used, for it is not whole
 
 
 class Registry:
@@ -79,13 +86,15 @@ class Registry:
             self.fs, self.root = fs.LocalFileSystem(), str(Path(text).absolute())
         self.local = isinstance(self.fs, fs.LocalFileSystem)
         self._folders: set[str] = set()  # made already
+        self._accounts: dict[int, Account] = {}  # that were read already; a version never changes
 
     def start_from(self, model: str | Path) -> None:
         """Make a finished model folder the first snapshot, unless versions exist already."""
         if self.head() is not None:
             return
         encoder, catalog, manifest = load_model(model)
-        self.publish_snapshot(encoder, catalog, manifest, _read_optimizer(Path(model), manifest))
+        optimizer = _read_optimizer(Path(model), manifest)
+        self.publish_snapshot(encoder, catalog, manifest.model_copy(update={"parent": None}), optimizer)
 
     def snapshots(self) -> list[int]:
         """Versions that are stored whole, ascending."""
@@ -115,20 +124,28 @@ class Registry:
         """
         data = delta.to_bytes(optimizer)
         self._write(f"{DELTAS}/{delta.version:010d}", data)
+        self._accounts[delta.version] = Account.of(delta.version, delta.parent, delta.log_offset, delta.facts)
         return len(data)
 
     def publish_snapshot(
         self, encoder: BehaviourEncoder, catalog: Catalog, manifest: Manifest, optimizer: dict[str, np.ndarray] | None
     ) -> None:
-        """Store a whole version; a version that is a snapshot already stays as it is."""
+        """Store a whole version; a version that is a snapshot already stays as it is.
+
+        Raises:
+            OSError: it could not be written.
+        """
         target = f"{self.root}/{SNAPSHOTS}/{manifest.version:010d}"
         if self.fs.get_file_info(f"{target}/{MANIFEST}").type == fs.FileType.File:
             return
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            save_model(folder, encoder, catalog, manifest)
-            if optimizer is not None:
-                safetensors.numpy.save_file(optimizer, folder / OPTIMIZER_FILE)
+            try:
+                save_model(folder, encoder, catalog, manifest)
+                if optimizer is not None:
+                    safetensors.numpy.save_file(optimizer, folder / OPTIMIZER_FILE)
+            except safetensors.SafetensorError as error:  # which is no OSError, also where the disk is full
+                raise OSError(f"{folder}: {error}") from error
             write_manifest(folder, manifest)
             names = sorted((path.name for path in folder.iterdir()), key=lambda name: name == MANIFEST)
             for name in names:  # the manifest last: it is what makes the version exist
@@ -145,38 +162,55 @@ class Registry:
             return Delta.from_bytes(file.read())
 
     def load(self, version: int | None = None) -> LoadedVersion:
-        """Load a version (the newest by default).
+        """Load a version, by default the newest that is whole; its `damage` names newer files that are not.
 
         Raises:
             InputError: the version is not stored, or its files are damaged.
         """
         head = self.head()
-        version = head if version is None else version
-        base = max(
-            (snapshot for snapshot in self.snapshots() if version is not None and snapshot <= version), default=None
-        )
-        if version is None or base is None or head is None or version > head:
+        target = head if version is None else version
+        bases = [snapshot for snapshot in self.snapshots() if target is not None and snapshot <= target]
+        if target is None or head is None or target > head or not bases:
             known = f"{self.oldest()} to {head}" if head is not None else "none"
             raise InputError(f"version: {version} is not stored in {self.root}; stored are {known}")
+        damage: list[str] = []
+        for base in reversed(bases):
+            try:
+                loaded = self._load_from(base, target, damage)
+            except InputError as error:
+                damage.append(str(error))
+                continue
+            if version is not None and loaded.version != version:
+                break
+            loaded.damage = damage
+            return loaded
+        raise InputError(damage[0])
+
+    def _load_from(self, base: int, target: int, damage: list[str]) -> LoadedVersion:
+        """A snapshot and the deltas up to the target, or up to the first that is not whole, which is noted."""
         with self._local_snapshot(base) as folder:
             encoder, catalog, manifest = load_model(folder)
             optimizer = _read_optimizer(folder, manifest)
-        loaded = LoadedVersion(encoder, catalog, base, manifest.log_offset, manifest.facts, optimizer, [])
-        for number in range(base + 1, version + 1):
+        known = manifest.log_offset, manifest.facts, optimizer
+        loaded = LoadedVersion(encoder, catalog, base, *known, [], manifest.parent)
+        for number in range(base + 1, target + 1):
             try:
                 delta = self.read_delta(number)
+                if delta.parent != loaded.version:
+                    raise DeltaMismatch(f"it follows version {delta.parent}, not {loaded.version}")
             except FileNotFoundError:
-                raise InputError(
-                    f"version: delta {number} is missing in {self.root}, so {version} cannot be made"
-                ) from None
+                damage.append(f"version: delta {number} is missing in {self.root}, so {target} cannot be made")
+                break
             except DeltaMismatch as error:
-                raise InputError(f"version: {self._delta_path(number)} is damaged: {error}") from error
+                damage.append(f"version: {self._delta_path(number)} is damaged: {error}")
+                break
             apply_delta(encoder, delta)
             catalog.extend(delta.new_items)
             prefix = len(OPTIMIZER_PREFIX)
             moments = {name[prefix:]: t for name, t in delta.tensors.items() if name.startswith(OPTIMIZER_PREFIX)}
             loaded.optimizer_deltas.append((delta.rows, moments))
-            loaded.version, loaded.log_offset, loaded.facts = number, delta.log_offset, delta.facts
+            loaded.version, loaded.parent = number, delta.parent
+            loaded.log_offset, loaded.facts = delta.log_offset, delta.facts
         return loaded
 
     def oldest(self) -> int | None:
@@ -187,37 +221,93 @@ class Registry:
         """Every stored version, ascending, with what is known of it."""
         found: dict[int, VersionInfo] = {}
         for version in self.deltas():
-            path = self._delta_path(version)
-            header = self._delta_header(path)
-            facts = header["facts"]
-            found[version] = VersionInfo(
-                version, "delta", facts.get("created", 0), header["log_offset"], self.fs.get_file_info(path).size, facts
-            )
-        for version in self.snapshots():
-            path = f"{self.root}/{SNAPSHOTS}/{version:010d}/{MANIFEST}"
-            with self.fs.open_input_file(path) as file:
-                data = file.read()
+            size = self.fs.get_file_info(self._delta_path(version)).size
             try:
-                manifest = Manifest.model_validate_json(data)
-            except ValidationError as error:
-                raise InputError(f"version: {path} is damaged ({type(error).__name__}); restore it") from error
+                header = self._delta_header(version)
+            except InputError as error:
+                found[version] = _damaged(version, size, error)
+                continue
+            facts = header["facts"]
+            found[version] = VersionInfo(version, "delta", facts.get("created", 0), header["log_offset"], size, facts)
+        for version in self.snapshots():
             size = sum(info.size for info in self._children(f"{SNAPSHOTS}/{version:010d}"))
+            try:
+                manifest = self._manifest(version)
+            except InputError as error:
+                found[version] = _damaged(version, size, error)
+                continue
             facts = manifest.facts or {"kind": "base"}
             found[version] = VersionInfo(version, "snapshot", manifest.created, manifest.log_offset, size, facts)
         return [found[version] for version in sorted(found)]
 
+    def ledger(self) -> list[Account]:
+        """What the newest version and those before it have learned, for `lib.ledger.check`; empty without versions.
+
+        Raises:
+            InputError: ledger.json is damaged.
+        """
+        accounts = self._known_accounts()
+        return lineage(accounts, max(accounts)) if accounts else []
+
+    def log_offset(self) -> int:
+        """The highest log offset that any version has learned up to, 0 where there is none."""
+        return max((account.log_offset for account in self._known_accounts().values()), default=0)
+
+    def _known_accounts(self) -> dict[int, Account]:
+        """The accounts of all versions whose account can be read, and of those that were deleted."""
+        for version in {*self.snapshots(), *self.deltas()} - self._accounts.keys():
+            if (account := self._account(version)) is not None:
+                self._accounts[version] = account
+        return self._accounts | {account.version: account for account in self._folded_accounts()}
+
+    def _account(self, version: int) -> Account | None:
+        """What a stored version says of itself; None where it is damaged, so that a lineage ends there."""
+        with suppress(InputError, FileNotFoundError):
+            header = self._delta_header(version)
+            return Account.of(version, header["parent"], header["log_offset"], header["facts"])
+        with suppress(InputError, FileNotFoundError):
+            manifest = self._manifest(version)
+            return Account.of(version, manifest.parent, manifest.log_offset, manifest.facts)
+        return None
+
+    def _folded_accounts(self) -> list[Account]:
+        path = f"{self.root}/{LEDGER_FILE}"
+        if self.fs.get_file_info(path).type != fs.FileType.File:
+            return []
+        try:
+            with self.fs.open_input_file(path) as file:
+                return [Account(**fields) for fields in json.loads(file.read())["accounts"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"state: {path} is damaged ({error!r}); restore it, or remove it") from error
+
     def prune(self, keep_snapshots: int) -> None:
-        """Delete what is older than the newest `keep_snapshots` snapshots; the first snapshot always stays."""
+        """Delete what is older than the newest `keep_snapshots` snapshots; the first snapshot always stays.
+
+        What the deleted versions have learned is kept in the ledger.
+        """
         snapshots = self.snapshots()
         if len(snapshots) <= keep_snapshots:
             return
         bound = snapshots[-keep_snapshots]
-        for version in self.deltas():
-            if version <= bound:
-                self.fs.delete_file(self._delta_path(version))
+        accounts = [account._asdict() for account in folded(self.ledger(), bound)]
+        self._write(LEDGER_FILE, json.dumps({"accounts": accounts}).encode(), replace=True)
+        for info in self._children(DELTAS):
+            unfinished = Path(info.path).name.startswith(".")  # of a process that was killed
+            if unfinished or (Path(info.path).name.isdigit() and int(Path(info.path).name) <= bound):
+                self.fs.delete_file(info.path)
         for version in snapshots[1:-keep_snapshots]:
             self.fs.delete_file(f"{self.root}/{SNAPSHOTS}/{version:010d}/{MANIFEST}")
             self.fs.delete_dir(f"{self.root}/{SNAPSHOTS}/{version:010d}")
+        self._accounts = {version: account for version, account in self._accounts.items() if version > bound}
+
+    def _manifest(self, version: int) -> Manifest:
+        path = f"{self.root}/{SNAPSHOTS}/{version:010d}/{MANIFEST}"
+        with self.fs.open_input_file(path) as file:
+            data = file.read()
+        try:
+            return Manifest.model_validate_json(data)
+        except ValidationError as error:
+            raise InputError(f"version: {path} is damaged ({type(error).__name__}); restore it") from error
 
     def files(self, folder: str) -> list[str]:
         """Names of a folder's files, ascending."""
@@ -236,7 +326,8 @@ class Registry:
     def _delta_path(self, version: int) -> str:
         return f"{self.root}/{DELTAS}/{version:010d}"
 
-    def _delta_header(self, path: str) -> dict[str, Any]:
+    def _delta_header(self, version: int) -> dict[str, Any]:
+        path = self._delta_path(version)
         try:
             with self.fs.open_input_file(path) as file:
                 length = int.from_bytes(file.read(8), "little")
@@ -261,27 +352,22 @@ class Registry:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if replace:
-            temporary.rename(target)
-        else:
-            self._link(temporary, target)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if replace:
+                temporary.rename(target)
+            else:
+                os.link(temporary, target)  # unless another learner was faster: of two, one alone can
+        finally:
+            temporary.unlink(missing_ok=True)
         directory = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
         finally:
             os.close(directory)
-
-    @staticmethod
-    def _link(temporary: Path, target: Path) -> None:
-        """Give the file its name, unless another learner was faster: of two, one alone can."""
-        try:
-            os.link(temporary, target)
-        finally:
-            temporary.unlink()
 
     def _make_folder(self, path: str) -> None:
         if path not in self._folders:
@@ -300,6 +386,10 @@ class Registry:
             yield folder
         finally:
             shutil.rmtree(folder)
+
+
+def _damaged(version: int, size: int, error: InputError) -> VersionInfo:
+    return VersionInfo(version, "damaged", 0, 0, size, {"kind": "damaged", "reason": str(error)})
 
 
 def _read_optimizer(folder: Path, manifest: Manifest) -> dict[str, np.ndarray] | None:

@@ -25,6 +25,8 @@ from lib.encoder import BehaviourEncoder
 from lib.objective import next_item_losses, sampled_margins, uniform_negatives, unit_length
 from lib.sequences import Batch
 
+FADING_UPDATES = 20  # after so many the boost of a new row is half of what it was
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -35,6 +37,7 @@ class TrainingConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     epsilon: float = 1e-8
     clip_norm: float = 5.0
+    new_row_boost: float = 0.0  # an item's row moves (1 + boost / (1 + n / 20)) times as fast at its nth update
     negatives: int = 512
     dislike_weight: float = 0.1  # of pushing away what was disliked, relative to drawing near what was liked
     accumulation: int = 1  # parts that a batch is worked off in, one after another, where memory is short
@@ -86,6 +89,8 @@ class RowAdam:
         first.div_((1 - beta1**steps)[:, None])
         second.div_((1 - beta2**steps)[:, None])
         update = first.div_(second.sqrt_().add_(self.config.epsilon))
+        if self.config.new_row_boost:
+            update.mul_((1 + self.config.new_row_boost / (1 + steps / FADING_UPDATES))[:, None])
         values = table.index_select(0, rows).mul_(1 - learning_rate * self.config.weight_decay)
         table.index_copy_(0, rows, values.sub_(update, alpha=learning_rate))
 

@@ -1,5 +1,6 @@
 """Every user's recent events in memory: what the next answer reads and what the learner trains on."""
 
+from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
@@ -12,6 +13,7 @@ from lib.catalog import Catalog
 from lib.events import Event
 from lib.histories import Histories
 
+REMEMBERED_EVENTS = 1_000_000  # whose users are known to the replay sample
 RECENT_USERS = 1024  # of whom is known in which order they acted last
 LEAST_HELD_OUT = 5  # events of a user by whom an update is judged
 
@@ -97,6 +99,9 @@ class UserHistories:
         self.keep = keep
         self._histories: dict[str, History] = {}
         self._users: list[str] = []  # for sampling; a user's place never changes until an erasure
+        self._totals: dict[str, int] = {}  # events of each user, those counted that are no longer kept
+        self._event_users: list[str] = []  # of the latest events
+        self._event_numbers = array("I")  # the place of each among its user's events
         self._recent: dict[str, None] = {}  # who acted last, the latest at the end
 
     def __len__(self) -> int:
@@ -112,8 +117,15 @@ class UserHistories:
             history = self._histories[event.user_id] = History(first_offset=offset)
             self._users.append(event.user_id)
         history.append(event, offset)
-        if len(history) > 2 * self.keep:  # trimmed in large steps, so that appending stays cheap
+        number = self._totals.get(event.user_id, 0)
+        self._totals[event.user_id] = number + 1
+        self._event_users.append(event.user_id)
+        self._event_numbers.append(number)
+        # trimmed in large steps, so that appending stays cheap
+        if len(history) > 2 * self.keep:
             self._histories[event.user_id] = history.newest(self.keep)
+        if len(self._event_users) > 2 * REMEMBERED_EVENTS:
+            del self._event_users[:REMEMBERED_EVENTS], self._event_numbers[:REMEMBERED_EVENTS]
         self._recent.pop(event.user_id, None)
         self._recent[event.user_id] = None
         if len(self._recent) > RECENT_USERS:
@@ -143,9 +155,36 @@ class UserHistories:
             return []
         return [self._users[index] for index in generator.integers(0, len(self._users), count)]
 
+    def windows(self, sample: "ReplaySample", length: int, up_to: int, generator: np.random.Generator) -> list[History]:
+        """Windows of at most `length` events, each around an event drawn from the latest; none beyond a log offset.
+
+        Users come in proportion to their events, and any part of a history may be drawn: a sample of users' newest
+        events alone teaches just how histories end.
+        """
+        drawn: list[History] = []
+        room, last = sample.events, len(self._event_users)
+        while room > 0 and last > 0:
+            recent = min(sample.recent_events if generator.random() < sample.recent_share else last, last)
+            place = last - 1 - int(generator.integers(0, max(recent, 1)))
+            window = self._window(place, length, up_to, generator)
+            room -= max(len(window), 1)
+            if len(window) >= 2:  # without an event before it, nothing is learned of one
+                drawn.append(window)
+        return drawn
+
+    def _window(self, place: int, length: int, up_to: int, generator: np.random.Generator) -> History:
+        """Events around that at a place among the latest, up to half of them later ones."""
+        user_id = self._event_users[place]
+        history = self._histories.get(user_id)
+        if history is None:  # erased
+            return History()
+        number = self._event_numbers[place] - (self._totals[user_id] - len(history))
+        stop = min(number + 1 + int(generator.integers(0, length // 2 + 1)), bisect_right(history.offsets, up_to))
+        return history.slice(max(stop - length, 0), max(stop, 0))
+
     def held_out(
         self, count: int, length: int, without: Container[str], generator: np.random.Generator
-    ) -> dict[str, History]:
+    ) -> list[History]:
         """The newest `length` events of at most `count` users, by whose last event an update is judged.
 
         Half of them act now; the other half is drawn from all, so that a crowd of newcomers, however large, is not all
@@ -165,21 +204,31 @@ class UserHistories:
                 items[history.item_ids[-1]] += 1
                 if items[history.item_ids[-1]] <= max(count // 16, 1):
                     found[user_id] = history.newest(length)
-        return found
+        return list(found.values())
 
     def erase(self, user_id: str) -> None:
         """Forget a user."""
         if self._histories.pop(user_id, None) is not None:
             self._users.remove(user_id)
+            del self._totals[user_id]
             self._recent.pop(user_id, None)
+
+
+@dataclass(frozen=True)
+class ReplaySample:
+    """Which events are learned again with the new ones."""
+
+    events: int  # altogether
+    recent_share: float = 0.0  # of the draws; the others are of all remembered events
+    recent_events: int = 1  # how many of the latest events count as recent
 
 
 @dataclass(frozen=True)
 class SampleSizes:
     """What a learner wants with the new events."""
 
-    history_length: int  # events of context before a user's new ones, and of a replayed history
-    replay_events: int  # events of replayed histories altogether
+    history_length: int  # events of context before a user's new ones, and of a replayed window
+    replay: ReplaySample
     held_out_users: int
     held_out_length: int  # events before the held-out one
 
@@ -195,7 +244,7 @@ class MicroBatch:
     histories: list[History]
     new_counts: list[int]
     received_at: list[int]  # milliseconds, of each new event
-    replay: list[History]  # a sample of users, to learn from again
+    replay: list[History]  # windows to learn from again
     held_out: list[History]  # of other users who act now, for the gate
     quarantined: frozenset[int] = frozenset()  # offsets of new events that are not to be learned now
 

@@ -11,8 +11,9 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -22,8 +23,9 @@ from lib.change_board import ONE_MACHINE, ChangeBoard
 from lib.cleaning import FeedbackGuard
 from lib.datasets import read_events
 from lib.events import CleaningRules, Event
-from lib.feedback_log import FeedbackLog, LoggedEvent
+from lib.feedback_log import FeedbackLog, LoggedEvent, LogWriteError
 from lib.item_log import ItemChange, ItemLog
+from lib.micro_batches import micro_batch
 from lib.user_histories import History, MicroBatch, SampleSizes, UserHistories
 from serving.names import AGGREGATOR, NAMESPACE
 
@@ -32,6 +34,7 @@ ITEM_LOG_FILE = "items.sqlite"
 BOARD_FILE = "changes"
 DUPLICATE = "duplicate"
 NEWCOMER_EVENTS = 5  # with fewer in their history, somebody is new
+TORN = "{}: the last commit was torn when the machine stopped, and is dropped; it was not acknowledged"
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,15 @@ class AggregatorConfig:
     seed: int = 0
 
 
+class Arrival(NamedTuple):
+    """An event that is not yet released to the learner, and when it came: seconds of a clock that nobody sets."""
+
+    offset: int
+    at: float
+
+
 class Aggregator:
-    """Owns the log and the histories."""
+    """Owns the log and the histories. Elapsed time is monotonic: a clock that is set stalls and floods nobody."""
 
     def __init__(self, state: str, data: str | None = None, config: AggregatorConfig | None = None):
         self.config = config or AggregatorConfig()
@@ -63,13 +73,14 @@ class Aggregator:
             self.histories.append(logged.event, logged.offset)
         self.last_offset = self.log.last_offset()
         self.items = ItemLog(path.with_name(ITEM_LOG_FILE))
+        self.damage = [TORN.format(log.path) for log in (self.log, self.items) if log.torn]
         self.changes = ChangeBoard.create(path.with_name(BOARD_FILE)) if os.environ.get(ONE_MACHINE) else None
         self.guard = FeedbackGuard(self.config.cleaning)
         self.quarantined: set[int] = set()  # offsets of events that the learner has yet to pass by
         self.rejected: Counter[str] = Counter()
         self.accepted = 0
         self.duplicates = 0
-        self.arrivals: deque[LoggedEvent] = deque()  # not yet released to the learner
+        self.arrivals: deque[Arrival] = deque()  # not yet released to the learner
         self.learned_offset = 0  # as far as the learner has asked beyond
         self.arrived = asyncio.Event()
         self.generator = np.random.default_rng(self.config.seed)
@@ -91,10 +102,15 @@ class Aggregator:
         `reject` counts the events that the replica rejected already.
         """
         self.rejected.update(reject or {})
-        now = time.time_ns() // 1_000_000
-        objections = [self.guard.objection(event, now) for event in events]
+        now = time.monotonic()
+        objections = [self.guard.objection(event, int(now * 1000)) for event in events]
         kept = [event for event, objection in zip(events, objections, strict=True) if objection is None]
-        result = await asyncio.wrap_future(self.log.append(kept)) if kept else None
+        try:
+            result = await asyncio.wrap_future(self.log.append(kept)) if kept else None
+        except LogWriteError:
+            for event in events:  # who sends again what was not taken is no flood
+                self.guard.take_back(event.user_id)
+            raise
         offsets = iter(result.offsets if result is not None else ())
         answers: list[str | None] = []
         for event, objection in zip(events, objections, strict=True):
@@ -108,11 +124,11 @@ class Aggregator:
                 answers.append(None if repeated else DUPLICATE)
                 self.duplicates += not repeated
                 continue
-            self._notice(event, offset, now)
+            self._notice(event, offset, int(now * 1000))
             self.histories.append(event, offset)
             if self.changes is not None:
                 self.changes.mark_user(event.user_id)
-            self.arrivals.append(LoggedEvent(offset, event, now))
+            self.arrivals.append(Arrival(offset, now))
             self.last_offset = offset
             self.accepted += 1
             answers.append(None)
@@ -191,9 +207,9 @@ class Aggregator:
         events = [logged for logged in read if logged.offset <= self.last_offset]
         if not events:
             return None
-        batch = self._batch(events, after, sample)
+        batch = micro_batch(events, after, self.histories, sample, self.generator)
         self.quarantined = {offset for offset in self.quarantined if offset > after}
-        return replace(batch, quarantined=frozenset(self.quarantined))
+        return replace(batch, received_at=self._received_at(events), quarantined=frozenset(self.quarantined))
 
     def _due(self, after: int) -> float:
         """Seconds until the trigger fires, 0 or less when it has; infinite without pending events."""
@@ -201,43 +217,14 @@ class Aggregator:
             return float("inf")
         if not self.arrivals or self.arrivals[0].offset > after + 1 or len(self.arrivals) >= self.config.trigger_events:
             return 0.0  # enough events, or some that came before this process started
-        age = time.time_ns() // 1_000_000 - self.arrivals[0].received_at
-        return (self.config.trigger_ms - age) / 1000
+        return self.arrivals[0].at + self.config.trigger_ms / 1000 - time.monotonic()
 
-    def _batch(self, events: list[LoggedEvent], after: int, sample: SampleSizes) -> MicroBatch:
-        new: dict[str, list[LoggedEvent]] = {}
-        for logged in events:
-            new.setdefault(logged.event.user_id, []).append(logged)
-        histories = [self._with_context(user, mine, after, sample.history_length) for user, mine in new.items()]
-        users, length = sample.held_out_users, sample.held_out_length + 1
-        held_out = self.histories.held_out(users, length, new, self.generator)
-        drawn = self.histories.sample(sample.replay_events, self.generator)
-        others = [user_id for user_id in dict.fromkeys(drawn) if user_id not in new and user_id not in held_out]
-        replay: list[History] = []
-        room = sample.replay_events
-        for user_id in others:
-            if room <= 0:
-                break
-            replay.append(self.histories.get(user_id, sample.history_length + 1))
-            room -= len(replay[-1])
-        return MicroBatch(
-            last_offset=events[-1].offset,
-            histories=histories,
-            new_counts=[len(mine) for mine in new.values()],
-            received_at=[logged.received_at for logged in events],
-            replay=replay,
-            held_out=list(held_out.values()),
-        )
-
-    def _with_context(self, user_id: str, new: list[LoggedEvent], after: int, length: int) -> History:
-        """A user's new events behind the newest `length` of those that came before.
-
-        The new ones are the log's, so that each is learned once also where more wait than are kept in memory.
-        """
-        history = self.histories.get(user_id).up_to(after, after)[0].newest(length)
-        for logged in new:
-            history.append(logged.event, logged.offset)
-        return history
+    def _received_at(self, events: list[LoggedEvent]) -> list[int]:
+        """When events came, in milliseconds as the clock is set now; of those before this process, as it was then."""
+        released = takewhile(lambda arrival: arrival.offset <= events[-1].offset, self.arrivals)
+        behind = time.time() - time.monotonic()
+        arrived = {arrival.offset: int((arrival.at + behind) * 1000) for arrival in released}
+        return [arrived.get(logged.offset, logged.received_at) for logged in events]
 
     async def status(self) -> dict[str, Any]:
         """Counts since the start of this process, and the log's offsets."""
@@ -254,6 +241,7 @@ class Aggregator:
             "users": len(self.histories),
             "commits": self.log.commits,
             "item_revision": self.items.revision,
+            "damage": self.damage,
         }
 
     async def close(self) -> None:

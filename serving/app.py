@@ -1,12 +1,16 @@
 """build(arguments) -> the application, for `serve run serving.app:build`, `serve deploy` and `afterclick serve`."""
 
+from pathlib import Path
+
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
 from lib.events import InputError
+from lib.feedback_log import FeedbackLogReader, last_commit_is_torn
 from lib.ranking_rules import RankingRules
 from lib.registry import Registry
+from serving.aggregator import LOG_FILE
 from serving.names import DEPLOYMENT
 from serving.recommendations import Recommendations, ReplicaConfig
 
@@ -52,14 +56,39 @@ class ServeArguments(BaseModel):
         return self.state or f"{self.model.rstrip('/')}/live"
 
 
+def check_state(state: str, pages: bool = False) -> None:
+    """Refuse a feedback log that is damaged (`pages`: it is read whole), or ends before what versions learned of it.
+
+    What such a log is given from now on would get offsets that were learned already, and never be learned.
+
+    Raises:
+        InputError: it names the log, and the remedy.
+    """
+    log, learned = Path(state) / LOG_FILE, Registry(state).log_offset()
+    if not log.exists():
+        end = 0
+    else:
+        last_commit_is_torn(log)  # before opening it drops anything
+        with FeedbackLogReader(log) as reader:
+            end = reader.last_offset()
+            if pages:
+                reader.check()
+    if end < learned:
+        raise InputError(
+            f"state: the feedback log {log} ends at offset {end}, but versions in {state} have learned up to {learned};"
+            f" restore its newest copy, or take away the versions beyond {end} (`afterclick versions` lists them)"
+        )
+
+
 def build(arguments: ServeArguments) -> Application:
     """The application; the model becomes the first version unless versions exist already.
 
     Raises:
-        InputError: the model folder is missing, incomplete or damaged, or arguments contradict each other.
+        InputError: model or state are missing, incomplete or damaged, or arguments contradict each other.
     """
     arguments.check()
     Registry(arguments.state_location).start_from(arguments.model)
+    check_state(arguments.state_location)
     scaled = {
         "min_replicas": arguments.replicas,
         "max_replicas": arguments.most_replicas,

@@ -31,7 +31,11 @@ class DecisionLog:
         self._file = path.open("a", buffering=1)
 
     def append(self, request_id: str, user_id: str | None, version: int, items: Sequence[RankedItem]) -> None:
-        """Record one answer whose items have propensities."""
+        """Record one answer whose items have propensities.
+
+        Raises:
+            OSError: it could not be written.
+        """
         decision = {
             "request_id": request_id,
             "user_id": user_id,

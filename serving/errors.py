@@ -12,7 +12,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from starlette.exceptions import HTTPException
 
 from lib.events import InputError
-from lib.feedback_log import LogWriteError
+from lib.feedback_log import LogFull, LogWriteError
 from serving.batches import Overloaded
 
 logger = logging.getLogger("ray.serve")
@@ -62,9 +62,15 @@ async def restarting(request: Request, error: Exception) -> Response:
 
 
 async def not_durable(request: Request, error: Exception) -> Response:
-    """The events could not be written."""
-    logger.error("events were refused: %s", error)
-    return _error(503, "the feedback log could not be written, so none of the events was taken; try again")
+    """What was sent could not be written."""
+    logger.error("a request was refused: %s", error)
+    return _error(503, "the log could not be written, so nothing of the request was taken; try again")
+
+
+async def disk_full(request: Request, error: Exception) -> Response:
+    """There is no room for what was sent."""
+    logger.error("a request was refused: %s", error)
+    return _error(507, "the disk of the log is full, so nothing of the request was taken; make room, and send it again")
 
 
 async def overloaded(request: Request, error: Exception) -> Response:
@@ -91,6 +97,7 @@ ERROR_ANSWERS: Mapping[type[Exception], ErrorAnswer] = {
     GetTimeoutError: restarting,
     asyncio.TimeoutError: restarting,
     LogWriteError: not_durable,
+    LogFull: disk_full,
     Overloaded: overloaded,
     DeadlineMissed: deadline_missed,
     Exception: defect,

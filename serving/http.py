@@ -55,8 +55,7 @@ def http_application(replica: "Replica") -> FastPath:
         version, items = await replica.ask(question, user_id, deadline)
         replica.count_answer(time.perf_counter() - start)
         request_id = uuid.uuid4().hex
-        if replica.decisions is not None:
-            replica.decisions.append(request_id, user_id, version, items)
+        replica.record(request_id, user_id, version, items)
         return answer(request_id, version, items)
 
     def answer(request_id: str, version: int, items: list[RankedItem]) -> Response:

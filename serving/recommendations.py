@@ -221,6 +221,16 @@ class Recommendations:
         self.latency_sum += seconds
         self.latency[next((bound for bound in LATENCY_BUCKETS if seconds <= bound), float("inf"))] += 1
 
+    def record(self, request_id: str, user_id: str | None, version: int, items: list[RankedItem]) -> None:
+        """Keep an explored answer; one that a full disk does not take is given all the same, and counted."""
+        if self.decisions is None:
+            return
+        try:
+            self.decisions.append(request_id, user_id, version, items)
+        except OSError as error:
+            self.counts["unrecorded"] += 1
+            logger.error("an explored answer could not be recorded: %s", error)
+
     async def status(self) -> dict[str, Any]:
         """Versions per replica, freshness, log offsets, pushes and rejected updates, asked of every part."""
         replicas, aggregator, learner = await asyncio.gather(
@@ -260,7 +270,10 @@ class Recommendations:
             "checksum": self.recommender.checksum,
             "log_offset": self.recommender.log_offset,
             "batches": self.answers.count,
-            **{name: self.counts[name] for name in ("answers", "refused", "events", "deltas", "catch_ups")},
+            **{
+                name: self.counts[name]
+                for name in ("answers", "refused", "unrecorded", "events", "deltas", "catch_ups")
+            },
             "latency_buckets": [
                 *((str(bound), self.latency[bound]) for bound in LATENCY_BUCKETS),
                 ("+Inf", self.latency[float("inf")]),

@@ -28,6 +28,10 @@ class Acknowledgements:
         """Whether every live replica answers with this version or a later one."""
         return self.unreached == 0 and all(replica["version"] >= version for replica in self.replicas)
 
+    def behind(self, version: int) -> bool:
+        """Whether a replica answered with an older version: it could not read what is stored."""
+        return any(replica["version"] < version for replica in self.replicas)
+
 
 class Rollout:
     """Reaches the replicas of one deployment."""

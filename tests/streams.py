@@ -19,16 +19,19 @@ from lib.catalog import Catalog
 from lib.cleaning import FeedbackGuard
 from lib.encoder import BehaviourEncoder, BehaviourEncoderConfig
 from lib.events import EVENT_KINDS, CleaningRules, Event
+from lib.feedback_log import LoggedEvent
 from lib.histories import histories_of
 from lib.learner import LearnerConfig, NearlineLearner
 from lib.metrics import ndcg_at
+from lib.micro_batches import micro_batch
 from lib.model_folder import Manifest
 from lib.popularity import DAY, event_counts
+from lib.prequential import ranks_of
 from lib.registry import Registry
 from lib.rejections import Rejection
 from lib.sequences import SequenceBatches, value_boundaries
 from lib.training import Trainer, TrainingConfig
-from lib.user_histories import MicroBatch, UserHistories, to_histories
+from lib.user_histories import UserHistories
 
 BATCH_EVENTS = 64
 EVENTS_PER_SECOND = 5  # of honest people
@@ -155,7 +158,6 @@ class Outcome:
     updates: int = 0
     rejections: list[tuple[int, Rejection]] = field(default_factory=list)  # with the number of the update
     refused: Counter[str] = field(default_factory=Counter)  # by cleaning, reason
-    seconds: list[float] = field(default_factory=list)  # of each update
 
     @property
     def quality(self) -> float:
@@ -174,7 +176,8 @@ class LiveStream:
             self.histories.append(event)
         self.generator = np.random.default_rng(0)
         self.offset = 0
-        self.waiting: list[tuple[int, Event]] = []
+        self.waiting: list[LoggedEvent] = []
+        self.asked: list[tuple[History, Event]] = []  # by honest people, since the last update
         self.outcome = Outcome()
 
     def run(self, arrivals: Sequence[Arrival], before: Callable[[int], None] = lambda update: None) -> Outcome:
@@ -185,55 +188,26 @@ class LiveStream:
                 self.outcome.refused[objection.reason] += 1
                 continue
             self.offset += 1
+            context = self.histories.get(event.user_id)
+            if not event.user_id.startswith(FAKE) and len(context) and event.item_id not in context.item_ids:
+                self.asked.append((context, event))
             self.histories.append(event, self.offset)
-            self.waiting.append((self.offset, event))
+            self.waiting.append(LoggedEvent(self.offset, event, time))
             if len(self.waiting) == BATCH_EVENTS:
                 before(self.outcome.updates)
                 self._update()
         return self.outcome
 
     def _update(self) -> None:
-        batch = self._batch()
-        self._rank(batch)
-        result = self.learner.learn(batch)
+        """Answer what was asked since the last update, then learn."""
+        learner, events = self.learner, [event for _, event in self.asked]
+        contexts, targets = [context for context, _ in self.asked], [event.item_id for event in events]
+        ndcg = ndcg_at(ranks_of(learner.encoder, learner.catalog, contexts, targets, exclude_seen=True), 10)
+        keys = [(event.user_id, event.item_id, event.timestamp) for event in events]
+        self.outcome.ndcg |= dict(zip(keys, ndcg.tolist(), strict=True))
+        batch = micro_batch(self.waiting, learner.log_offset, self.histories, learner.sample_sizes, self.generator)
+        result = learner.learn(batch)
         if isinstance(result, Rejection):
             self.outcome.rejections.append((self.outcome.updates, result))
         self.outcome.updates += 1
-        self.waiting = []
-
-    def _batch(self) -> MicroBatch:
-        sizes, after = self.learner.sample_sizes, self.waiting[0][0] - 1
-        new = Counter(event.user_id for _, event in self.waiting)
-        histories = [self.histories.get(user, sizes.history_length + count) for user, count in new.items()]
-        held_out = self.histories.held_out(sizes.held_out_users, sizes.held_out_length + 1, new, self.generator)
-        replay, room = [], sizes.replay_events
-        for user in dict.fromkeys(self.histories.sample(sizes.replay_events, self.generator)):
-            if room > 0 and user not in new and user not in held_out:
-                replay.append(self.histories.get(user, sizes.history_length + 1))
-                room -= len(replay[-1])
-        assert after == self.learner.log_offset
-        return MicroBatch(self.offset, histories, list(new.values()), [], replay, list(held_out.values()))
-
-    @torch.no_grad()
-    def _rank(self, batch: MicroBatch) -> None:
-        """Rank what honest people did, by what is live."""
-        learner, cases, keys = self.learner, [], []
-        for history, count in zip(batch.histories, batch.new_counts, strict=True):
-            for end in range(max(len(history) - count, 1), len(history)):
-                event = self.waiting[history.offsets[end] - self.waiting[0][0]][1]
-                known = event.item_id in learner.catalog.row_of and event.item_id not in history.item_ids[:end]
-                if known and not event.user_id.startswith(FAKE):
-                    cases.append(history.slice(0, end))
-                    keys.append((event.user_id, event.item_id, event.timestamp))
-        flat = to_histories(cases, learner.catalog, learner.kind_codes)
-        targets = torch.tensor(learner.catalog.rows(item_id for _, item_id, _ in keys))
-        encoder = learner.encoder.eval()
-        vectors = encoder.item_vectors(torch.arange(len(learner.catalog) + 1))
-        for places, part in SequenceBatches(flat, encoder.config).inference():
-            queries = encoder.queries(encoder.interests(part.kinds, part.gaps, part.values, part.lengths, part.rows))
-            scores = queries @ vectors.T
-            own = scores.gather(1, targets[places][:, None])
-            scores.scatter_(1, part.rows, float("-inf"))  # padding, and what the encoder has seen
-            ranks = (scores >= own).sum(1).numpy() - 1
-            for place, ndcg in zip(places, ndcg_at(ranks, 10), strict=True):
-                self.outcome.ndcg[keys[place]] = float(ndcg)
+        self.waiting, self.asked = [], []

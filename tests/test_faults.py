@@ -1,40 +1,18 @@
-"""Processes are killed while events flow: nothing that was acknowledged is lost, and nothing is learned twice."""
+"""What tests/test_chaos.py does not break: a service that is stopped cleanly, and a disk that has no room."""
 
 import os
+import resource
 import signal
 from collections import Counter
-from typing import Any
-
-import pytest
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from lib.feedback_log import FeedbackLogReader
+from lib.ledger import check
+from lib.registry import Registry
 from tests.conftest import LiveService
-from tests.traffic import UNANSWERED, Traffic
-
-VICTIMS = [("aggregator",), ("learner",), ("replica",), ("aggregator", "learner", "replica")]
-
-THREADS = 4
-
-
-def processes(status: dict[str, Any]) -> dict[str, list[int]]:
-    """Process ids of each part that answers now."""
-    return {
-        "aggregator": [status["aggregator"][name] for name in ("process",) if name in status["aggregator"]],
-        "learner": [status["learner"][name] for name in ("process",) if name in status["learner"]],
-        "replica": [replica["process"] for replica in status["replicas"]],
-    }
-
-
-def all_live_without(service: LiveService, killed: list[int]) -> Any:
-    """A condition: every part is live again, in another process."""
-
-    def condition(status: dict[str, Any]) -> bool:
-        now = processes(status)
-        whole = {part: len(found) for part, found in now.items()}
-        gone = not set(killed) & {process for found in now.values() for process in found}
-        return gone and whole == {"aggregator": 1, "learner": 1, "replica": service.arguments.replicas}
-
-    return condition
+from tests.test_service import assert_refused, click
+from tests.traffic import Traffic
 
 
 def assert_each_event_once(service: LiveService, acknowledged: list[tuple[str, str]]) -> None:
@@ -51,39 +29,6 @@ def assert_each_event_once(service: LiveService, acknowledged: list[tuple[str, s
         for user in {user_id for user_id, _ in acknowledged}:
             history = [(event["item_id"], event["timestamp"]) for event in service.export(user)]
             assert history == [(entry.event.item_id, entry.event.timestamp) for entry in log.user_events(user)]
-
-
-@pytest.mark.parametrize("victims", VICTIMS, ids=" and ".join)
-def test_a_killed_process_loses_nothing_and_comes_back_by_itself(
-    service: LiveService, victims: tuple[str, ...]
-) -> None:
-    name = f"killed {'+'.join(victims)}"
-    before = service.wait_until_learned()
-    with Traffic(service, name, senders=THREADS // 2, askers=THREADS // 2) as traffic:
-        traffic.wait_for(events=50, answers=50)
-        killed = [processes(service.status())[victim][0] for victim in victims]
-        for process in killed:
-            os.kill(process, signal.SIGKILL)
-        service.wait_until(f"{victims} restarted", all_live_without(service, killed))
-        traffic.wait_for(events=50, answers=50)
-    assert_each_event_once(service, traffic.acknowledged)
-    assert service.status()["model_version"] > before["model_version"]
-    unexpected = [failure for failure in traffic.failures if not excused(failure, victims)]
-    assert unexpected == []
-    # a thread has one request under way when its replica dies
-    assert sum(UNANSWERED in failure for failure in traffic.failures) <= THREADS
-
-
-def excused(failure: str, victims: tuple[str, ...]) -> bool:
-    """Whether a request may fail like this while these processes come back.
-
-    While the aggregator restarts, who needs it waits for it, and hears after ReplicaConfig.actor_timeout to try again.
-    HAProxy asks another replica what a killed one left unanswered, unless the kernel resets a connection that was used
-    before: then it hangs up on the client too, which HTTP expects to ask again.
-    """
-    if "aggregator" in victims and " 503 " in failure and "try again" in failure:
-        return True
-    return "replica" in victims and UNANSWERED in failure
 
 
 def test_a_stopped_service_continues_where_it_was(service: LiveService) -> None:
@@ -106,13 +51,56 @@ def test_a_stopped_service_continues_where_it_was(service: LiveService) -> None:
     assert [item["item_id"] for item in answer["items"]] == ["kept"]
 
 
-def test_a_killed_service_continues_where_it_was(service: LiveService) -> None:
-    """What a power loss leaves: every process ends at once, while events wait to be learned."""
+@contextmanager
+def files_up_to(size: int, process: int) -> Iterator[None]:
+    """No file of a process may grow beyond so many bytes in the block: what a full disk looks like to it."""
+    soft, hard = resource.prlimit(process, resource.RLIMIT_FSIZE)
+    resource.prlimit(process, resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.prlimit(process, resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_without_room_events_are_refused_and_learning_waits_and_both_go_on_with_room(service: LiveService) -> None:
+    before = service.wait_until_learned()
+    with files_up_to(1000, before["learner"]["process"]):
+        service.send(click("crowded", "item-0001", event_id="taken"))
+        status = service.wait_until("the learner says so", lambda s: s["learner"].get("storage_error") and s)
+        assert status["learner"]["state"] == "waiting for storage"
+        assert "make room in" in status["learner"]["storage_error"]
+        assert status["learner"]["version"] == before["learner"]["version"], "nothing is pushed that is not stored"
+        with files_up_to(1000, before["aggregator"]["process"]):
+            refused = service.client.post(
+                "/v1/events", json={"events": [click("crowded", "item-0002", event_id="not")]}
+            )
+            assert_refused(refused, 503, "nothing of the request was taken")
+        assert [event["item_id"] for event in service.export("crowded")] == ["item-0001"]
+        assert service.send(click("crowded", "item-0002", event_id="not"))["accepted"] == 1
+    after = service.wait_until_learned()
+    assert (after["learner"]["state"], after["learner"]["storage_error"]) == ("running", None)
+    assert after["learner"]["process"] == before["learner"]["process"]
+    assert after["aggregator"]["process"] == before["aggregator"]["process"]
+    assert after["learner"]["events_trained"] == before["learner"]["events_trained"] + 2
+    with FeedbackLogReader(service.log) as log:
+        assert check(Registry(service.state).ledger(), log).faults == []
+
+
+def test_a_delta_that_is_torn_while_live_is_made_up_for(service: LiveService) -> None:
+    """A replica that cannot catch up by it gets a version that is stored whole."""
+    before = service.wait_until_learned()
+    service.send(click("torn", "item-0001"))
     service.wait_until_learned()
-    with Traffic(service, "powerless", askers=0) as traffic:
-        traffic.wait_for(events=60)
-        everything = [process for found in processes(service.status()).values() for process in found]
-        for process in everything:
-            os.kill(process, signal.SIGKILL)
-    service.wait_until("everything restarted", all_live_without(service, everything))
-    assert_each_event_once(service, traffic.acknowledged)
+    torn = Registry(service.state).head()
+    path = service.state / "deltas" / f"{torn:010d}"
+    path.write_bytes(path.read_bytes()[:-100])
+    victim = service.status()["replicas"][0]
+    os.kill(victim["process"], signal.SIGKILL)
+    service.wait_until(
+        "a new replica is there", lambda s: len({r["process"] for r in s["replicas"]} - {victim["process"]}) == 2
+    )
+    after = service.wait_until_learned()
+    assert after["model_version"] == before["model_version"] + 2
+    assert Registry(service.state).load().damage == []
+    with FeedbackLogReader(service.log) as log:
+        assert check(Registry(service.state).ledger(), log).faults == []

@@ -6,14 +6,25 @@ import numpy as np
 import pytest
 import torch
 
+from lib.catalog import Catalog
 from lib.events import Event, InputError
 from lib.learner import LearnerConfig, NearlineLearner, Rejection
-from lib.popularity import DAY
+from lib.model_folder import Manifest
 from lib.recommender import Question, Recommender
 from lib.registry import Registry
 from lib.user_histories import History, MicroBatch
 from lib.weights import Delta, fingerprint
-from tests.tiny import NOW, assert_same_state, copied_state, history, micro_batch, started_registry
+from tests.tiny import (
+    NOW,
+    SECOND,
+    assert_same_state,
+    copied_state,
+    history,
+    item_ids,
+    micro_batch,
+    started_registry,
+    tiny_encoder,
+)
 
 CONFIG = LearnerConfig(negatives=8, held_out_candidates=12)
 HELD_OUT = [history([7, 8, 9]), history([3, 1, 2, 6]), history([12, 13, 14]), history([20, 4]), history([5, 18, 22])]
@@ -42,6 +53,13 @@ def update(learner: NearlineLearner, number: int, *items: int | str) -> Delta:
     outcome = learner.learn(micro_batch(number, [history(names)], replay=REPLAY))
     assert isinstance(outcome, Delta), outcome
     return outcome
+
+
+def logged_at(offset: int, *items: int | str) -> History:
+    """Events whose newest has this offset in the log."""
+    made = history(items)
+    made.offsets = list(range(offset - len(items) + 1, offset + 1))
+    return made
 
 
 def rejected_update(learner: NearlineLearner, batch: MicroBatch, learning_rate: float = float("inf")) -> Rejection:
@@ -110,7 +128,7 @@ def test_only_the_new_events_and_the_replay_are_targets(learner):
     targets = {}
     for line, place in trained.target_weights.nonzero().tolist():
         targets[int(trained.target_rows[line, place])] = float(trained.target_weights[line, place])
-    assert targets == {4: 1.0, 5: 1.0, 7: 0.5, 8: 0.5}
+    assert targets == pytest.approx({4: 1.0, 5: 1.0, 7: CONFIG.replay_weight, 8: CONFIG.replay_weight})
     assert trained.rows[0, :4].tolist() == [1, 2, 3, 4]  # with their context
 
 
@@ -125,7 +143,7 @@ def test_events_of_an_unknown_kind_do_not_shift_what_is_new(tmp_path):
     registry = started_registry(tmp_path / "store", event_kinds=["click"])
     learner = NearlineLearner(registry, CONFIG)
     mixed = history([1, 2, 3])
-    mixed.append(Event("u", "i4", "purchase", None, NOW + DAY))
+    mixed.append(Event("u", "i4", "purchase", None, NOW + 1000 * SECOND))
     trained = learner._training_batch(micro_batch(5, [mixed], [2]))
     assert trained is not None
     assert trained.target_rows[trained.target_weights > 0].tolist() == [3]
@@ -134,7 +152,7 @@ def test_events_of_an_unknown_kind_do_not_shift_what_is_new(tmp_path):
 @pytest.mark.parametrize("kind", ["dislike", "skip"])
 def test_dislikes_and_skips_are_pushed_away_from(learner, kind):
     disliked = history([1, 2])
-    disliked.append(Event("u", "i3", kind, None, NOW + DAY))
+    disliked.append(Event("u", "i3", kind, None, NOW + 1000 * SECOND))
     batch = learner._training_batch(micro_batch(1, [disliked]))
     assert batch is not None
     assert batch.target_rows[batch.target_weights < 0].tolist() == [3]
@@ -282,7 +300,7 @@ def test_a_rejected_update_leaves_everything_as_it_was(registry, learner):
     before, optimizer = copied_state(learner.encoder), optimizer_of(learner)
     checksum, trained = learner.checksum, learner.events_trained
     arrived = [history([1, 2, 3]), history([4, 5, 6]), history([20])]  # the last is a first event: it is counted alone
-    rejection = rejected_update(learner, micro_batch(8, arrived, [2, 1, 1], replay=REPLAY, held_out=HELD_OUT), 1e6)
+    rejection = rejected_update(learner, micro_batch(8, arrived, [2, 1, 1], replay=REPLAY, held_out=HELD_OUT), 5.0)
     assert rejection.last_offset == 8
     assert rejection.events == 4
     assert "held-out" in rejection.reason
@@ -326,20 +344,6 @@ def test_a_dense_tensor_or_a_loss_that_is_not_finite_is_rejected(learner, monkey
     assert learner.version == 1
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "objection"),
-    [
-        ((2.0, 0.30), (2.4, 0.26), None),
-        ((2.0, 0.30), (2.6, 0.30), "loss rose from 2.000 to 2.600"),
-        ((2.0, 0.30), (1.9, 0.24), "NDCG@10 fell from 0.300 to 0.240"),
-        ((float("nan"), float("nan")), (float("nan"), float("nan")), None),  # nobody is held out
-    ],
-)
-def test_the_tolerances_of_the_gate(learner, before, after, objection):
-    found = learner._objection(1.0, before, after, torch.zeros(0, dtype=torch.long))
-    assert found is None if objection is None else objection in found
-
-
 def test_learning_goes_on_after_a_rejection(registry, learner):
     twin = NearlineLearner(started_registry(f"{registry.root}-twin", dropout=0.3), CONFIG)
     rejected_update(learner, micro_batch(1, [history([1, 2, 3])], held_out=HELD_OUT))
@@ -351,10 +355,10 @@ def test_learning_goes_on_after_a_rejection(registry, learner):
 
 
 def test_the_popularity_of_a_rejected_update_is_taken_back_with_its_reference(learner):
-    update(learner, 1)  # moves the reference from 1970 to its time, once
+    update(learner, 1)
     before = copied_state(learner.encoder)
-    later = history([1, 2, 3], start=NOW + 300 * DAY)
-    rejected_update(learner, micro_batch(2, [later], held_out=HELD_OUT))
+    far = int(25 * learner.popularity_half_life)
+    rejected_update(learner, micro_batch(far, [logged_at(far, 1, 2, 3)], held_out=HELD_OUT))
     assert_same_state(before, copied_state(learner.encoder))
 
 
@@ -443,8 +447,8 @@ def test_items_that_came_after_the_restored_version_stay(registry, learner):
 
 def test_popularity_keeps_its_meaning_when_a_rollback_crosses_a_move_of_the_reference(registry, learner):
     update(learner, 1, 1, 2, 3)
-    old = NOW + 200 * DAY  # beyond 20 half-lives: the reference moves
-    learner.learn(micro_batch(2, [history(["new"], start=old)]))
+    far = int(25 * learner.popularity_half_life)  # beyond 20 half-lives: the reference moves
+    learner.learn(micro_batch(far, [logged_at(far, "new")]))
     learner.restore(2)
     popularity = learner.encoder.item_popularity
     assert popularity[25] > 1000 * popularity[3] > 0  # the new item is the recent one
@@ -463,37 +467,39 @@ def test_a_version_that_is_not_stored_cannot_be_restored(learner):
 # Popularity
 
 
-def test_popularity_counts_the_new_events_and_halves_with_time(learner):
-    half_life = CONFIG.popularity_half_life
-    learner.learn(micro_batch(1, [history([1])]))
-    learner.learn(micro_batch(2, [history([3, 2], start=NOW)], [1]))  # 3 is context: counted before, or never
-    later = NOW + int(half_life)
-    learner.learn(micro_batch(3, [history([4], start=later), history([4], start=later)]))
+def test_popularity_counts_the_new_events_and_halves_with_those_that_follow(learner):
+    half_life = int(learner.popularity_half_life)
+    learner.learn(micro_batch(1, [logged_at(1, 1)]))
+    learner.learn(micro_batch(3, [logged_at(3, 3, 2)], [1]))  # 3 is context: counted before, or never
+    later = 3 + half_life
+    learner.learn(micro_batch(later, [logged_at(later - 1, 4), logged_at(later, 4)]))
     popularity = learner.encoder.item_popularity
     assert popularity[3] == 0
-    assert float(popularity[1] / popularity[2]) == pytest.approx(1, rel=1e-3)
-    assert float(popularity[4] / popularity[1]) == pytest.approx(4, rel=1e-3)  # two events, each worth twice as much
+    assert float(popularity[1] / popularity[2]) == pytest.approx(1, rel=1e-2)
+    assert float(popularity[4] / popularity[1]) == pytest.approx(4, rel=1e-2)  # two events, each worth twice as much
 
 
-def test_popularity_survives_years_without_overflow(registry, learner):
+def test_popularity_survives_any_number_of_events_without_overflow(registry, learner):
+    step = int(13 * learner.popularity_half_life)
     for number in range(1, 30):
-        learner.learn(micro_batch(number, [history([number % 24 + 1], start=NOW + number * 90 * DAY)]))
+        learner.learn(micro_batch(number * step, [logged_at(number * step, number % 24 + 1)]))
     popularity = learner.encoder.item_popularity
     assert torch.isfinite(popularity).all()
     newest, before = 29 % 24 + 1, 28 % 24 + 1
     assert popularity.argmax() == newest
-    assert float(popularity[newest] / popularity[before]) == pytest.approx(2 ** (90 / 7), rel=1e-2)
+    assert float(popularity[newest] / popularity[before]) == pytest.approx(2**13, rel=1e-2)
     assert [item.item_id for item in recommender_of(registry).popular(2)] == [f"i{newest}", f"i{before}"]
+
+
+def test_half_of_what_is_popular_is_as_many_events_old_as_there_are_items(registry):
+    assert NearlineLearner(registry, CONFIG).popularity_half_life == 1000  # few items: chance must not decide
+    assert NearlineLearner(registry, replace(CONFIG, popularity_half_life=50.0)).popularity_half_life == 50
+    registry.publish_snapshot(tiny_encoder(3000), Catalog(item_ids(3000)), Manifest(version=2), None)
+    assert NearlineLearner(registry, CONFIG).popularity_half_life == 3000
 
 
 def test_what_the_learner_asks_for(learner):
     sizes = learner.sample_sizes
     assert (sizes.history_length, sizes.held_out_users) == (8, 64)
-    assert sizes.replay_events == 1024
+    assert sizes.replay.events == 2000
     assert sizes.held_out_length == 20
-
-
-def test_held_out_users_with_too_little_history_are_no_gate(learner):
-    loss, quality = learner._held_out_quality([history([1]), History(), history(["unknown", "other"])])
-    assert np.isnan(loss)
-    assert np.isnan(quality)

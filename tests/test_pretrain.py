@@ -38,7 +38,7 @@ from lib.registry import OPTIMIZER_FILE
 from tests.conftest import RaySession
 
 ROOT = Path(__file__).parent.parent
-EPOCHS = 60  # of about a tenth of a second: time enough to be killed in
+EPOCHS = 20  # of about a tenth of a second: time enough to be killed in
 # without dropout, whose randomness is each worker's own, the number of workers leaves the weights as they are
 SETTINGS = PretrainSettings(
     epochs=EPOCHS, learning_rate=1e-3, hidden_size=16, max_length=20, dropout=0.0, negatives=64, events_per_batch=1024

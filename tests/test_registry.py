@@ -175,9 +175,14 @@ def test_writes_leave_no_temporary_files(registry):
 
 def test_snapshots_in_between_and_pruning(registry):
     config = LearnerConfig(negatives=8, held_out_users=0, snapshot_every=2, keep_snapshots=2)
+    unfinished = files_of(registry) / "deltas" / ".0000000002.4711"
+    unfinished.parent.mkdir(exist_ok=True)
+    unfinished.write_bytes(b"of a process that was killed")
     states = learn(registry, 8, config)  # snapshots 1, 2, 4, 6, 8; the newest two stay, and the first
     assert registry.snapshots() == [1, 6, 8]
-    assert registry.deltas() == [7, 8, 9]
+    assert [path.name for path in sorted((files_of(registry) / "deltas").iterdir())] == [
+        f"{version:010d}" for version in (7, 8, 9)
+    ]
     assert registry.oldest() == 1
     assert [info.version for info in registry.versions()] == [1, 6, 7, 8, 9]
     for version in (1, 6, 7, 8, 9):
@@ -220,51 +225,69 @@ def test_a_damaged_delta_is_named(registry, place):
     path = files_of(registry) / "deltas" / "0000000003"
     flip(path, place)
     with pytest.raises(InputError, match=r"deltas/0000000003 is damaged"):
-        registry.load()
-    assert registry.load(2).version == 2
+        registry.load(4)
+    assert registry.load(2).damage == []
     with pytest.raises(DeltaMismatch):
         registry.read_delta(3)
 
 
-def test_a_truncated_delta_is_named(registry):
-    learn(registry, 2)
-    path = files_of(registry) / "deltas" / "0000000003"
+def test_a_torn_delta_is_named_and_the_newest_whole_version_loaded(registry):
+    states = learn(registry, 3)
+    path = files_of(registry) / "deltas" / "0000000004"
     data = path.read_bytes()
     for length in (0, 7, 100, len(data) - 1):
         path.write_bytes(data[:length])
-        with pytest.raises(InputError, match=r"deltas/0000000003 is damaged"):
-            registry.load()
-        if length <= 100:  # the list reads no further than the header
-            with pytest.raises(InputError, match=r"deltas/0000000003 is damaged"):
-                registry.versions()
+        with pytest.raises(InputError, match=r"deltas/0000000004 is damaged"):
+            registry.load(4)
+        loaded = registry.load()
+        assert (loaded.version, loaded.log_offset, loaded.facts["events_trained"]) == (3, 20, 2)
+        assert_same_state(states[3], copied_state(loaded.encoder))
+        [damage] = loaded.damage
+        assert damage.startswith(f"version: {registry.root}/deltas/0000000004 is damaged: ")
+        kinds = [info.kind for info in registry.versions()]
+        assert kinds == ["snapshot", "delta", "delta", "damaged" if length <= 100 else "delta"]  # it reads the header
+
+
+def test_a_delta_is_not_laid_over_a_version_that_it_does_not_follow(registry):
+    learn(registry, 3)
+    deltas = files_of(registry) / "deltas"
+    (deltas / "0000000003").write_bytes((deltas / "0000000004").read_bytes())
+    loaded = registry.load()
+    assert loaded.version == 2
+    assert "it follows version 3, not 2" in loaded.damage[0]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "catalog.parquet", "config.json", OPTIMIZER_FILE])
 def test_a_damaged_or_missing_file_of_a_snapshot_is_named(registry, name):
-    learn(registry, 1)
+    states = learn(registry, 1)
     NearlineLearner(registry, CONFIG).save_snapshot({})
     path = files_of(registry) / "snapshots" / "0000000002" / name
     flip(path, 50)
+    for damage in (lambda: None, path.unlink):
+        damage()
+        loaded = registry.load()  # from the snapshot before it and the delta
+        assert loaded.version == 2
+        assert_same_state(states[2], copied_state(loaded.encoder))
+        assert [name in text for text in loaded.damage] == [True]
+    (files_of(registry) / "deltas" / "0000000002").unlink()
+    assert registry.load().version == 1
     with pytest.raises(InputError, match=re.escape(name)):
-        registry.load()
-    path.unlink()
-    with pytest.raises(InputError, match=re.escape(name)):
-        registry.load()
-    assert registry.load(1).version == 1
+        registry.load(2)
 
 
 def test_a_damaged_manifest_of_a_snapshot_is_named(registry):
     (files_of(registry) / "snapshots" / "0000000001" / MANIFEST).write_text("{")
-    for read in (registry.load, registry.versions):
-        with pytest.raises(InputError, match=MANIFEST):
-            read()
+    with pytest.raises(InputError, match=MANIFEST):
+        registry.load()
+    assert [info.kind for info in registry.versions()] == ["damaged"]
 
 
 def test_a_missing_delta_is_named(registry):
     learn(registry, 3)
     (files_of(registry) / "deltas" / "0000000003").unlink()
     with pytest.raises(InputError, match=r"delta 3 is missing in .* so 4 cannot be made"):
-        registry.load()
+        registry.load(4)
+    assert registry.load().version == 2
     with pytest.raises(FileNotFoundError):
         registry.read_delta(3)
 

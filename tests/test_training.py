@@ -400,3 +400,17 @@ def test_two_workers_make_the_weights_that_one_makes(tmp_path: Path):
     optimizer = safetensors.numpy.load_file(tmp_path / "optimizer0")
     assert np.allclose(optimizer["losses"], losses, rtol=1e-4)
     assert np.array_equal(optimizer["rows.steps"], alone.optimizer_state()["rows.steps"])
+
+
+def test_a_new_row_moves_faster_at_first():
+    config = TrainingConfig(new_row_boost=20.0, weight_decay=0.0)
+    table, plain = torch.zeros(3, 4), torch.zeros(3, 4)
+    boosted, usual = RowAdam(table, config), RowAdam(plain, replace(config, new_row_boost=0.0))
+    for optimizer in (boosted, usual):
+        optimizer.steps[2] = 10_000  # a row of long standing
+    rows, gradient = torch.tensor([1, 2]), torch.ones(2, 4)
+    for optimizer, values in ((boosted, table), (usual, plain)):
+        optimizer.step(values, rows, gradient, 0.1)
+    ratio = table[1:, 0] / plain[1:, 0]
+    assert ratio[0] == pytest.approx(1 + 20 / (1 + 1 / 20), rel=1e-4)
+    assert ratio[1] == pytest.approx(1.04, rel=1e-2)

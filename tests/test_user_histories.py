@@ -1,11 +1,13 @@
 """Users' histories in memory: what is new, what is kept, what is forgotten."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
 from lib.catalog import Catalog
 from lib.events import EVENT_KINDS, Event
-from lib.user_histories import History, UserHistories, to_histories
+from lib.user_histories import History, ReplaySample, UserHistories, to_histories
 from tests.tiny import NOW, history, item_ids
 
 CODES = {kind: place + 1 for place, kind in enumerate(EVENT_KINDS)}
@@ -125,3 +127,41 @@ def test_flat_columns_leave_out_what_the_model_does_not_know():
     assert np.isnan(flat.values[1:]).all()
     assert flat.timestamps.tolist() == [NOW, NOW + 3, NOW]
     assert len(to_histories([], known, CODES)) == 0
+
+
+def test_replayed_windows_are_drawn_by_events_from_any_part_of_a_history():
+    histories = UserHistories()
+    for number in range(90):
+        histories.append(event("busy", f"b{number}", NOW + number))
+    for number in range(10):
+        histories.append(event("calm", f"c{number}", NOW + number))
+    windows = histories.windows(ReplaySample(20_000), 5, 0, np.random.default_rng(0))
+    assert {len(window) for window in windows} == {2, 3, 4, 5}
+    assert 19_500 < sum(map(len, windows)) < 20_010  # a first event alone counts and teaches nothing
+    busy = [window for window in windows if window.item_ids[0].startswith("b")]
+    assert 0.87 < len(busy) / len(windows) < 0.93  # nine events of ten are theirs
+    drawn = Counter(item for window in busy for item in window.item_ids)
+    assert min(drawn[f"b{number}"] for number in range(5, 85)) > 0.5 * drawn["b40"]  # not the newest alone
+
+
+def test_a_share_of_the_windows_is_of_the_latest_events():
+    histories = UserHistories(keep=20)  # earlier events of each are trimmed away
+    for number in range(300):
+        histories.append(event(f"u{number // 50}", f"i{number}", NOW + number), number + 1)
+    generator = np.random.default_rng(0)
+    recent = histories.windows(ReplaySample(2000, recent_share=1.0, recent_events=10), 4, 300, generator)
+    assert {item for window in recent for item in window.item_ids} <= {f"i{number}" for number in range(286, 300)}
+    half = histories.windows(ReplaySample(2000, recent_share=0.5, recent_events=10), 4, 300, generator)
+    share = sum(window.offsets[-1] > 290 for window in half) / len(half)
+    assert 0.4 < share < 0.75
+
+
+def test_what_is_not_learned_yet_or_is_erased_is_not_replayed():
+    histories = UserHistories()
+    for number in range(1, 41):
+        histories.append(event(f"u{number % 2}", f"i{number}", NOW + number), number)
+    histories.erase("u1")
+    windows = histories.windows(ReplaySample(500), 6, 20, np.random.default_rng(0))
+    offsets = {offset for window in windows for offset in window.offsets}
+    assert offsets == set(range(2, 21, 2))
+    assert UserHistories().windows(ReplaySample(500), 6, 20, np.random.default_rng(0)) == []

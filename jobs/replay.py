@@ -1,0 +1,171 @@
+"""Replay a dataset as a stream: what live learning is worth, event by event, before anything learns from it.
+
+    python -m jobs.replay --data DATA [--json FILE] [--plot FILE.png] [--out FOLDER] [--through URL]
+
+The oldest events pretrain a model, the rest streams in order of time (lib/prequential.py says how, and what the arms
+batch, history, live and daily are). Each arm is a Ray task of its own. With --out the model and the oldest events stay
+there, and a second replay takes the model from there; `afterclick serve --model OUT/model --data OUT/oldest` then
+serves it, and --through URL sends the same stream through that service, over HTTP, as the arm `service`.
+"""
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow.parquet as pq
+import ray
+import torch
+import typer
+
+from cluster.local import running_ray
+from jobs.configuration import settings_from, write_json
+from jobs.pretrain import PretrainSettings, pretrain
+from jobs.replay_report import plot_replay, print_replay
+from jobs.replay_service import through_service
+from lib.datasets import read_events, read_items
+from lib.events import InputError, order_events
+from lib.learner import LearnerConfig
+from lib.prequential import Daily, Frozen, Live, Outcome, Stream, replay, split_by_time
+from lib.prequential_comparison import ReplayComparison, compare_arms
+from lib.training import keep_freed_memory
+
+ARMS = ("batch", "history", "live", "daily")
+SERVICE = "service"
+
+
+@dataclass(frozen=True)
+class ReplaySettings:
+    """What is replayed, and how."""
+
+    share: float = 0.6  # of the events, the oldest: what the model is pretrained on
+    batch_events: int = 64  # of a micro-batch: the trigger by number, as the stream's clock runs faster than ours
+    daily_epochs: int = 5  # of a daily fine-tune, over all events so far
+    daily_learning_rate: float = 1e-3
+    seed: int = 0
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise InputError(f"share: {self.share} is not between 0 and 1")
+        for name in ("batch_events", "daily_epochs"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)} is too small; give 1 or more")
+
+
+def run_replay(
+    data: Path,
+    folder: Path,
+    settings: ReplaySettings,
+    arms: Sequence[str] = ARMS,
+    through: str | None = None,
+    pretraining: PretrainSettings | None = None,
+) -> ReplayComparison:
+    """Pretrain on the oldest events unless the folder has that model, and replay the rest for every arm.
+
+    Raises:
+        InputError: an unknown arm, too few events, a model in the folder that was made of others, or a service that is
+            not as it must be.
+    """
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown or not (arms or through):
+        raise InputError(f"arm: {', '.join(unknown) or 'none given'}; there are {', '.join(ARMS)}")
+    stream = split_by_time(read_events(data), settings.share)
+    outcomes: dict[str, Outcome] = {}
+    if arms:
+        with running_ray():
+            model = _pretrained(stream, data, folder, pretraining or PretrainSettings(holdout="none"))
+            outcomes |= _replay_arms(stream, model, settings, arms)
+    if through is not None:
+        outcomes[SERVICE] = through_service(through, stream)
+    return compare_arms(stream, outcomes, settings.seed)
+
+
+def _pretrained(stream: Stream, data: Path, folder: Path, settings: PretrainSettings) -> Path:
+    """The model of the oldest events, from the folder if it is there."""
+    oldest, model = folder / "oldest", folder / "model"
+    if model.exists():
+        kept, events = read_events(oldest), order_events(stream.oldest)
+        if any(not kept[name].equals(events[name]) for name in ("user_id", "item_id", "timestamp")):
+            raise InputError(f"out: {oldest} is not the oldest part of {data}; name another folder")
+        return model
+    oldest.mkdir(parents=True, exist_ok=True)
+    pq.write_table(stream.oldest, oldest / "events.parquet")
+    items = read_items(data)
+    if items is not None:
+        pq.write_table(items, oldest / "items.parquet")
+    pretrain(oldest, model, settings)
+    return model
+
+
+def _replay_arms(stream: Stream, model: Path, settings: ReplaySettings, arms: Sequence[str]) -> dict[str, Outcome]:
+    """The outcomes by arm; a Ray task each, as many at a time as there are cores."""
+    shared = ray.put(stream)
+    task: Any = ray.remote(_replay_arm).options(num_cpus=1, max_retries=0)
+    waiting = {task.remote(shared, str(model), settings, arm): arm for arm in arms}
+    outcomes = {}
+    while waiting:
+        (done,), _ = ray.wait(list(waiting))
+        arm = waiting.pop(done)
+        outcomes[arm] = ray.get(done)
+        print(f"{arm}: {len(stream.newest):,} events answered", file=sys.stderr, flush=True)
+    return {arm: outcomes[arm] for arm in arms}
+
+
+def _replay_arm(stream: Stream, model: str, settings: ReplaySettings, name: str) -> Outcome:
+    """One arm, in a process of its own."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    exclude_seen = not stream.repeats
+    if name == "live":
+        with tempfile.TemporaryDirectory(prefix="afterclick-replay-") as state:
+            arm = Live(Path(model), Path(state), settings.learner, exclude_seen, settings.seed)
+            outcome = replay(stream, arm, settings.batch_events)
+    elif name == "daily":
+        arm = Daily(Path(model), exclude_seen, settings.daily_epochs, settings.daily_learning_rate)
+        outcome = replay(stream, arm, settings.batch_events)
+    else:
+        arm = Frozen(Path(model), exclude_seen)
+        outcome = replay(stream, arm, settings.batch_events, live_histories=name == "history")
+    return outcome
+
+
+def replay_command(
+    data: Annotated[Path, typer.Option(help="Ingested dataset.")],
+    json_: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw quality over time there, as a PNG file.")] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="batch, history, live or daily; repeatable, all by default.")
+    ] = None,
+    through: Annotated[str | None, typer.Option(help="URL of a service that the stream goes through, too.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep the oldest events and their model there.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, over the file; repeatable.")] = None,
+) -> None:
+    """Replay a dataset event by event: frozen weights, learning live, and a fine-tune a day, side by side."""
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise InputError(f"plot: {plot} is no PNG file; give a name that ends in .png")
+    settings = settings_from(ReplaySettings, config, set_ or [])
+    folder = out or Path(tempfile.mkdtemp(prefix="afterclick-replay-"))
+    try:
+        arms = arm or (() if through else ARMS)
+        comparison = run_replay(data, folder.absolute(), settings, arms, through)
+    finally:
+        if out is None:
+            shutil.rmtree(folder)
+    if json_ is not None:
+        write_json(json_, comparison.as_json())
+    title = f"{data.resolve().name}: the newest {1 - settings.share:.0%}, {comparison.events:,} events of "
+    title += f"{comparison.users:,} users, each scored before it is learned"
+    print_replay(comparison, title)
+    if plot is not None:
+        plot_replay(comparison, title, plot)
+
+
+if __name__ == "__main__":
+    from jobs.command_line import run_command
+
+    run_command(replay_command)

@@ -1,0 +1,62 @@
+"""A replay for people: tables for the terminal, and a PNG of quality over the stream's time."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from jobs.evaluation_report import metric_cell, metric_table
+from lib.comparison import Estimate
+from lib.events import InputError
+from lib.metrics import LEVEL, RESAMPLES
+from lib.prequential_comparison import BASE, METRICS, ReplayComparison
+
+
+def print_replay(comparison: ReplayComparison, title: str) -> None:
+    """Print each arm's metrics, its lift, the groups, and what learning cost."""
+    console = Console()
+    table = metric_table(title, [*METRICS, f"{METRICS[1]}\nover {BASE}", "CPU s", "events read"])
+    for arm in comparison.arms:
+        lift = _percent(arm.lift[METRICS[1]]) if arm.lift else "-"
+        cost = (f"{arm.facts[name]:,.0f}" if name in arm.facts else "-" for name in ("learn_seconds", "events_read"))
+        table.add_row(arm.name, *(metric_cell(arm.metrics["all"][name]) for name in METRICS), lift, *cost)
+    table.caption = f"second lines: {LEVEL:.0%} intervals, {RESAMPLES:,} resamples of the users"
+    console.print(table)
+    groups = [f"{name}\n{events:,} events" for name, events in comparison.groups.items()]
+    table = metric_table(f"{METRICS[1]} of groups", groups)
+    for arm in comparison.arms:
+        table.add_row(arm.name, *(metric_cell(arm.metrics[group][METRICS[1]]) for group in comparison.groups))
+    console.print(table)
+
+
+def _percent(estimate: Estimate) -> str:
+    return f"{estimate.value:+.1%}\n{100 * estimate.low:+.1f}..{100 * estimate.high:+.1f}"
+
+
+def plot_replay(comparison: ReplayComparison, title: str, path: Path) -> None:
+    """Draw each arm's NDCG over the stream's time.
+
+    Raises:
+        InputError: it cannot be written there.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second to import
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    times = [datetime.fromtimestamp(time / 1000, UTC) for time in comparison.times]
+    for arm in comparison.arms:
+        axes.plot(times, arm.over_time, marker="o", markersize=3, label=arm.name)  # pyright: ignore[reportArgumentType]
+    axes.set_title(title)
+    axes.set_ylabel(f"{METRICS[1]}, {comparison.events // max(len(times), 1):,} events a point")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.autofmt_xdate()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise InputError(f"plot: {path} cannot be written ({error.strerror}); name another file") from error

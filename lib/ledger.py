@@ -1,0 +1,145 @@
+"""The ledger: proof that the weights have every event of the feedback log exactly once.
+
+Every version says how far into the log it has learned, and how many events its lineage has trained on and how many its
+gate rejected. Between a version and its parent those counts must rise by just the events of the offsets in between:
+fewer would be a gap, more an overlap. The steps of a lineage tile the log, so what holds of each holds of the whole.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol, Self
+
+
+class Account(NamedTuple):
+    """What one version says of itself; or, once its files are gone, what the last of several says of them all."""
+
+    version: int
+    parent: int | None  # None for the first
+    log_offset: int  # the newest event that is in the weights
+    events_trained: int  # by the whole lineage
+    events_rejected: int
+    events: int  # that this step trained on
+    versions: int = 1  # that this account stands for
+
+    @classmethod
+    def of(cls, version: int, parent: int | None, log_offset: int, facts: Mapping[str, Any]) -> Self:
+        """The account of a stored version with its facts."""
+        counts = (int(facts.get(name) or 0) for name in ("events_trained", "events_rejected", "events"))
+        return cls(version, parent, log_offset, *counts)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The outcome of a check; without faults every event up to `log_offset` is in the weights of `version` once."""
+
+    version: int
+    versions: int  # of its lineage
+    log_offset: int
+    events_trained: int
+    events_rejected: int
+    erased: int  # offsets whose events the log does not hold any more
+    waiting: int  # events of the log that are not learned yet
+    faults: list[str]
+
+    def __str__(self) -> str:
+        learned = f"{self.events_trained} events trained on, {self.events_rejected} rejected by the gate"
+        outcome = f"{len(self.faults)} faults" if self.faults else "each event once"
+        return (
+            f"version {self.version}, {self.versions} versions, log offsets up to {self.log_offset}: {learned},"
+            f" {self.erased} erased, {self.waiting} waiting; {outcome}"
+        )
+
+
+class Log(Protocol):
+    """What a check needs of the feedback log."""
+
+    def count(self, after: int = 0, up_to: int | None = None) -> int:
+        """Number of events that it holds of these offsets."""
+        ...
+
+    def last_offset(self) -> int:
+        """The highest offset that it ever gave."""
+        ...
+
+
+def lineage(accounts: Mapping[int, Account], newest: int) -> list[Account]:
+    """From the first version to the newest, by their parents; it ends early where an account is missing."""
+    chain: list[Account] = []
+    version: int | None = newest
+    while version is not None and (account := accounts.get(version)) is not None:
+        chain.append(account)
+        version = account.parent
+        if version is not None and version >= account.version:
+            break
+    return chain[::-1]
+
+
+def check(chain: Sequence[Account], log: Log) -> Ledger:
+    """Compare every step of a lineage, which has at least one version, with the log.
+
+    An erased event may have been learned before, or not: of a range, at least the events that are there must have been
+    learned, and at most as many as it has offsets.
+    """
+    first, newest, last_offset = chain[0], chain[-1], log.last_offset()
+    faults = []
+    if first.parent is not None:
+        faults.append(f"version {first.version}: its parent {first.parent} is missing")
+    for before, account in pairwise(chain):
+        faults += step_faults(before, account, log.count(before.log_offset, account.log_offset))
+    if last_offset < newest.log_offset:
+        faults.append(
+            f"version {newest.version} has learned up to offset {newest.log_offset}, the log ends at {last_offset}"
+        )
+    return Ledger(
+        version=newest.version,
+        versions=sum(account.versions for account in chain),
+        log_offset=newest.log_offset,
+        events_trained=newest.events_trained,
+        events_rejected=newest.events_rejected,
+        erased=newest.log_offset - first.log_offset - log.count(first.log_offset, newest.log_offset),
+        waiting=log.count(newest.log_offset, last_offset),
+        faults=faults,
+    )
+
+
+def step_faults(before: Account, account: Account, held: int) -> list[str]:
+    """What is wrong with a step from a version to the next, of whose offsets the log holds so many events."""
+    step = f"version {account.version}, offsets {before.log_offset + 1} to {account.log_offset}"
+    offsets = account.log_offset - before.log_offset
+    trained = account.events_trained - before.events_trained
+    rejected = account.events_rejected - before.events_rejected
+    if offsets < 0:
+        return [
+            f"version {account.version}: overlap, it goes back from offset {before.log_offset} of version"
+            f" {before.version} to {account.log_offset}"
+        ]
+    if trained < 0 or rejected < 0 or trained != account.events:
+        return [f"{step}: its counts rose by {trained} and {rejected}, but it says that it trained on {account.events}"]
+    if trained + rejected > offsets:
+        return [f"{step}: overlap, {trained} events trained on and {rejected} rejected are more than there were"]
+    if trained + rejected < held:
+        return [f"{step}: gap, {trained} events trained on and {rejected} rejected of {held}"]
+    return []
+
+
+def folded(chain: Sequence[Account], bound: int) -> list[Account]:
+    """A lineage up to version `bound` in as few accounts as prove the same.
+
+    Steps that learned exactly one event an offset become one; any other keeps an account of its own.
+    """
+    kept: list[Account] = []
+    for account in chain:
+        if account.version > bound:
+            break
+        if len(kept) > 1 and _is_exact(kept[-2], kept[-1]) and _is_exact(kept[-1], account):
+            last = kept.pop()
+            account = account._replace(
+                parent=last.parent, events=last.events + account.events, versions=last.versions + account.versions
+            )
+        kept.append(account)
+    return kept
+
+
+def _is_exact(before: Account, account: Account) -> bool:
+    return not step_faults(before, account, account.log_offset - before.log_offset)
