@@ -105,6 +105,8 @@ class Recommendations:
 
     def _load(self) -> Recommender:
         loaded = self.registry.load()
+        for damage in loaded.damage:
+            logger.warning("version %d is the newest whole one: %s", loaded.version, damage)
         recommender = Recommender(loaded.encoder, loaded.catalog, loaded.version, loaded.log_offset, self.rules)
         recommender.catalog_changed(self.item_changes)
         return recommender
