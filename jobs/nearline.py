@@ -37,6 +37,7 @@ from serving.rollout import Acknowledgements, Rollout
 
 logger = logging.getLogger(__name__)
 ANNOUNCE_SECONDS = 1.0
+OFFER_SECONDS = 2.0  # between two looks for a model that is to be taken over
 RETRY_SECONDS = 0.05
 NICENESS = 10  # below the replicas, and still moving when they take all of the cores
 
@@ -79,6 +80,7 @@ class Live:
 
     version: int
     checksum: str
+    base: int
     log_offset: int
     events_trained: int
     events_rejected: int
@@ -87,7 +89,7 @@ class Live:
     def of(cls, learner: NearlineLearner) -> "Live":
         """The present moment."""
         counts = learner.events_trained, learner.events_rejected
-        return cls(learner.version, learner.checksum, learner.log_offset, *counts)
+        return cls(learner.version, learner.checksum, learner.base, learner.log_offset, *counts)
 
 
 class Learner:
@@ -105,6 +107,7 @@ class Learner:
         self.progress = Progress()
         self.rollbacks: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
         self.announced = 0.0
+        self.looked_for_offers = -OFFER_SECONDS
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self._run, name="learning", daemon=True)
         self.thread.start()
@@ -119,6 +122,7 @@ class Learner:
 
     def _step(self) -> None:
         self._roll_back()
+        self._take_over()
         batch = self._next_batch()
         if isinstance(batch, MicroBatch):
             self._update(batch)
@@ -152,9 +156,10 @@ class Learner:
         self.progress.steps.append(
             {"learn_ms": (learned - start) * 1e3, "push_ms": (pushed - learned) * 1e3, "push_bytes": float(size)}
         )
-        if everywhere:
-            self.progress.delays.extend(now - received for received in batch.received_at)
-            self.progress.delayed += len(batch.received_at)
+        if everywhere:  # what came before the present base was taken over was live once already
+            delays = [now - received for received in batch.received_at if received > self.learner.adopted]
+            self.progress.delays.extend(delays)
+            self.progress.delayed += len(delays)
         loss = outcome.facts["loss"]
         if loss is not None:
             previous = self.progress.loss
@@ -166,14 +171,19 @@ class Learner:
         Without any replica there is nothing to wait for: those to come start with the newest version.
         """
         acknowledgements, size = self.rollout.push(delta)
+        return size, self._until_everywhere(acknowledgements)
+
+    def _until_everywhere(self, acknowledgements: Acknowledgements) -> bool:
+        """See the newest version live on every replica; returns False where no replica answered."""
+        version = self.learner.version
         self._acknowledge(acknowledgements)
-        while acknowledgements.replicas and not acknowledgements.all_at(delta.version) and not self.stopping.is_set():
+        while acknowledgements.replicas and not acknowledgements.all_at(version) and not self.stopping.is_set():
             # one that died is soon no longer counted among the live; one that was busy catches up
             time.sleep(RETRY_SECONDS)
-            acknowledgements = self.rollout.announce(delta.version)
+            acknowledgements = self.rollout.announce(version)
             self._acknowledge(acknowledgements)
         self.progress.pushes += 1
-        return size, acknowledgements.all_at(delta.version)
+        return acknowledgements.all_at(version)
 
     def _acknowledge(self, acknowledgements: Acknowledgements) -> None:
         self.progress.unreached = acknowledgements.unreached
@@ -198,8 +208,32 @@ class Learner:
                 outcome.set_result({"error": str(error)})
                 continue
             self.live = Live.of(self.learner)
-            self._push(delta)
-            outcome.set_result({"model_version": delta.version, "restored": version})
+            if delta is not None:
+                self._push(delta)
+            else:
+                self._until_everywhere(self.rollout.announce(self.learner.version))
+            outcome.set_result({"model_version": self.learner.version, "restored": version})
+
+    def _take_over(self) -> None:
+        """Make a model that was offered the next version; the offer goes when every replica has it.
+
+        After a crash the offer is still there: the newest version says whether it was taken over before.
+        """
+        if time.monotonic() - self.looked_for_offers < OFFER_SECONDS:
+            return
+        self.looked_for_offers = time.monotonic()
+        registry = self.learner.registry
+        for name in registry.offers():
+            if self.learner.offer != name:
+                try:
+                    self.learner.adopt(registry.load_offer(name), {"kind": "finetune", "offer": name})
+                except InputError as error:
+                    logger.error("the offered model %s cannot be taken over: %s", name, error)
+                    registry.withdraw(name)
+                    continue
+                self.live = Live.of(self.learner)
+            self._until_everywhere(self.rollout.announce(self.learner.version))
+            registry.withdraw(name)
 
     def rollback(self, version: int) -> dict[str, Any]:
         """Bring a stored version's weights back; answers when every replica has them."""

@@ -94,10 +94,11 @@ class UndoJournal:
 class NearlineLearner:
     """Owns the newest version of the weights and moves it on; a restarted one continues from the registry."""
 
-    def __init__(self, registry: Registry, config: LearnerConfig):
+    def __init__(self, registry: Registry, config: LearnerConfig, version: int | None = None):
+        """Start from a stored version, the newest by default."""
         self.registry = registry
         self.config = config
-        self._take(registry.load())
+        self._take(registry.load(version))
 
     def _take(self, loaded: LoadedVersion) -> None:
         self.encoder: BehaviourEncoder = loaded.encoder
@@ -107,6 +108,9 @@ class NearlineLearner:
         self.log_offset = loaded.log_offset
         self.events_trained = int(loaded.facts.get("events_trained", 0))
         self.events_rejected = int(loaded.facts.get("events_rejected", 0))
+        self.base = base_of(loaded, self.registry)  # the version that this one follows from by deltas alone
+        self.adopted = int(loaded.facts.get("adopted", 0))  # when the base was taken over, in milliseconds
+        self.offer: str | None = loaded.facts.get("offer")  # the name of the base, as long as nothing follows from it
         self.item_revision = 0  # of changed items: deltas do not hold their attributes, so all of them are asked for
         training = TrainingConfig(
             learning_rate=self.config.learning_rate, negatives=self.config.negatives, seed=self.config.seed
@@ -190,13 +194,49 @@ class NearlineLearner:
         likes = torch.from_numpy(self.catalog.likes(self.catalog.item_ids[row]))
         return likes[likes <= known]
 
-    def restore(self, version: int) -> Delta:
-        """Publish a new version whose weights are those of a stored one; the log offset stays where it is.
+    def adopt(self, model: LoadedVersion, facts: dict) -> None:
+        """Publish a new version that is another model, whole; learning goes on from that model's log offset.
+
+        The offset may go back: what the other weights have not learned is then read again from the log, and what is
+        counted as trained is what they have learned. Items that the model does not know get rows behind its own.
+        """
+        version, catalog = self.version, self.catalog
+        self._take(model)
+        self.join(catalog)
+        self.version = self.base = version + 1
+        self.adopted = time.time_ns() // 1_000_000
+        self.offer = facts.get("offer")
+        manifest = Manifest(
+            version=self.version,
+            parent=version,
+            log_offset=self.log_offset,
+            facts=facts | self._ledger() | {"created": self.adopted},
+        )
+        self.registry.publish_base(self.encoder, self.catalog, manifest, self.trainer.optimizer_state())
+        self.published_items = len(self.catalog)
+        self.fingerprint = Fingerprint(self.encoder)
+
+    def join(self, catalog: Catalog) -> None:
+        """Know the items of another catalog, too; what is new gets rows behind those that are there."""
+        known = len(self.catalog)
+        self.catalog = self.catalog.joined(catalog)
+        self._add_rows(known)
+
+    def restore(self, version: int) -> Delta | None:
+        """Publish a new version whose weights are those of a stored one; the log offset never goes back.
+
+        Returns None where there is no delta to it, because another base came in between.
 
         Raises:
             InputError: the version is not stored.
         """
         loaded = self.registry.load(version)
+        if base_of(loaded, self.registry) != self.base:
+            if loaded.log_offset <= self.log_offset:  # else the old weights have learned what these have not yet
+                loaded.log_offset = self.log_offset
+                loaded.facts |= {"events_trained": self.events_trained, "events_rejected": self.events_rejected}
+            self.adopt(loaded, {"kind": "rollback", "restored": version})
+            return None
         grow_items(loaded.encoder, self.encoder.config.item_rows)
         target = state_of(loaded.encoder)
         later = slice(len(loaded.catalog) + 1, None)  # items that came after that version keep what they have
@@ -245,9 +285,13 @@ class NearlineLearner:
     def _add_items(self, item_ids: Iterable[str]) -> None:
         """Give rows to the unknown ones among these items: the mean of those that are like each, a little apart."""
         known = len(self.catalog)
-        new_items = self.catalog.extend(item_ids)
+        self.catalog.extend(item_ids)
+        self._add_rows(known)
+
+    def _add_rows(self, known: int) -> None:
+        """Give weights to the items of the catalog beyond the first `known`."""
         needed = len(self.catalog) + 1
-        if not new_items:
+        if needed == known + 1:
             return
         if needed > self.encoder.config.item_rows:
             grow_items(self.encoder, needed + needed // 10)
@@ -356,10 +400,6 @@ class NearlineLearner:
     def _publish(self, changes: tuple[Tensor, dict[str, np.ndarray]], last_offset: int, facts: dict) -> Delta:
         rows, tensors = changes
         checksum = self.fingerprint.update(state_of(self.encoder), rows.numpy(), set(tensors))
-        counts = {
-            "events_trained": self.events_trained,
-            "events_rejected": self.events_rejected,
-        }
         delta = Delta(
             version=self.version + 1,
             parent=self.version,
@@ -369,19 +409,29 @@ class NearlineLearner:
             rows=rows.numpy(),
             tensors=tensors,
             new_items=self.catalog.item_ids[self.published_items + 1 :],
-            facts=facts | counts | {"created": time.time_ns() // 1_000_000},
+            facts=facts | self._ledger() | {"created": time.time_ns() // 1_000_000},
         )
         self.registry.publish_delta(delta, self.trainer.optimizer_state(delta.rows))
         self.version, self.log_offset, self.published_items = delta.version, last_offset, len(self.catalog)
+        self.offer = None
         if self.version % self.config.snapshot_every == 0:
             self.save_snapshot(delta.facts)
         return delta
+
+    def _ledger(self) -> dict[str, int]:
+        """What every version says of those that it follows from."""
+        return {name: getattr(self, name) for name in ("events_trained", "events_rejected", "base", "adopted")}
 
     def save_snapshot(self, facts: dict) -> None:
         """Store the newest version whole, so that loading it needs no deltas, and prune what is old."""
         manifest = Manifest(version=self.version, parent=self.version - 1, log_offset=self.log_offset, facts=facts)
         self.registry.publish_snapshot(self.encoder, self.catalog, manifest, self.trainer.optimizer_state())
-        self.registry.prune(self.config.keep_snapshots)
+        self.registry.prune(self.config.keep_snapshots, self.base)
+
+
+def base_of(loaded: LoadedVersion, registry: Registry) -> int:
+    """The version that a stored one follows from by deltas alone; the first one where nothing is said of it."""
+    return int(loaded.facts.get("base") or registry.oldest() or loaded.version)
 
 
 def _trainer_of(loaded: LoadedVersion, config: TrainingConfig) -> Trainer:
