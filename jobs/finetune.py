@@ -291,7 +291,7 @@ def _offer(registry: "Registry", storage: Path, plan: Mapping[str, Any], metrics
     if registry.adopted(plan["name"]) is not None:
         return
     folder, cut = storage / "result", plan["cut"]
-    facts = plan["ledger"] | {"since": cut["since"], "rival": cut["rival"]}
+    facts = plan["ledger"] | {"kind": "finetune", "since": cut["since"], "rival": cut["rival"]}
     manifest = read_manifest(folder).model_copy(update={"log_offset": cut["until"], "facts": facts, "metrics": metrics})
     write_manifest(folder, manifest)
     registry.offer(plan["name"], folder)

@@ -226,7 +226,8 @@ class Learner:
         for name in registry.offers():
             if self.learner.offer != name:
                 try:
-                    self.learner.adopt(registry.load_offer(name), {"kind": "finetune", "offer": name})
+                    model = registry.load_offer(name)
+                    self.learner.adopt(model, {"kind": model.facts.get("kind", "base"), "offer": name})
                 except InputError as error:
                     logger.error("the offered model %s cannot be taken over: %s", name, error)
                     registry.withdraw(name)
