@@ -26,7 +26,7 @@ from lib.ledger import check
 from lib.model_folder import Manifest, save_model
 from lib.recommender import Question, RankedItem, Recommender
 from lib.registry import Registry
-from lib.user_histories import MicroBatch, SampleSizes
+from lib.user_histories import MicroBatch, ReplaySample, SampleSizes
 from lib.weights import Delta, DeltaMismatch
 from lib.write_ahead_log import Tail, read_tail
 from serving.aggregator import LOG_FILE, Aggregator, AggregatorConfig
@@ -40,7 +40,7 @@ from tests.tiny import assert_same_state, copied_state, history, item_ids, micro
 __all__ = ["start_process"]  # a fixture
 CONFIG = LearnerConfig(negatives=8, held_out_users=0, snapshot_every=1000)
 HOUR = 3_600_000  # milliseconds
-SAMPLE = SampleSizes(history_length=8, replay_events=0, held_out_users=0, held_out_length=8)
+SAMPLE = SampleSizes(history_length=8, replay=ReplaySample(0), held_out_users=0, held_out_length=8)
 
 
 # --------------------------------------------------------------------------------------------------------- a full disk
