@@ -31,7 +31,7 @@ from lib.registry import Registry
 from lib.rejections import Rejection
 from lib.sequences import SequenceBatches, value_boundaries
 from lib.training import Trainer, TrainingConfig
-from lib.user_histories import UserHistories
+from lib.user_histories import History, UserHistories
 
 BATCH_EVENTS = 64
 EVENTS_PER_SECOND = 5  # of honest people
