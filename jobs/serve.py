@@ -25,11 +25,11 @@ from ray.serve.config import HTTPOptions
 from cluster.local import HOST, require_free_port, running_ray
 from jobs.nearline import start_learner
 from lib.datasets import read_events
-from lib.events import InputError
+from lib.events import CleaningRules, InputError
 from lib.learner import LearnerConfig
 from lib.model_folder import load_model
 from lib.ranking_rules import BoundRules, RankingRules
-from serving.aggregator import aggregator_handle, start_aggregator
+from serving.aggregator import AggregatorConfig, aggregator_handle, start_aggregator
 from serving.app import ServeArguments, build, check_state
 from serving.names import AGGREGATOR, APPLICATION, LEARNER, NAMESPACE
 
@@ -56,7 +56,8 @@ def start_service(arguments: ServeArguments, port: int, learner: LearnerConfig |
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it starts is said in two lines of our own
     try:
         application = build(arguments)
-        aggregator = start_aggregator(arguments.state_location, arguments.data)
+        config = AggregatorConfig(cleaning=arguments.cleaning)
+        aggregator = start_aggregator(arguments.state_location, arguments.data, config)
         _say_damage(ray.get(aggregator.status.remote()))
         serve.start(http_options=HTTPOptions(host=HOST, port=port))
         serve.run(application, name=APPLICATION, route_prefix="/")
@@ -161,6 +162,7 @@ def serve_command(
     config: Annotated[Path | None, typer.Option(help="YAML file of learner settings.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Learner setting key=value; repeatable.")] = None,
     ranking: Annotated[Path | None, typer.Option(help="YAML file of ranking rules.")] = None,
+    cleaning: Annotated[Path | None, typer.Option(help="YAML file of what feedback is refused.")] = None,
 ) -> None:
     """Serve a model, learn from feedback, push the weights; Ctrl-C stops it cleanly."""
     from jobs.configuration import settings_from, yaml_of
@@ -172,6 +174,7 @@ def serve_command(
         replicas=replicas,
         most_replicas=most_replicas,
         state=str(state.absolute()) if state is not None else None,
+        cleaning=settings_from(CleaningRules, cleaning, []),
         ranking=RankingRules.of(yaml_of(ranking, "ranking")) if ranking is not None else RankingRules(),
     )
     require_free_port(port)  # here and of the model, too: what can be known before Ray is started

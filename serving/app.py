@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
-from lib.events import InputError
+from lib.events import CleaningRules, InputError
 from lib.feedback_log import FeedbackLogReader, last_commit_is_torn
 from lib.ranking_rules import RankingRules
 from lib.registry import Registry
@@ -40,6 +40,7 @@ class ServeArguments(BaseModel):
     autoscaling: Autoscaling = Autoscaling()
     replica: ReplicaConfig = ReplicaConfig()
     ranking: RankingRules = RankingRules()
+    cleaning: CleaningRules = CleaningRules()
 
     def check(self) -> None:
         """Refuse what contradicts itself.
@@ -105,4 +106,6 @@ def build(arguments: ServeArguments) -> Application:
         graceful_shutdown_timeout_s=5,
         logging_config={"enable_access_log": False},  # a line a request costs more than reading the request
     )(serve.ingress()(Recommendations))
-    return deployment.bind(arguments.state_location, arguments.data, arguments.replica, arguments.ranking)
+    return deployment.bind(
+        arguments.state_location, arguments.data, arguments.replica, arguments.ranking, arguments.cleaning
+    )

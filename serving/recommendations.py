@@ -24,6 +24,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from lib.change_board import ChangeBoard
+from lib.events import CleaningRules
 from lib.item_log import ItemChange
 from lib.ranking import ItemFilter
 from lib.ranking_rules import RankingRules
@@ -67,6 +68,7 @@ class Recommendations:
         data: str | None,
         config: ReplicaConfig | None = None,
         rules: RankingRules | None = None,
+        cleaning: CleaningRules | None = None,
     ):
         self.config = config or ReplicaConfig()
         self.rules = rules or RankingRules()
@@ -75,7 +77,7 @@ class Recommendations:
         self.registry = Registry(state)
         explores = self.rules.exploration_temperature > 0
         self.decisions = DecisionLog(state, self.replica_id) if explores else None
-        self.aggregator = start_aggregator(state, data)
+        self.aggregator = start_aggregator(state, data, AggregatorConfig(cleaning=cleaning or CleaningRules()))
         self.cache = HistoryCache(self.config.cached_users, self.config.cached_events)
         self.item_changes: dict[str, dict[str, Any] | None] = {}  # that were made while live; None: deleted
         self.item_revision = 0  # the newest of them
