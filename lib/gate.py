@@ -40,6 +40,7 @@ TO_SIGMA = 1.4826  # of a median absolute deviation, where what deviates is norm
 FEWEST_LOSSES = 16  # that a baseline is made of
 FEWEST_MOVEMENTS = 8  # that say what is usual
 FEWEST_PAIRS = 64  # new events that the reference is judged by
+FIRST_REST, LONGEST_REST = 8, 512  # updates
 MOST_OF_AN_ITEM = 2  # of the new events of an update
 
 
@@ -157,6 +158,8 @@ class Gate:
         self.reference: Reference | None = None
         # of new events that neither had learned, the losses and the NDCG@10 of the live version and of the reference
         self.pairs: deque[tuple[float, ...]] = deque(maxlen=config.reference_events)
+        self.rest = 0  # updates that are not learned, since those before did harm
+        self.next_rest = FIRST_REST
         self.candidates = torch.zeros(0, dtype=torch.long)
         self.window = to_histories([], catalog, kind_codes)
         self.live = NOTHING
@@ -176,6 +179,17 @@ class Gate:
                 earlier = self._standing(fresh)
             columns = (live.losses, earlier.losses, live.ndcg, earlier.ndcg)
             self.pairs.extend(zip(*(column.tolist() for column in columns), strict=True))
+
+    def resting(self) -> str | None:
+        """Why nothing is learned for now, if so. What did harm a moment ago would do it again."""
+        if self.rest == 0:
+            return None
+        self.rest -= 1
+        return f"learning rests for {self.rest} more updates: what was learned before it had to be taken back"
+
+    def went_back(self) -> None:
+        """The learner went back to the reference; it rests, twice as long each time until a version proves itself."""
+        self.rest, self.next_rest = self.next_rest, min(2 * self.next_rest, LONGEST_REST)
 
     def harm(self) -> str | None:
         """What the updates since the reference have done together, if it is harm: the learner is to go back to it."""
@@ -225,6 +239,7 @@ class Gate:
         if reference.updates % self.config.reference_updates == 0 and self._no_worse():
             self.forget()
             self.reference = Reference(self.encoder, version, log_offset)
+            self.next_rest = FIRST_REST
 
     def forget(self) -> None:
         """The weights are others now: the next live version is the reference."""

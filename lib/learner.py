@@ -167,6 +167,8 @@ class NearlineLearner:
             facts = {"kind": "nearline", "events": 0, "loss": None, "ndcg": None}
             return self._publish(self._changes(journal, self._unpublished_rows()), batch.last_offset, facts)
         self._extend_catalog(batch)
+        if (rest := self.gate.resting()) is not None:
+            return self._reject(batch, rest)
         self.trainer.before_update = journal.record
         self.gate.before(batch, self.version, self.log_offset)
         if (harm := self.gate.harm()) is not None:
@@ -177,8 +179,7 @@ class NearlineLearner:
         reason = self.gate.objection(loss, rows, journal.dense, self.influence.kept)
         if reason is not None:
             journal.undo()
-            self.events_rejected += events
-            return self._reject(self.log_offset, batch.last_offset, events, reason)
+            return self._reject(batch, reason)
         self.events_trained += events
         self.influence.passed()
         quality = self.gate.live.quality
@@ -187,27 +188,35 @@ class NearlineLearner:
         self.gate.passed(events, delta.version, delta.log_offset, journal.embeddings())
         return delta
 
-    def _reject(self, after: int, last: int, events: int, reason: str, delta: Delta | None = None) -> Rejection:
-        """Mark the events beyond one log offset up to another as rejected, for good."""
-        rejection = Rejection(self.version, after, last, events, self.events_rejected, reason, delta=delta)
-        self.rejections.add(rejection)
-        self.log_offset = last
-        return rejection
+    def _reject(self, batch: MicroBatch, reason: str) -> Rejection:
+        """Pass a micro-batch by."""
+        events = sum(batch.new_counts)
+        self.events_rejected += events
+        offsets = self.log_offset, batch.last_offset
+        return self._mark(Rejection(self.version, *offsets, events, self.events_rejected, reason))
 
     def _go_back(self, batch: MicroBatch, reason: str) -> Rejection:
         """Publish the weights of the gate's reference anew: what was learned since did harm, a little each time."""
         reference, events = self.gate.reference, sum(batch.new_counts)
         assert reference is not None
+        self.gate.went_back()
         try:
             loaded = self.registry.load(reference.version)
         except InputError:  # it was pruned: what can be had is that it gets no worse
             self.gate.forget()
-            self.events_rejected += events
-            return self._reject(self.log_offset, batch.last_offset, events, reason)
-        self.events_rejected += events  # those before were trained on, and are so still in the ledger
+            return self._reject(batch, reason)
+        self.events_rejected += events  # those before were trained on, and count as such
+        offsets = reference.log_offset, batch.last_offset
         facts = {"kind": "rollback", "restored": reference.version, "reason": reason}
         delta = self._restore(loaded, batch.last_offset, facts)
-        return self._reject(reference.log_offset, batch.last_offset, events + reference.events, reason, delta)
+        events += reference.events
+        return self._mark(Rejection(self.version, *offsets, events, self.events_rejected, reason, delta=delta))
+
+    def _mark(self, rejection: Rejection) -> Rejection:
+        """Have it known for good which events the weights have not learned from."""
+        self._store(lambda: self.rejections.add(rejection))
+        self.log_offset = rejection.last_offset
+        return rejection
 
     def change_items(self, changes: Sequence[ItemChange]) -> Delta | None:
         """Take items that were put or deleted while live; a new one gets a row and starts as those that are like it.

@@ -41,7 +41,7 @@ class Rejections:
         self.registry = registry
         files = registry.files(REJECTIONS)
         self.first = int(files[-1]) if files else 1  # number of the newest file's first line
-        self.lines = registry.read(self._name()).decode().splitlines() if files else []
+        self.lines = registry.read(f"{REJECTIONS}/{files[-1]}").decode().splitlines() if files else []
 
     def __len__(self) -> int:
         """How many updates were ever rejected."""
@@ -54,16 +54,14 @@ class Rejections:
 
     def add(self, rejection: Rejection) -> None:
         """Make one durable."""
-        if len(self.lines) >= LINES_A_FILE:
-            self.first, self.lines = self.first + len(self.lines), []
-        self.lines.append(json.dumps(rejection.facts()))
-        self.registry.replace(self._name(), "\n".join([*self.lines, ""]).encode())
+        full = len(self.lines) >= LINES_A_FILE
+        first, lines = (self.first + len(self.lines), []) if full else (self.first, self.lines)
+        lines = [*lines, json.dumps(rejection.facts())]
+        self.registry.replace(f"{REJECTIONS}/{first:010d}", "\n".join([*lines, ""]).encode())
+        self.first, self.lines = first, lines  # only now: where it could not be stored, it is tried again
 
     def all(self) -> list[Rejection]:
         """Every one, the oldest first."""
         names = [f"{REJECTIONS}/{name}" for name in self.registry.files(REJECTIONS)]
         lines = [line for name in names for line in self.registry.read(name).decode().splitlines()]
         return [Rejection(**json.loads(line)) for line in lines]
-
-    def _name(self) -> str:
-        return f"{REJECTIONS}/{self.first:010d}"

@@ -5,7 +5,6 @@ Each honest event is ranked among all items by the version that is live when it 
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +36,8 @@ BATCH_EVENTS = 64
 EVENTS_PER_SECOND = 5  # of honest people
 FAKE = "fake"  # what attackers' ids begin with
 ATTACKS = ("one user", "a thousand users", "random labels", "learning rate")
+PART = (0.25, 0.5)  # of the stream, into which an attack's events are mixed
+ADVERSARIAL = (0.25, 0.35, 100.0)  # the part of the updates that are made with so many times the learning rate
 
 
 class World(NamedTuple):
@@ -113,12 +114,12 @@ def pretrained(world: World, folder: Path, epochs: int, hidden_size: int = 32, m
     return registry
 
 
-def arrivals_of(world: World, attack: str | None, start: float = 0.25, stop: float = 0.5) -> list[Arrival]:
-    """The live stream with an attack mixed into the part from start to stop, shares of it."""
+def arrivals_of(world: World, attack: str | None) -> list[Arrival]:
+    """The live stream with an attack's events in a part of it."""
     gap = 1000 // EVENTS_PER_SECOND
     arrivals = [Arrival(place * gap, event) for place, event in enumerate(world.live)]
     fakes = _fakes(world, attack)
-    first, last = (int(share * len(arrivals)) * gap for share in (start, stop))
+    first, last = (int(share * len(arrivals)) * gap for share in PART)
     for place, fake in enumerate(fakes):
         time = first + (last - first) * place // len(fakes)
         honest = arrivals[time // gap].event.timestamp
@@ -159,6 +160,12 @@ class Outcome:
     rejections: list[tuple[int, Rejection]] = field(default_factory=list)  # with the number of the update
     refused: Counter[str] = field(default_factory=Counter)  # by cleaning, reason
 
+    def relative_to(self, honest: "Outcome", last: float = 1.0) -> float:
+        """NDCG@10 of the last so many of the same events (share), as a share of what it is in an honest stream."""
+        events = sorted(self.ndcg.keys() & honest.ndcg.keys(), key=lambda event: event[2])
+        events = events[int(len(events) * (1 - last)) :]
+        return sum(self.ndcg[event] for event in events) / sum(honest.ndcg[event] for event in events)
+
     @property
     def quality(self) -> float:
         """Mean NDCG@10."""
@@ -180,9 +187,11 @@ class LiveStream:
         self.asked: list[tuple[History, Event]] = []  # by honest people, since the last update
         self.outcome = Outcome()
 
-    def run(self, arrivals: Sequence[Arrival], before: Callable[[int], None] = lambda update: None) -> Outcome:
-        """Take every arrival; `before` is told the number of each update that is about to be made."""
-        for time, event in arrivals:
+    def run(self, world: World, attack: str | None) -> Outcome:
+        """Take every arrival of the stream, attacked or not."""
+        first, last, factor = ADVERSARIAL
+        updates, rate = len(world.live) // BATCH_EVENTS, self.learner.config.learning_rate
+        for time, event in arrivals_of(world, attack):
             objection = self.guard.objection(event, time)
             if objection is not None:
                 self.outcome.refused[objection.reason] += 1
@@ -194,7 +203,8 @@ class LiveStream:
             self.histories.append(event, self.offset)
             self.waiting.append(LoggedEvent(self.offset, event, time))
             if len(self.waiting) == BATCH_EVENTS:
-                before(self.outcome.updates)
+                adversarial = attack == "learning rate" and first <= self.outcome.updates / updates < last
+                self.learner.trainer.learning_rate = factor * rate if adversarial else rate
                 self._update()
         return self.outcome
 

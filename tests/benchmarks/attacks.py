@@ -1,0 +1,107 @@
+"""What poisoned feedback does to what honest people are recommended, with and without the gate and the limits.
+
+    python -m tests.benchmarks.attacks --data DATA [--live 20000] [--epochs 20] [--json FILE]
+
+The oldest 60% of the events are what a model is pretrained on, in this process; the rest streams in (tests/streams.py),
+honest or attacked: one user clicks 5,000 times, a thousand users push one item, 200 users send 5,000 random events, the
+learning rate is a hundred times too high for a tenth of the updates. Each honest event is ranked among all items before
+anything learns from it. The honest stream also says how many updates are rejected without a cause, and what the limits
+cost.
+"""
+
+import shutil
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jobs.command_line import run_command
+from jobs.configuration import write_json
+from lib.datasets import read_events, read_items
+from lib.events import CleaningRules
+from lib.learner import LearnerConfig
+from lib.registry import Registry
+from tests.benchmarks.machine import describe_machine
+from tests.streams import ATTACKS, LiveStream, Outcome, World, events_of, pretrained
+
+OPEN = float("1e9")
+UNGUARDED = LearnerConfig(
+    held_out_users=0,
+    reference_users=0,
+    loss_tolerance=OPEN,
+    movement_tolerance=OPEN,
+    user_limit=OPEN,
+    newcomer_share=OPEN,
+    item_limit=OPEN,
+)
+UNCLEANED = CleaningRules(flood_events=1_000_000, rate_events=0, repeat_events=0, opinion_changes=0, crowd_users=0)
+
+
+def run(world: World, base: Path, attack: str | None, guarded: bool) -> tuple[Outcome, float]:
+    """One stream on a copy of the base version, and the seconds of CPU that it took."""
+    config, rules = (LearnerConfig(), CleaningRules()) if guarded else (UNGUARDED, UNCLEANED)
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(base, folder, dirs_exist_ok=True)
+        stream = LiveStream(world, Registry(folder), config, rules)
+        begin = time.process_time()
+        return stream.run(world, attack), time.process_time() - begin
+
+
+def attacks_command(
+    data: Annotated[Path, typer.Option(help="Ingested dataset.")],
+    live: Annotated[int, typer.Option(min=1000, help="Honest events of the stream.")] = 20_000,
+    epochs: Annotated[int, typer.Option(min=1, help="Of pretraining.")] = 20,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
+) -> None:
+    """Print what each attack does, unguarded and guarded."""
+    torch.set_num_threads(1)
+    machine = describe_machine()
+    events = events_of(read_events(data))
+    split = int(0.6 * len(events))
+    world = World(events[:split], events[split : split + live], read_items(data))
+    table = Table("stream", "guarded", "NDCG@10", "of the honest", "after it", "cleaned away", "rejected", "seconds")
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        pretrained(world, base, epochs, hidden_size=64, max_length=50)
+        for guarded in (False, True):
+            honest: Outcome | None = None
+            for attack in (None, *ATTACKS):
+                outcome, seconds = run(world, base, attack, guarded)
+                honest = honest or outcome
+                result = {
+                    "attack": attack,
+                    "guarded": guarded,
+                    "ndcg@10": outcome.quality,
+                    "of_honest": outcome.relative_to(honest),
+                    "of_honest_after": outcome.relative_to(honest, last=0.5),
+                    "refused": dict(outcome.refused),
+                    "updates": outcome.updates,
+                    "rejections": [asdict(rejection) | {"delta": None} for _, rejection in outcome.rejections],
+                    "cpu_seconds": seconds,
+                }
+                results.append(result)
+                table.add_row(
+                    attack or "honest",
+                    "yes" if guarded else "no",
+                    f"{outcome.quality:.4f}",
+                    f"{result['of_honest'] - 1:+.1%}",
+                    f"{result['of_honest_after'] - 1:+.1%}",
+                    str(outcome.refused.total()),
+                    f"{len(outcome.rejections)} of {outcome.updates}",
+                    f"{seconds:.0f}",
+                )
+                Console().print(f"{attack or 'honest'}: {outcome.quality:.4f} in {seconds:.0f} s")
+    Console().print(table)
+    if json_ is not None:
+        write_json(json_, {"machine": machine, "data": str(data), "live": len(world.live), "results": results})
+
+
+if __name__ == "__main__":
+    run_command(attacks_command)
