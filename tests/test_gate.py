@@ -175,3 +175,30 @@ def test_impossible_settings_are_refused():
     with pytest.raises(InputError, match="user_limit: -1 is too small"):
         InfluenceLimits(user_limit=-1)
     assert standard_error(np.array([1.0])) == 0.0
+
+
+def newcomers_of(*crowd: bool) -> Targets:
+    """One event each, of users of whom some are newcomers."""
+    users = len(crowd)
+    return Targets(np.ones(users), np.arange(users), np.arange(users), np.ones(users, bool), np.array(crowd))
+
+
+def test_newcomers_weigh_what_they_usually_do_twice_at_most():
+    influence = Influence(InfluenceLimits())
+    few, many = newcomers_of(*[True] * 10, *[False] * 54), newcomers_of(*[True] * 60, *[False] * 4)
+    for _ in range(100):
+        assert influence.limited(few, np.ones(100)).sum() == pytest.approx(64)
+        influence.passed()
+    assert influence.limited(many, np.ones(100)).sum() < 10
+    for _ in range(600):  # the place has become popular
+        influence.limited(many, np.ones(100))
+        influence.passed()
+    assert influence.limited(many, np.ones(100)).sum() == pytest.approx(64)
+
+
+def test_newcomers_are_learned_from_though_the_first_updates_had_none():
+    influence = Influence(InfluenceLimits())
+    for crowd in ([False] * 4, [True] * 4, *[[True] * 8] * 200):
+        weights = influence.limited(newcomers_of(*crowd), np.ones(10))
+        influence.passed()
+    assert weights.sum() == pytest.approx(8)
