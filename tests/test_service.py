@@ -1,6 +1,7 @@
 """The HTTP interface of the running service: what it promises, and what it says to bad input."""
 
 import json
+import time
 from typing import Any
 from urllib.parse import quote
 
@@ -154,7 +155,8 @@ def test_a_repeated_event_counts_once(service: LiveService, items: list[str]) ->
 
 def test_a_flood_is_refused_and_counted_and_others_are_not_touched(service: LiveService, items: list[str]) -> None:
     before = service.status()["aggregator"]["rejected"].get("flood", 0)
-    answer = service.send(*(click("bot", items[0], event_id=str(number)) for number in range(400)))
+    first = int(time.time() * 1000) - 3_600_000
+    answer = service.send(*(click("bot", items[n % 100], timestamp=first + 2000 * n) for n in range(400)))
     assert answer["accepted"] == 300
     assert [rejection["index"] for rejection in answer["rejected"]] == list(range(300, 400))
     assert all(rejection["reason"].startswith("flood") for rejection in answer["rejected"])
@@ -198,7 +200,7 @@ BAD_EVENTS = [
 
 def test_the_good_part_of_a_batch_is_kept(service: LiveService, items: list[str]) -> None:
     before = service.status()["aggregator"]
-    batch = [event for bad, _ in BAD_EVENTS for event in (bad, click("keeper", items[0]))]
+    batch = [event for n, (bad, _) in enumerate(BAD_EVENTS) for event in (bad, click("keeper", items[n]))]
     response = service.client.post("/v1/events", json={"events": batch})
     answer = response.raise_for_status().json()
     assert (answer["accepted"], answer["duplicates"]) == (len(BAD_EVENTS), 0)
