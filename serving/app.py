@@ -10,7 +10,7 @@ from lib.events import InputError
 from lib.feedback_log import FeedbackLogReader, last_commit_is_torn
 from lib.ranking_rules import RankingRules
 from lib.registry import Registry
-from serving.aggregator import LOG_FILE
+from serving.aggregator import LOG_FILE, AggregatorConfig
 from serving.names import DEPLOYMENT
 from serving.recommendations import Recommendations, ReplicaConfig
 
@@ -40,6 +40,7 @@ class ServeArguments(BaseModel):
     autoscaling: Autoscaling = Autoscaling()
     replica: ReplicaConfig = ReplicaConfig()
     ranking: RankingRules = RankingRules()
+    aggregator: AggregatorConfig = AggregatorConfig()
 
     def check(self) -> None:
         """Refuse what contradicts itself.
@@ -105,4 +106,6 @@ def build(arguments: ServeArguments) -> Application:
         graceful_shutdown_timeout_s=5,
         logging_config={"enable_access_log": False},  # a line a request costs more than reading the request
     )(serve.ingress()(Recommendations))
-    return deployment.bind(arguments.state_location, arguments.data, arguments.replica, arguments.ranking)
+    return deployment.bind(
+        arguments.state_location, arguments.data, arguments.replica, arguments.ranking, arguments.aggregator
+    )

@@ -67,6 +67,7 @@ class Recommendations:
         data: str | None,
         config: ReplicaConfig | None = None,
         rules: RankingRules | None = None,
+        aggregator: AggregatorConfig | None = None,
     ):
         self.config = config or ReplicaConfig()
         self.rules = rules or RankingRules()
@@ -75,7 +76,8 @@ class Recommendations:
         self.registry = Registry(state)
         explores = self.rules.exploration_temperature > 0
         self.decisions = DecisionLog(state, self.replica_id) if explores else None
-        self.aggregator = start_aggregator(state, data)
+        self.cleaning = (aggregator or AggregatorConfig()).cleaning
+        self.aggregator = start_aggregator(state, data, aggregator)
         self.cache = HistoryCache(self.config.cached_users, self.config.cached_events)
         self.item_changes: dict[str, dict[str, Any] | None] = {}  # that were made while live; None: deleted
         self.item_revision = 0  # the newest of them

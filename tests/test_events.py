@@ -15,7 +15,6 @@ from lib.events import (
     CleaningRules,
     Event,
     EventRejected,
-    FloodGuard,
     InputError,
     clean,
     order_events,
@@ -221,37 +220,6 @@ def test_floods_are_cut_to_the_limit():
     kept, counts = clean(table_of(*events), NOW, rules)
     assert counts == Counter(flood=3)
     assert [int(row["item_id"]) for row in kept.to_pylist() if row["user_id"] == "u"] == expected
-
-
-def test_the_flood_guard_agrees_with_clean():
-    rules = CleaningRules(flood_events=5, flood_window_ms=50)
-    generator = np.random.default_rng(1)
-    times = np.cumsum(generator.integers(0, 8, 2000)) + NOW - 1_000_000
-    users = generator.integers(0, 3, 2000)
-    arrivals = [(str(user), int(time)) for user, time in zip(users, times, strict=True)]
-    guard = FloodGuard(rules)
-    admitted = [str(place) for place, (user, time) in enumerate(arrivals) if guard.admit(user, time)]
-    events = [click(user, str(place), time) for place, (user, time) in enumerate(arrivals)]
-    kept, counts = clean(table_of(*events), NOW, rules)
-    assert 100 < counts["flood"] < 1900
-    assert sorted(kept["item_id"].to_pylist()) == sorted(admitted)
-
-
-def test_the_flood_guard_stops_a_bot_and_lets_it_back():
-    guard = FloodGuard(RULES)
-    assert sum(guard.admit("bot", NOW + place) for place in range(5000)) == RULES.flood_events
-    assert guard.admit("person", NOW + 5000)
-    assert guard.admit("bot", NOW + 5000 + RULES.flood_window_ms)
-
-
-def test_the_flood_guard_forgets():
-    rules = CleaningRules(flood_events=2, flood_window_ms=1000)
-    guard = FloodGuard(rules, max_users=10)
-    for place in range(100):
-        guard.admit(str(place), NOW)
-    assert len(guard) == 10
-    guard.admit("late", NOW + 1000)
-    assert len(guard) == 1
 
 
 @pytest.mark.parametrize("name", ["ml-100k", "yoochoose-100k"])
