@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -18,15 +18,13 @@ Settings = TypeVar("Settings")
 def settings_from(kind: type[Settings], config: Path | None, assignments: Sequence[str]) -> Settings:
     """An instance of a settings dataclass; assignments win over the file, what neither names keeps its default.
 
-    Settings within a setting are named with a dot: `aggregator.trigger_ms=100`.
-
     Raises:
         InputError: a file that is no mapping, an unknown key, or a value of another type or out of its range.
     """
     values = yaml_of(config) if config is not None else {}
     for assignment in assignments:
         name, value = _assigned(assignment)
-        _place(values, name, value)
+        values[name] = value
     _refuse_unknown(kind, values)
     try:
         return TypeAdapter(kind).validate_python(values)
@@ -77,26 +75,13 @@ def _assigned(assignment: str) -> tuple[str, Any]:
         raise InputError(f"--set {assignment}: the value is not valid YAML; put it in quotes") from error
 
 
-def _place(values: dict[str, Any], name: str, value: Any) -> None:
-    """Put a value where its dotted name says."""
-    *outer, last = name.split(".")
-    for part in outer:
-        values = values.setdefault(part, {})
-        if not isinstance(values, dict):
-            raise InputError(f"{name}: {part} is {values!r}, which has no settings of its own")
-    values[last] = value
-
-
-def _refuse_unknown(kind: Any, values: Mapping[str, Any], within: str = "") -> None:
+def _refuse_unknown(kind: type, values: Mapping[str, Any]) -> None:
     known = [field.name for field in fields(kind)]
-    kinds = get_type_hints(kind)
-    for name, value in values.items():
+    for name in values:
         if name not in known:
             close = get_close_matches(name, known, n=1)
-            meant = f", did you mean {within}{close[0]}?" if close else ";"
-            raise InputError(f"{within}{name}: no such setting{meant} there are {', '.join(known)}")
-        if is_dataclass(kinds[name]) and isinstance(value, dict):
-            _refuse_unknown(kinds[name], value, f"{within}{name}.")
+            meant = f", did you mean {close[0]}?" if close else ";"
+            raise InputError(f"{name}: no such setting{meant} there are {', '.join(known)}")
 
 
 def _objection(error: ValidationError) -> str:

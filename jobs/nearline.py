@@ -39,6 +39,7 @@ from serving.rollout import Acknowledgements, Rollout
 
 logger = logging.getLogger(__name__)
 ANNOUNCE_SECONDS = 1.0
+OFFER_SECONDS = 2.0  # between two looks for a model that is to be taken over
 RETRY_SECONDS = 0.05
 STORAGE_RETRY_SECONDS = 1.0
 NICENESS = 10  # below the replicas, and still moving when they take all of the cores
@@ -80,6 +81,7 @@ class Live:
 
     version: int
     checksum: str
+    base: int
     log_offset: int
     events_trained: int
     events_rejected: int
@@ -92,7 +94,7 @@ class Live:
         counts = learner.events_trained, learner.events_rejected, len(learner.rejections)
         newest = learner.rejections.newest
         rejection = None if newest is None else newest.facts()
-        return cls(learner.version, learner.checksum, learner.log_offset, *counts, rejection)
+        return cls(learner.version, learner.checksum, learner.base, learner.log_offset, *counts, rejection)
 
 
 class Learner:
@@ -113,6 +115,7 @@ class Learner:
         self.rollbacks: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
         self.announced = 0.0
         self.stored_whole = 0  # the newest version that was, for replicas that could not catch up otherwise
+        self.looked_for_offers = -OFFER_SECONDS
         self.thread = threading.Thread(target=self._run, name="learning", daemon=True)
         self.thread.start()
 
@@ -131,6 +134,7 @@ class Learner:
 
     def _step(self) -> None:
         self._roll_back()
+        self._take_over()
         batch = self._next_batch()
         if isinstance(batch, MicroBatch):
             self._update(batch)
@@ -168,7 +172,9 @@ class Learner:
 
     def _update(self, batch: MicroBatch) -> None:
         start = time.perf_counter()
-        waited = [time.time_ns() / 1e6 - received for received in batch.received_at]
+        now, adopted = time.time_ns() / 1e6, self.learner.adopted
+        # what came before the present base was taken over was live once already
+        waited = [now - received for received in batch.received_at if received > adopted]
         outcome = self.learner.learn(batch)
         self.live = Live.of(self.learner)
         if isinstance(outcome, Rejection):
@@ -183,7 +189,7 @@ class Learner:
         if everywhere:
             # a clock that was set meanwhile changes neither part by more than it must
             self.progress.delays.extend(max(before, 0.0) + (pushed - start) * 1e3 for before in waited)
-            self.progress.delayed += len(batch.received_at)
+            self.progress.delayed += len(waited)
         loss = outcome.facts["loss"]
         if loss is not None:
             previous = self.progress.loss
@@ -196,17 +202,22 @@ class Learner:
         """
         self.storage_error = None
         acknowledgements, size = self.rollout.push(delta)
+        return size, self._until_everywhere(acknowledgements)
+
+    def _until_everywhere(self, acknowledgements: Acknowledgements) -> bool:
+        """See the newest version live on every replica; returns False where no replica answered."""
+        version = self.learner.version
         self._acknowledge(acknowledgements)
-        while acknowledgements.replicas and not acknowledgements.all_at(delta.version) and not self.stopping.is_set():
-            if acknowledgements.behind(delta.version) and self.stored_whole < delta.version:
+        while acknowledgements.replicas and not acknowledgements.all_at(version) and not self.stopping.is_set():
+            if acknowledgements.behind(version) and self.stored_whole < version:
                 self._store_whole()
                 break
             # one that died is soon no longer counted among the live; one that was busy catches up
             time.sleep(RETRY_SECONDS)
-            acknowledgements = self.rollout.announce(delta.version)
+            acknowledgements = self.rollout.announce(version)
             self._acknowledge(acknowledgements)
         self.progress.pushes += 1
-        return size, acknowledgements.all_at(delta.version)
+        return acknowledgements.all_at(version)
 
     def _acknowledge(self, acknowledgements: Acknowledgements) -> None:
         self.progress.unreached = acknowledgements.unreached
@@ -225,9 +236,37 @@ class Learner:
             except InputError as error:
                 outcome.set_result({"error": str(error)})
                 continue
-            self.live = Live.of(self.learner)
-            self._push(delta)
-            outcome.set_result({"model_version": delta.version, "restored": version})
+            if delta is not None:
+                self.live = Live.of(self.learner)
+                self._push(delta)
+            else:
+                self._announce_base()
+            outcome.set_result({"model_version": self.learner.version, "restored": version})
+
+    def _take_over(self) -> None:
+        """Make a model that was offered the next version; the offer goes when every replica has it.
+
+        After a crash the offer is still there: the newest version says whether it was taken over before.
+        """
+        if time.monotonic() - self.looked_for_offers < OFFER_SECONDS:
+            return
+        self.looked_for_offers = time.monotonic()
+        registry = self.learner.registry
+        for name in registry.offers():
+            if self.learner.offer != name:
+                try:
+                    self.learner.take_over(name)
+                except InputError as error:
+                    logger.error("the offered model %s cannot be taken over: %s", name, error)
+                    registry.withdraw(name)
+                    continue
+            self._announce_base()
+            registry.withdraw(name)
+
+    def _announce_base(self) -> None:
+        """Have every replica load a version that no delta leads to."""
+        self.live, self.storage_error = Live.of(self.learner), None
+        self._until_everywhere(self.rollout.announce(self.learner.version))
 
     def rollback(self, version: int) -> dict[str, Any]:
         """Bring a stored version's weights back; answers when every replica has them."""

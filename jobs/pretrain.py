@@ -144,7 +144,7 @@ def pretrain(
     with running_ray():
         if settings.stream:
             _prepare_stream(data, storage, settings)
-        _train(data, out, storage, settings, workers, gpu)
+        run_workers(data, out, storage, settings, workers, gpu)
     manifest = read_manifest(storage / "result")
     _install(storage / "result", out)
     shutil.rmtree(storage)
@@ -170,8 +170,21 @@ def _prepare_stream(data: Path, storage: Path, settings: PretrainSettings) -> No
         raise
 
 
-def _train(data: Path, out: Path, storage: Path, settings: PretrainSettings, workers: int, gpu: bool | None) -> None:
-    """Run the workers to the end; storage/result is the model then."""
+def run_workers(
+    data: Path,
+    out: Path,
+    storage: Path,
+    settings: PretrainSettings,
+    workers: int,
+    gpu: bool | None,
+    start: Path | None = None,
+    older_weight: float = 1.0,
+) -> None:
+    """Run the workers to the end; storage/result is the model then.
+
+    With a model folder to start from, `data` are the marked histories of lib/finetuning.py, and those of their events
+    that are not marked count by `older_weight`.
+    """
     import torch
     from ray import train
     from ray.train.torch import TorchTrainer
@@ -185,6 +198,8 @@ def _train(data: Path, out: Path, storage: Path, settings: PretrainSettings, wor
             train_loop_config={
                 "settings": asdict(settings),
                 "data": str(data),
+                "start": str(start) if start is not None else None,
+                "older_weight": older_weight,
                 "stream": str(storage / STREAM_FOLDER),
                 "result": str(storage / "result"),
                 "tensorboard": str(out.with_name(f"{out.name}.runs")),
@@ -265,8 +280,16 @@ def _refuse_loss(out: Path, overwrite: bool) -> None:
 
 
 def _prepare(storage: Path, data: Path, settings: PretrainSettings) -> None:
-    """Keep the checkpoints of an interrupted run if it is of this data and these settings; else start afresh."""
-    run = {"settings": asdict(settings), "data": _checksums(data), "ray": _ray_version()}
+    keep_or_start_afresh(storage, {"settings": asdict(settings), "data": checksums(data)})
+
+
+def keep_or_start_afresh(storage: Path, run: dict[str, Any]) -> None:
+    """Keep what an interrupted run left if it was the same run by this description; else start afresh.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    run |= {"ray": _ray_version()}
     if storage.exists():
         objection = _objection(storage, run)
         if objection is None:
@@ -296,15 +319,15 @@ def _objection(storage: Path, run: dict[str, Any]) -> str | None:
     return f"had other {' and '.join(differing)}" if differing else None
 
 
-def _checksums(data: Path) -> dict[str, str]:
+def checksums(data: Path) -> dict[str, str]:
     """sha256 of each file of a dataset."""
     files = [data] if data.is_file() else [data / name for name in (EVENTS_FILE, ITEMS_FILE)]
-    checksums = {}
+    found = {}
     for path in files:
         if path.exists():
             with path.open("rb") as file:
-                checksums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return checksums
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def _ray_version() -> str:

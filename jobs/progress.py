@@ -22,7 +22,7 @@ class TrainingProgress:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self.bar = Progress(
-            TextColumn("pretraining"),
+            TextColumn("training"),
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("{task.fields[text]}"),

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -25,7 +25,7 @@ from ray.serve.config import HTTPOptions
 from cluster.local import HOST, require_free_port, running_ray
 from jobs.nearline import start_learner
 from lib.datasets import read_events
-from lib.events import InputError
+from lib.events import CleaningRules, InputError
 from lib.learner import LearnerConfig
 from lib.model_folder import load_model
 from lib.ranking_rules import BoundRules, RankingRules
@@ -35,18 +35,6 @@ from serving.names import AGGREGATOR, APPLICATION, LEARNER, NAMESPACE
 
 START_SECONDS = 60.0  # for HAProxy to know the replicas
 STOP_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class ServeSettings(LearnerConfig):
-    """What --config and --set may say: the learner's settings, and the aggregator's under its name."""
-
-    aggregator: AggregatorConfig = field(default_factory=AggregatorConfig)
-
-    @property
-    def learner(self) -> LearnerConfig:
-        """The learner's alone."""
-        return LearnerConfig(**{each.name: getattr(self, each.name) for each in fields(LearnerConfig)})
 
 
 @dataclass(frozen=True)
@@ -68,7 +56,8 @@ def start_service(arguments: ServeArguments, port: int, learner: LearnerConfig |
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it starts is said in two lines of our own
     try:
         application = build(arguments)
-        aggregator = start_aggregator(arguments.state_location, arguments.data, arguments.aggregator)
+        config = AggregatorConfig(cleaning=arguments.cleaning)
+        aggregator = start_aggregator(arguments.state_location, arguments.data, config)
         _say_damage(ray.get(aggregator.status.remote()))
         serve.start(http_options=HTTPOptions(host=HOST, port=port))
         serve.run(application, name=APPLICATION, route_prefix="/")
@@ -170,22 +159,23 @@ def serve_command(
     most_replicas: Annotated[int | None, typer.Option(min=1, help="Up to so many as the load grows.")] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP port on 127.0.0.1.")] = 8000,
     state: Annotated[Path | None, typer.Option(help="Where log and versions live; MODEL/live if absent.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Setting key=value; repeatable.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of learner settings.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Learner setting key=value; repeatable.")] = None,
     ranking: Annotated[Path | None, typer.Option(help="YAML file of ranking rules.")] = None,
+    cleaning: Annotated[Path | None, typer.Option(help="YAML file of what feedback is refused.")] = None,
 ) -> None:
     """Serve a model, learn from feedback, push the weights; Ctrl-C stops it cleanly."""
     from jobs.configuration import settings_from, yaml_of
 
-    settings = settings_from(ServeSettings, config, set_ or [])
+    learner = settings_from(LearnerConfig, config, set_ or [])
     arguments = ServeArguments(
         model=str(model.absolute()),
         data=str(data.absolute()) if data is not None else None,
         replicas=replicas,
         most_replicas=most_replicas,
         state=str(state.absolute()) if state is not None else None,
+        cleaning=settings_from(CleaningRules, cleaning, []),
         ranking=RankingRules.of(yaml_of(ranking, "ranking")) if ranking is not None else RankingRules(),
-        aggregator=settings.aggregator,
     )
     require_free_port(port)  # here and of the model, too: what can be known before Ray is started
     check_model(arguments)
@@ -194,7 +184,7 @@ def serve_command(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     print(f"starting Ray, {replicas} replicas, the aggregator and the learner", flush=True)
-    with running_service(arguments, port, settings.learner) as service:
+    with running_service(arguments, port, learner) as service:
         print(f"serving at {service.url}  (page: {service.url}/, API: {service.url}/docs)  Ctrl-C stops it", flush=True)
         stop.wait()
         print("stopping", flush=True)

@@ -1,4 +1,4 @@
-"""What each Ray Train worker of a pretraining job runs (jobs/pretrain.py starts it).
+"""What each Ray Train worker of a pretraining or fine-tuning job runs (jobs/pretrain.py starts it).
 
 Every epoch's batches, negatives and dropout follow from the seed and the epoch alone, and the first worker checkpoints
 weights and optimiser at its end. So a run that was killed and resumed gives the weights of one that was not, and any
@@ -31,11 +31,12 @@ from lib.datasets import read_events, read_items
 from lib.encoder import DEFAULT_INPUTS, BehaviourEncoder, BehaviourEncoderConfig
 from lib.evaluation import training_part
 from lib.events import EVENT_KINDS, InputError
+from lib.finetuning import MarkedHistories, WeightedBatches
 from lib.histories import Histories, histories_of
 from lib.model_folder import Manifest, save_model, write_manifest
 from lib.popularity import DAY, event_counts, steady_total
 from lib.presets import Preset, preset_for
-from lib.registry import OPTIMIZER_FILE
+from lib.registry import OPTIMIZER_FILE, LoadedVersion, load_folder
 from lib.sequences import SequenceBatches
 from lib.training import Trainer, TrainingConfig, keep_freed_memory
 from lib.user_buckets import Figures, figures_of, figures_of_all
@@ -95,6 +96,17 @@ def read_training_data(data: str, holdout: str) -> TrainingData:
     training_data = TrainingData(catalog, histories)
     refuse_too_small(data, holdout, training_data.figures)
     return training_data
+
+
+@dataclass
+class ContinuedData(TrainingData):
+    """What every worker of a fine-tuning run reads: each event counts as a target by a weight of its own, too."""
+
+    weights: np.ndarray  # (E,)
+
+    def batches(self, config: BehaviourEncoderConfig) -> SequenceBatches:
+        """Training batches for an encoder."""
+        return WeightedBatches(self.histories, config, self.weights)
 
 
 def refuse_too_small(data: str | Path, holdout: str, figures: Figures) -> None:
@@ -176,15 +188,25 @@ def training_loop(run: dict[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(run["threads"])
         keep_freed_memory()
-    if settings.stream:
+    origin: LoadedVersion | None = None
+    if run["start"] is not None:
+        origin = load_folder(Path(run["start"]))
+        marked = MarkedHistories.load(Path(run["data"]))
+        weights = np.where(marked.marked, 1.0, run["older_weight"])
+        data = ContinuedData(origin.catalog, marked.histories, weights)
+        preset = preset_of(settings, data.histories)
+    elif settings.stream:
         data = read_stream(run["data"], Path(run["stream"]))
         preset = preset_of(settings, data.figures.miniature())
     else:
         data = read_training_data(run["data"], settings.holdout)
         preset = preset_of(settings, data.histories)
-    encoder = new_encoder(data, preset, settings.seed, settings.inputs)
+    encoder = origin.encoder if origin else new_encoder(data, preset, settings.seed, settings.inputs)
     encoder.to(device)  # pyright: ignore[reportArgumentType]  transformers wraps it and hides its signature
     trainer = Trainer(encoder, len(data.catalog), _training_config(settings, preset, device))
+    if origin is not None and origin.optimizer is not None:
+        trainer.load_optimizer_state(origin.optimizer)
+    first_step = trainer.steps
     batches = data.batches(encoder.config)
     done = _resume(trainer)
     # a killed run may have written scalars of an epoch that it did not checkpoint: they are purged
@@ -198,7 +220,7 @@ def training_loop(run: dict[str, Any]) -> None:
         torch.manual_seed((settings.seed * 1_000_003 + epoch) * 1_009 + rank)  # dropout
         generator = np.random.default_rng((settings.seed, epoch))
         for step, batch in enumerate(batches.epoch(preset.events_per_batch, generator, rank, world)):
-            trainer.learning_rate = learning_rate_at(trainer.steps, total, preset.learning_rate)
+            trainer.learning_rate = learning_rate_at(trainer.steps - first_step, total, preset.learning_rate)
             losses.append(trainer.step(batch.to(device)).loss)
             sequences += len(batch.lengths) * world
             if board is not None and step % NEWS_EVERY == 0:
@@ -213,7 +235,8 @@ def training_loop(run: dict[str, Any]) -> None:
         trainer.hand_over()
     else:
         writer.close()
-        count_popularity(encoder, data, settings.popularity_half_life_days * DAY)
+        if origin is None:
+            count_popularity(encoder, data, settings.popularity_half_life_days * DAY)
         _save_result(Path(run["result"]), trainer, data, _facts(settings, preset, data, done, world, device))
 
 

@@ -88,6 +88,21 @@ class Catalog:
         chosen = pc.is_in(self.attributes["item_id"], pa.array(item_ids, pa.string()))
         return Catalog(item_ids, self.attributes.filter(chosen))
 
+    def joined(self, other: "Catalog") -> "Catalog":
+        """The items of this catalog in their rows, then those that only the other has, as that describes them.
+
+        Raises:
+            InputError: an attribute has another type in the other catalog.
+        """
+        missing = [item_id for item_id in other.item_ids[1:] if item_id not in self.row_of]
+        described = [self.attributes, other.described(missing).attributes if missing else None]
+        tables = [table for table in described if table is not None]
+        try:
+            attributes = pa.concat_tables(tables, promote_options="permissive") if tables else None
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise InputError(f"catalog: two models describe their items in different types ({error})") from error
+        return Catalog([*self.item_ids[1:], *missing], attributes, self.removed | other.removed)
+
     def likes(self, item_id: str) -> np.ndarray:
         """(R,) rows of the items that are most like an item, by the words of their texts and members of their lists."""
         shared = np.zeros(len(self.item_ids))

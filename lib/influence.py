@@ -18,6 +18,7 @@ OPINIONS = ("like", "dislike", "rating")  # of the same item, only a user's last
 LEAST_CROWD = 4.0  # that newcomers may weigh however few others act; a micro-batch may hold nobody else
 LEAST_SHARE = 0.1
 MEMORY = 512  # updates that make up what is usual
+FEWEST_UPDATES = 32  # before anything is usual
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Influence:
         if self._share is None:
             return
         if self._share > self._most():  # a crowd; one that stays is usual in the end
-            self.usual += self.usual / MEMORY
+            self.usual += (self._share - self.usual) / MEMORY
         else:
             self.updates = min(self.updates + 1, MEMORY)
             self.usual += (self._share - self.usual) / self.updates
@@ -96,7 +97,7 @@ class Influence:
 
     def _most(self) -> float:
         """The share of newcomers that is within the limit."""
-        if self.updates == 0:
+        if self.updates < FEWEST_UPDATES:
             return 1.0
         return min(max(self.limits.newcomer_share * self.usual, LEAST_SHARE), 1.0)
 

@@ -100,16 +100,27 @@ class NearlineLearner:
     """
 
     def __init__(
-        self, registry: Registry, config: LearnerConfig, when_storage_fails: Callable[[OSError], None] | None = None
+        self,
+        registry: Registry,
+        config: LearnerConfig,
+        when_storage_fails: Callable[[OSError], None] | None = None,
+        version: int | None = None,
     ):
+        """Start from a stored version, the newest whole one by default."""
         self.registry = registry
         self.config = config
         self.when_storage_fails = when_storage_fails
-        self._take(registry.load())
+        loaded = registry.load(version)
+        self.damage = loaded.damage
+        self.newest_number = max(loaded.version, registry.head() or 0)  # also of versions that are damaged
+        self._take(loaded)
+        self.influence = Influence(config, *loaded.facts.get("newcomers", ()))
+        self.rejections = Rejections(registry)
+        newest = self.rejections.newest
+        if newest is not None and newest.version == self.version:  # no version was published since
+            self.log_offset, self.events_rejected = newest.last_offset, newest.events_rejected
 
     def _take(self, loaded: LoadedVersion) -> None:
-        self.damage = loaded.damage
-        self.newest_number = max(loaded.version, self.registry.head() or 0)  # also of versions that are damaged
         self.encoder: BehaviourEncoder = loaded.encoder
         self.catalog: Catalog = loaded.catalog
         self.popularity_half_life = self.config.popularity_half_life or max(len(self.catalog), LEAST_HALF_LIFE)
@@ -119,10 +130,9 @@ class NearlineLearner:
         self.log_offset = loaded.log_offset
         self.events_trained = int(loaded.facts.get("events_trained", 0))
         self.events_rejected = int(loaded.facts.get("events_rejected", 0))
-        self.rejections = Rejections(self.registry)
-        newest = self.rejections.newest
-        if newest is not None and newest.version == self.version:  # no version was published since
-            self.log_offset, self.events_rejected = newest.last_offset, newest.events_rejected
+        self.base = base_of(loaded, self.registry)  # the version that this one follows from by deltas alone
+        self.adopted = int(loaded.facts.get("adopted", 0))  # when the base was taken over, in milliseconds
+        self.offer: str | None = loaded.facts.get("offer")  # the name of the base, as long as nothing follows from it
         self.item_revision = 0  # of changed items: deltas do not hold their attributes, so all of them are asked for
         training = TrainingConfig(
             learning_rate=self.config.learning_rate,
@@ -134,7 +144,6 @@ class NearlineLearner:
         self.fingerprint = Fingerprint(self.encoder)
         assert self.encoder.config.event_kinds is not None
         self.kind_codes = {kind: place + 1 for place, kind in enumerate(self.encoder.config.event_kinds)}
-        self.influence = Influence(self.config, *loaded.facts.get("newcomers", ()))
         self.gate = Gate(self.config, self.encoder, self.catalog, self.kind_codes, self.config.seed)
 
     @property
@@ -246,13 +255,73 @@ class NearlineLearner:
         likes = torch.from_numpy(self.catalog.likes(self.catalog.item_ids[row]))
         return likes[likes <= known]
 
-    def restore(self, version: int) -> Delta:
-        """Publish a new version whose weights are those of a stored one; the log offset stays where it is.
+    def take_over(self, name: str) -> None:
+        """Make a model that was offered the next version.
+
+        Raises:
+            InputError: it is damaged, or describes its items differently; nothing has changed.
+        """
+        model = self.registry.load_offer(name)
+        known = {fact: model.facts[fact] for fact in ("since", "events") if fact in model.facts}
+        facts = {"kind": model.facts.get("kind", "base"), "offer": name} | known
+        self.adopt(model, facts, known.get("since"))
+
+    def adopt(self, model: LoadedVersion, facts: dict, parent: int | None = None) -> None:
+        """Publish a new version that is another model, whole; learning goes on from that model's log offset.
+
+        The offset may go back: what the other weights have not learned is then read again from the log, and what is
+        counted as trained and rejected is what they say. Items that the model does not know get rows behind its own.
+
+        Args:
+            model: the other model.
+            facts: of the new version; `events` is what the model has learned beyond its parent.
+            parent: the version whose events the model has learned (lib/ledger.py), None where that is not known.
+
+        Raises:
+            InputError: the two models describe their items differently; nothing has changed.
+        """
+        known, catalog = len(model.catalog), model.catalog.joined(self.catalog)
+        if parent is not None and not self.registry.traces(parent):
+            parent = None
+        self._take(replace(model, catalog=catalog, parent=parent))
+        self._add_rows(known)
+        self.version = self.base = self.newest_number = self.newest_number + 1
+        self.adopted = time.time_ns() // 1_000_000
+        self.offer = facts.get("offer")
+        manifest = Manifest(
+            version=self.version,
+            parent=parent,
+            log_offset=self.log_offset,
+            facts=facts | self._lineage() | {"created": self.adopted},
+        )
+        optimizer = self.trainer.optimizer_state()
+        self._store(lambda: self.registry.publish_base(self.encoder, self.catalog, manifest, optimizer))
+        self.fingerprint = Fingerprint(self.encoder)
+
+    def join(self, catalog: Catalog) -> None:
+        """Know the items of another catalog, too; what is new gets rows behind those that are there."""
+        known = len(self.catalog)
+        self.catalog = self.gate.catalog = self.catalog.joined(catalog)
+        self._add_rows(known)
+
+    def restore(self, version: int) -> Delta | None:
+        """Publish a new version whose weights are those of a stored one; the log offset never goes back.
+
+        Returns None where there is no delta to it, because another base came in between.
 
         Raises:
             InputError: the version is not stored.
         """
-        return self._restore(self.registry.load(version), self.log_offset, {"kind": "rollback", "restored": version})
+        loaded = self.registry.load(version)
+        facts = {"kind": "rollback", "restored": version}
+        if base_of(loaded, self.registry) == self.base:
+            return self._restore(loaded, self.log_offset, facts)
+        parent = version
+        if loaded.log_offset <= self.log_offset:  # else the old weights have learned what these have not yet
+            parent, loaded.log_offset = self.version, self.log_offset
+            loaded.facts |= {"events_trained": self.events_trained, "events_rejected": self.events_rejected}
+        self.adopt(loaded, facts, parent)
+        return None
 
     def _restore(self, loaded: LoadedVersion, log_offset: int, facts: dict) -> Delta:
         grow_items(loaded.encoder, self.encoder.config.item_rows)
@@ -323,9 +392,13 @@ class NearlineLearner:
     def _add_items(self, item_ids: Iterable[str]) -> None:
         """Give rows to the unknown ones among these items: the mean of those that are like each, a little apart."""
         known = len(self.catalog)
-        new_items = self.catalog.extend(item_ids)
+        self.catalog.extend(item_ids)
+        self._add_rows(known)
+
+    def _add_rows(self, known: int) -> None:
+        """Give weights to the items of the catalog beyond the first `known`."""
         needed = len(self.catalog) + 1
-        if not new_items:
+        if needed == known + 1:
             return
         if needed > self.encoder.config.item_rows:
             grow_items(self.encoder, needed + needed // 10)
@@ -424,11 +497,6 @@ class NearlineLearner:
     def _publish(self, changes: tuple[Tensor, dict[str, np.ndarray]], last_offset: int, facts: dict) -> Delta:
         rows, tensors = changes
         checksum = self.fingerprint.update(state_of(self.encoder), rows.numpy(), set(tensors))
-        counts = {
-            "events_trained": self.events_trained,
-            "events_rejected": self.events_rejected,
-            "newcomers": [self.influence.usual, self.influence.updates],
-        }
         delta = Delta(
             version=self.newest_number + 1,
             parent=self.version,
@@ -438,22 +506,28 @@ class NearlineLearner:
             rows=rows.numpy(),
             tensors=tensors,
             new_items=self.catalog.item_ids[self.published_items + 1 :],
-            facts=facts | counts | {"created": time.time_ns() // 1_000_000},
+            facts=facts | self._lineage() | {"created": time.time_ns() // 1_000_000},
         )
         optimizer = self.trainer.optimizer_state(delta.rows)
         self._store(lambda: self.registry.publish_delta(delta, optimizer))
         self.version = self.newest_number = delta.version
         self.parent, self.log_offset, self.published_items = delta.parent, last_offset, len(self.catalog)
+        self.offer = None
         if self.version % self.config.snapshot_every == 0 or self.version != delta.parent + 1:
             self.save_snapshot(delta.facts)
         return delta
+
+    def _lineage(self) -> dict[str, Any]:
+        """What every version says of those that it follows from."""
+        known = {name: getattr(self, name) for name in ("events_trained", "events_rejected", "base", "adopted")}
+        return known | {"newcomers": [self.influence.usual, self.influence.updates]}
 
     def save_snapshot(self, facts: dict) -> None:
         """Store the newest version whole, so that loading it needs no deltas, and prune what is old."""
         manifest = Manifest(version=self.version, parent=self.parent, log_offset=self.log_offset, facts=facts)
         optimizer = self.trainer.optimizer_state()
         self._store(lambda: self.registry.publish_snapshot(self.encoder, self.catalog, manifest, optimizer))
-        self._store(lambda: self.registry.prune(self.config.keep_snapshots))
+        self._store(lambda: self.registry.prune(self.config.keep_snapshots, self.base))
 
     def _store(self, write: Callable[[], Any]) -> None:
         """Write, and write again as often as it fails, where somebody waits for the storage."""
@@ -465,6 +539,11 @@ class NearlineLearner:
                 if self.when_storage_fails is None or isinstance(error, FileExistsError):
                     raise
                 self.when_storage_fails(error)
+
+
+def base_of(loaded: LoadedVersion, registry: Registry) -> int:
+    """The version that a stored one follows from by deltas alone; the first one where nothing is said of it."""
+    return int(loaded.facts.get("base") or registry.oldest() or loaded.version)
 
 
 def _trainer_of(loaded: LoadedVersion, config: TrainingConfig) -> Trainer:

@@ -3,6 +3,10 @@
 Every version says how far into the log it has learned, and how many events its lineage has trained on and how many its
 gate rejected. Between a version and its parent those counts must rise by just the events of the offsets in between:
 fewer would be a gap, more an overlap. The steps of a lineage tile the log, so what holds of each holds of the whole.
+
+The parent of a new base is the version that it was fine-tuned from, or whose events a rollback took over: its weights
+have nothing of what other versions have learned in between. Where that parent is not known any more, a base starts a
+lineage of its own, and its counts must be those of all events up to its offset.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,6 +31,9 @@ class Account(NamedTuple):
         """The account of a stored version with its facts."""
         counts = (int(facts.get(name) or 0) for name in ("events_trained", "events_rejected", "events"))
         return cls(version, parent, log_offset, *counts)
+
+
+NOTHING = Account(0, None, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -82,9 +89,11 @@ def check(chain: Sequence[Account], log: Log) -> Ledger:
     learned, and at most as many as it has offsets.
     """
     first, newest, last_offset = chain[0], chain[-1], log.last_offset()
-    faults = []
     if first.parent is not None:
-        faults.append(f"version {first.version}: its parent {first.parent} is missing")
+        faults = [f"version {first.version}: its parent {first.parent} is missing"]
+    else:
+        start = first._replace(events=first.events_trained)
+        faults = step_faults(NOTHING, start, log.count(0, first.log_offset))
     for before, account in pairwise(chain):
         faults += step_faults(before, account, log.count(before.log_offset, account.log_offset))
     if last_offset < newest.log_offset:
@@ -97,7 +106,7 @@ def check(chain: Sequence[Account], log: Log) -> Ledger:
         log_offset=newest.log_offset,
         events_trained=newest.events_trained,
         events_rejected=newest.events_rejected,
-        erased=newest.log_offset - first.log_offset - log.count(first.log_offset, newest.log_offset),
+        erased=newest.log_offset - log.count(0, newest.log_offset),
         waiting=log.count(newest.log_offset, last_offset),
         faults=faults,
     )
@@ -123,16 +132,18 @@ def step_faults(before: Account, account: Account, held: int) -> list[str]:
     return []
 
 
-def folded(chain: Sequence[Account], bound: int) -> list[Account]:
+def folded(chain: Sequence[Account], bound: int, base: int | None = None) -> list[Account]:
     """A lineage up to version `bound` in as few accounts as prove the same.
 
-    Steps that learned exactly one event an offset become one; any other keeps an account of its own.
+    Steps that learned exactly one event an offset become one; any other keeps an account of its own, and so does
+    version `base`, which the next base may follow.
     """
     kept: list[Account] = []
     for account in chain:
         if account.version > bound:
             break
-        if len(kept) > 1 and _is_exact(kept[-2], kept[-1]) and _is_exact(kept[-1], account):
+        foldable = len(kept) > 1 and kept[-1].version != base
+        if foldable and _is_exact(kept[-2], kept[-1]) and _is_exact(kept[-1], account):
             last = kept.pop()
             account = account._replace(
                 parent=last.parent, events=last.events + account.events, versions=last.versions + account.versions

@@ -1,10 +1,14 @@
 """What the arms of a replay achieved: over all events, for new users and new items, over time, side by side."""
 
+# pyarrow.compute makes its functions as it is imported, so a type checker cannot see them.
+# pyright: reportAttributeAccessIssue=false
+
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from lib.comparison import Estimate
 from lib.metrics import RESAMPLES, bootstrap_means, interval, ndcg_at, recall_at, reciprocal_rank
@@ -104,10 +108,10 @@ def compare_arms(stream: Stream, outcomes: Mapping[str, Outcome], seed: int = 0)
 
 def _groups(stream: Stream) -> Iterator[tuple[str, np.ndarray]]:
     """(E,) which events belong to each group."""
-    users, items = (stream.newest[name].to_numpy(zero_copy_only=False) for name in ("user_id", "item_id"))
-    yield "all", np.ones(len(users), dtype=bool)
-    yield "new users", ~np.isin(users, stream.oldest["user_id"].to_numpy(zero_copy_only=False))
-    yield "new items", ~np.isin(items, stream.oldest["item_id"].to_numpy(zero_copy_only=False))
+    yield "all", np.ones(len(stream.newest), dtype=bool)
+    for name, column in (("new users", "user_id"), ("new items", "item_id")):
+        known = pc.is_in(stream.newest[column], value_set=stream.oldest[column].unique())
+        yield name, ~known.to_numpy(zero_copy_only=False)
 
 
 def _metrics(ranks: np.ndarray) -> Iterator[np.ndarray]:

@@ -1,5 +1,6 @@
 """Encoder, catalog and index as one value of one version: histories in, ranked items out."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from lib.weights import ATTRIBUTE_TABLE, Delta, DeltaMismatch, Fingerprint, appl
 
 EVENTS_PER_BATCH = 8192  # padding counted; bounds the memory of one pass of the encoder
 MOST_MASKS = 256  # of filters that were asked for lately, a byte an item each
+NUMBERS = itertools.count()
 NOTHING_SEEN = np.zeros(0, dtype=np.int32)
 
 
@@ -74,6 +76,7 @@ class Recommender:
         self.rules = rules or RankingRules()
         self._bound: BoundRules | None = None
         self.generator = np.random.default_rng()  # of exploration
+        self.number = next(NUMBERS)  # of this one among all recommenders of the process
 
     @classmethod
     def load(cls, folder: str | Path, rules: RankingRules | None = None) -> "Recommender":
@@ -197,12 +200,13 @@ class Recommender:
     def encoded(self, history: History) -> EncodedHistory:
         """What the encoder reads of a history; kept with it, and made anew when the catalog may know more of it."""
         found = history.encoded
-        if found is not None and (found.complete or found.catalog_items == len(self.catalog)):
+        own = found is not None and found.reader == self.number
+        if found is not None and own and (found.complete or found.catalog_items == len(self.catalog)):
             return found
         flat = to_histories([history], self.catalog, self.kind_codes)
         codes = SequenceBatches(flat, self.encoder.config).codes()[:, -self.encoder.config.max_length :]
         complete = len(flat.rows) == len(history)
-        history.encoded = EncodedHistory(codes, np.unique(flat.rows), len(self.catalog), complete)
+        history.encoded = EncodedHistory(codes, np.unique(flat.rows), self.number, len(self.catalog), complete)
         return history.encoded
 
     def queries(self, histories: Sequence[np.ndarray]) -> Tensor:

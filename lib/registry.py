@@ -2,13 +2,15 @@
 
     snapshots/<version>/   a whole model folder with the optimiser's state
     deltas/<version>       what changed from the version before, the optimiser's state of it, and the log offset
+    offers/<name>/         a model folder that the learner is to take over as its next version
     ledger.json            what versions that were deleted have learned (lib/ledger.py)
     rejections/<number>    updates that were not published, and why (lib/rejections.py)
 
 A version is one file (a delta) or one folder whose manifest comes last (a snapshot), so it exists as a whole or not at
 all: the weights, the optimiser and the log offset move in one atomic step. Any version is the newest snapshot at or
-below it plus the deltas in between. Every file has a checksum: where the newest versions are damaged, the newest whole
-one is loaded, and learning goes on from its log offset under numbers that were never given.
+below it plus the deltas in between. A new base (a fine-tuned model, say) has no delta: it is a snapshot, and later
+versions follow from it. Every file has a checksum: where the newest versions are damaged, the newest whole one is
+loaded, and learning goes on from its log offset under numbers that were never given.
 """
 
 import json
@@ -37,7 +39,7 @@ from lib.weights import OPTIMIZER_PREFIX, Delta, DeltaMismatch, apply_delta
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 LEDGER_FILE = "ledger.json"
-SNAPSHOTS, DELTAS = "snapshots", "deltas"
+SNAPSHOTS, DELTAS, OFFERS = "snapshots", "deltas", "offers"
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,7 @@ class Registry:
         return sorted(
             int(Path(info.path).name)
             for info in folders
-            if info.type == fs.FileType.Directory
-            and Path(info.path).name.isdigit()
-            and self.fs.get_file_info(f"{info.path}/{MANIFEST}").type == fs.FileType.File
+            if info.type == fs.FileType.Directory and Path(info.path).name.isdigit() and self._is_model(info.path)
         )
 
     def deltas(self) -> list[int]:
@@ -122,6 +122,7 @@ class Registry:
         Raises:
             FileExistsError: the version exists, so another learner is at work on this registry.
         """
+        self._refuse_other_learner(f"{SNAPSHOTS}/{delta.version:010d}/{MANIFEST}")
         data = delta.to_bytes(optimizer)
         self._write(f"{DELTAS}/{delta.version:010d}", data)
         self._accounts[delta.version] = Account.of(delta.version, delta.parent, delta.log_offset, delta.facts)
@@ -135,21 +136,54 @@ class Registry:
         Raises:
             OSError: it could not be written.
         """
-        target = f"{self.root}/{SNAPSHOTS}/{manifest.version:010d}"
-        if self.fs.get_file_info(f"{target}/{MANIFEST}").type == fs.FileType.File:
+        target = f"{SNAPSHOTS}/{manifest.version:010d}"
+        if self._is_model(f"{self.root}/{target}"):
             return
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            try:
-                save_model(folder, encoder, catalog, manifest)
-                if optimizer is not None:
-                    safetensors.numpy.save_file(optimizer, folder / OPTIMIZER_FILE)
-            except safetensors.SafetensorError as error:  # which is no OSError, also where the disk is full
-                raise OSError(f"{folder}: {error}") from error
-            write_manifest(folder, manifest)
-            names = sorted((path.name for path in folder.iterdir()), key=lambda name: name == MANIFEST)
-            for name in names:  # the manifest last: it is what makes the version exist
-                self._write(f"{SNAPSHOTS}/{manifest.version:010d}/{name}", (folder / name).read_bytes(), replace=True)
+            save_with_optimizer(Path(temporary), encoder, catalog, manifest, optimizer)
+            self._copy(Path(temporary), target)
+
+    def publish_base(
+        self, encoder: BehaviourEncoder, catalog: Catalog, manifest: Manifest, optimizer: dict[str, np.ndarray]
+    ) -> None:
+        """Store a version that does not follow from the one before it, in one atomic step.
+
+        Raises:
+            FileExistsError: the version exists, so another learner is at work on this registry.
+            OSError: it could not be written.
+        """
+        target = f"{SNAPSHOTS}/{manifest.version:010d}"
+        for name in (f"{DELTAS}/{manifest.version:010d}", f"{target}/{MANIFEST}"):
+            self._refuse_other_learner(name)
+        with tempfile.TemporaryDirectory() as temporary:
+            save_with_optimizer(Path(temporary), encoder, catalog, manifest, optimizer)
+            self._copy(Path(temporary), target, replace_manifest=False)
+
+    def offer(self, name: str, model: Path) -> None:
+        """Have the learner take over a model folder as its next version; one of this name is replaced."""
+        self._copy(model, f"{OFFERS}/{name}")
+
+    def offers(self) -> list[str]:
+        """Names of the models that wait to be taken over, ascending."""
+        return sorted(Path(info.path).name for info in self._children(OFFERS) if self._is_model(info.path))
+
+    def load_offer(self, name: str) -> LoadedVersion:
+        """Load a model that waits to be taken over; its version is that of its manifest.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        return self._load_folder(f"{OFFERS}/{name}")
+
+    def withdraw(self, name: str) -> None:
+        """Take an offer back, done or not."""
+        self.fs.delete_file(f"{self.root}/{OFFERS}/{name}/{MANIFEST}")
+        self.fs.delete_dir(f"{self.root}/{OFFERS}/{name}")
+
+    def adopted(self, name: str) -> int | None:
+        """The version as which an offer was taken over, None where it was not (yet)."""
+        newest_first = reversed(self.versions())
+        return next((info.version for info in newest_first if info.facts.get("offer") == name), None)
 
     def read_delta(self, version: int) -> Delta:
         """Read one delta.
@@ -188,11 +222,7 @@ class Registry:
 
     def _load_from(self, base: int, target: int, damage: list[str]) -> LoadedVersion:
         """A snapshot and the deltas up to the target, or up to the first that is not whole, which is noted."""
-        with self._local_snapshot(base) as folder:
-            encoder, catalog, manifest = load_model(folder)
-            optimizer = _read_optimizer(folder, manifest)
-        known = manifest.log_offset, manifest.facts, optimizer
-        loaded = LoadedVersion(encoder, catalog, base, *known, [], manifest.parent)
+        loaded = self._load_folder(f"{SNAPSHOTS}/{base:010d}")
         for number in range(base + 1, target + 1):
             try:
                 delta = self.read_delta(number)
@@ -204,14 +234,18 @@ class Registry:
             except DeltaMismatch as error:
                 damage.append(f"version: {self._delta_path(number)} is damaged: {error}")
                 break
-            apply_delta(encoder, delta)
-            catalog.extend(delta.new_items)
+            apply_delta(loaded.encoder, delta)
+            loaded.catalog.extend(delta.new_items)
             prefix = len(OPTIMIZER_PREFIX)
             moments = {name[prefix:]: t for name, t in delta.tensors.items() if name.startswith(OPTIMIZER_PREFIX)}
             loaded.optimizer_deltas.append((delta.rows, moments))
             loaded.version, loaded.parent = number, delta.parent
             loaded.log_offset, loaded.facts = delta.log_offset, delta.facts
         return loaded
+
+    def _load_folder(self, name: str) -> LoadedVersion:
+        with self._local_folder(name) as folder:
+            return load_folder(folder)
 
     def oldest(self) -> int | None:
         """The oldest version that can be loaded."""
@@ -249,6 +283,15 @@ class Registry:
         accounts = self._known_accounts()
         return lineage(accounts, max(accounts)) if accounts else []
 
+    def traces(self, version: int) -> bool:
+        """Whether it is known what a version and all before it have learned.
+
+        Raises:
+            InputError: ledger.json is damaged.
+        """
+        chain = lineage(self._known_accounts(), version)
+        return bool(chain) and chain[0].parent is None
+
     def log_offset(self) -> int:
         """The highest log offset that any version has learned up to, 0 where there is none."""
         return max((account.log_offset for account in self._known_accounts().values()), default=0)
@@ -280,8 +323,8 @@ class Registry:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"state: {path} is damaged ({error!r}); restore it, or remove it") from error
 
-    def prune(self, keep_snapshots: int) -> None:
-        """Delete what is older than the newest `keep_snapshots` snapshots; the first snapshot always stays.
+    def prune(self, keep_snapshots: int, base: int | None = None) -> None:
+        """Delete what is older than the newest `keep_snapshots` snapshots; the first snapshot and `base` stay.
 
         What the deleted versions have learned is kept in the ledger.
         """
@@ -289,13 +332,15 @@ class Registry:
         if len(snapshots) <= keep_snapshots:
             return
         bound = snapshots[-keep_snapshots]
-        accounts = [account._asdict() for account in folded(self.ledger(), bound)]
+        accounts = [account._asdict() for account in folded(self.ledger(), bound, base)]
         self._write(LEDGER_FILE, json.dumps({"accounts": accounts}).encode(), replace=True)
         for info in self._children(DELTAS):
             unfinished = Path(info.path).name.startswith(".")  # of a process that was killed
             if unfinished or (Path(info.path).name.isdigit() and int(Path(info.path).name) <= bound):
                 self.fs.delete_file(info.path)
         for version in snapshots[1:-keep_snapshots]:
+            if version == base:
+                continue
             self.fs.delete_file(f"{self.root}/{SNAPSHOTS}/{version:010d}/{MANIFEST}")
             self.fs.delete_dir(f"{self.root}/{SNAPSHOTS}/{version:010d}")
         self._accounts = {version: account for version, account in self._accounts.items() if version > bound}
@@ -337,13 +382,28 @@ class Registry:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"version: {path} is damaged: {error!r}") from error
 
+    def _is_model(self, path: str) -> bool:
+        """Whether a folder has a manifest, which is the last to come and the first to go."""
+        return self.fs.get_file_info(f"{path}/{MANIFEST}").type == fs.FileType.File
+
+    def _refuse_other_learner(self, name: str) -> None:
+        path = f"{self.root}/{name}"
+        if self.fs.get_file_info(path).type != fs.FileType.NotFound:
+            raise FileExistsError(f"{path} exists: another learner publishes to this registry")
+
+    def _copy(self, folder: Path, target: str, replace_manifest: bool = True) -> None:
+        """Store a model folder, the manifest last: it is what makes it exist."""
+        for name in sorted((path.name for path in folder.iterdir()), key=lambda name: name == MANIFEST):
+            replace = replace_manifest or name != MANIFEST
+            self._write(f"{target}/{name}", (folder / name).read_bytes(), replace)
+
     def _children(self, folder: str) -> list[fs.FileInfo]:
         return self.fs.get_file_info(fs.FileSelector(f"{self.root}/{folder}", allow_not_found=True))
 
     def _write(self, name: str, data: bytes, replace: bool = False) -> None:
         path = f"{self.root}/{name}"
-        if not replace and self.fs.get_file_info(path).type != fs.FileType.NotFound:
-            raise FileExistsError(f"{path} exists: another learner publishes to this registry")
+        if not replace:
+            self._refuse_other_learner(name)
         if not self.local:  # an object store shows an object when its upload is complete
             self._make_folder(path.rpartition("/")[0])
             with self.fs.open_output_stream(path) as stream:
@@ -375,8 +435,8 @@ class Registry:
             self._folders.add(path)
 
     @contextmanager
-    def _local_snapshot(self, version: int) -> Iterator[Path]:
-        path = f"{self.root}/{SNAPSHOTS}/{version:010d}"
+    def _local_folder(self, name: str) -> Iterator[Path]:
+        path = f"{self.root}/{name}"
         if self.local:
             yield Path(path)
             return
@@ -390,6 +450,39 @@ class Registry:
 
 def _damaged(version: int, size: int, error: InputError) -> VersionInfo:
     return VersionInfo(version, "damaged", 0, 0, size, {"kind": "damaged", "reason": str(error)})
+
+
+def load_folder(folder: Path) -> LoadedVersion:
+    """A model folder with its optimiser's state.
+
+    Raises:
+        InputError: it is missing, incomplete or damaged; the message names the file.
+    """
+    encoder, catalog, manifest = load_model(folder)
+    optimizer = _read_optimizer(folder, manifest)
+    known = manifest.log_offset, manifest.facts, optimizer
+    return LoadedVersion(encoder, catalog, manifest.version, *known, [], manifest.parent)
+
+
+def save_with_optimizer(
+    folder: Path,
+    encoder: BehaviourEncoder,
+    catalog: Catalog,
+    manifest: Manifest,
+    optimizer: dict[str, np.ndarray] | None,
+) -> None:
+    """Write a model folder with the optimiser's tensors, where there are any.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    try:
+        save_model(folder, encoder, catalog, manifest)
+        if optimizer is not None:
+            safetensors.numpy.save_file(optimizer, folder / OPTIMIZER_FILE)
+    except safetensors.SafetensorError as error:  # which is no OSError, also where the disk is full
+        raise OSError(f"{folder}: {error}") from error
+    write_manifest(folder, manifest)
 
 
 def _read_optimizer(folder: Path, manifest: Manifest) -> dict[str, np.ndarray] | None:

@@ -24,6 +24,7 @@ class EncodedHistory:
 
     codes: np.ndarray  # (4, T) int64 rows, kinds, gaps and values of the newest T events
     seen: np.ndarray  # (S,) int32 rows of all events, ascending
+    reader: int  # number of the recommender that made it; to another one its rows mean nothing
     catalog_items: int  # of the catalog that it was made with
     complete: bool  # whether every event was known; what was unknown then may be known to a larger catalog
 

@@ -22,7 +22,7 @@ from ray.actor import ActorHandle
 from lib.change_board import ONE_MACHINE, ChangeBoard
 from lib.cleaning import FeedbackGuard
 from lib.datasets import read_events
-from lib.events import CleaningRules, Event, InputError
+from lib.events import CleaningRules, Event
 from lib.feedback_log import FeedbackLog, LoggedEvent, LogWriteError
 from lib.item_log import ItemChange, ItemLog
 from lib.micro_batches import micro_batch
@@ -47,11 +47,6 @@ class AggregatorConfig:
     keep_events: int = 1000  # of each user's history, in memory
     cleaning: CleaningRules = field(default_factory=CleaningRules)
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("trigger_events", "trigger_ms", "largest_batch", "keep_events"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: {getattr(self, name)} is too small; give 1 or more")
 
 
 class Arrival(NamedTuple):

@@ -6,11 +6,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
-from lib.events import InputError
+from lib.events import CleaningRules, InputError
 from lib.feedback_log import FeedbackLogReader, last_commit_is_torn
 from lib.ranking_rules import RankingRules
 from lib.registry import Registry
-from serving.aggregator import LOG_FILE, AggregatorConfig
+from serving.aggregator import LOG_FILE
 from serving.names import DEPLOYMENT
 from serving.recommendations import Recommendations, ReplicaConfig
 
@@ -40,7 +40,7 @@ class ServeArguments(BaseModel):
     autoscaling: Autoscaling = Autoscaling()
     replica: ReplicaConfig = ReplicaConfig()
     ranking: RankingRules = RankingRules()
-    aggregator: AggregatorConfig = AggregatorConfig()
+    cleaning: CleaningRules = CleaningRules()
 
     def check(self) -> None:
         """Refuse what contradicts itself.
@@ -107,5 +107,5 @@ def build(arguments: ServeArguments) -> Application:
         logging_config={"enable_access_log": False},  # a line a request costs more than reading the request
     )(serve.ingress()(Recommendations))
     return deployment.bind(
-        arguments.state_location, arguments.data, arguments.replica, arguments.ranking, arguments.aggregator
+        arguments.state_location, arguments.data, arguments.replica, arguments.ranking, arguments.cleaning
     )

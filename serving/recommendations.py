@@ -24,6 +24,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from lib.change_board import ChangeBoard
+from lib.events import CleaningRules
 from lib.item_log import ItemChange
 from lib.ranking import ItemFilter
 from lib.ranking_rules import RankingRules
@@ -67,7 +68,7 @@ class Recommendations:
         data: str | None,
         config: ReplicaConfig | None = None,
         rules: RankingRules | None = None,
-        aggregator: AggregatorConfig | None = None,
+        cleaning: CleaningRules | None = None,
     ):
         self.config = config or ReplicaConfig()
         self.rules = rules or RankingRules()
@@ -76,8 +77,8 @@ class Recommendations:
         self.registry = Registry(state)
         explores = self.rules.exploration_temperature > 0
         self.decisions = DecisionLog(state, self.replica_id) if explores else None
-        self.cleaning = (aggregator or AggregatorConfig()).cleaning
-        self.aggregator = start_aggregator(state, data, aggregator)
+        self.cleaning = cleaning or CleaningRules()
+        self.aggregator = start_aggregator(state, data, AggregatorConfig(cleaning=self.cleaning))
         self.cache = HistoryCache(self.config.cached_users, self.config.cached_events)
         self.item_changes: dict[str, dict[str, Any] | None] = {}  # that were made while live; None: deleted
         self.item_revision = 0  # the newest of them
@@ -85,18 +86,20 @@ class Recommendations:
         self.items_counter: int | None = None  # of the board, before the catalog's changes were asked for
         self.answers: Batches[Asked, tuple[int, list[RankedItem]]] = Batches(self._answer, self.config.largest_batch)
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="changes")
+        self.loader = ThreadPoolExecutor(1, thread_name_prefix="loading")
+        self.loading = asyncio.Lock()  # held while a version is loaded beside the one that answers
         self.unchanging = asyncio.Lock()  # held by whoever reads or changes the recommender
         self.counts: Counter[str] = Counter()
         self.latency: Counter[float] = Counter()
         self.latency_sum = 0.0
-        self.recommender = self._load()
+        self.recommender = self._load({})
         self.checked = False
         self.watching: asyncio.Task | None = None
 
     async def check_health(self) -> None:
         """Serve's health check, the first of which comes before the first request: catch up until then."""
         if not self.checked:
-            await self.on_thread(self._expect, self.registry.head())
+            await self.expect_version(self.registry.head() or 0)
             self.board = open_board(await self.call_aggregator("board"))
             self.watching = asyncio.create_task(self.answers.watch())
             self.checked = True
@@ -105,10 +108,12 @@ class Recommendations:
         """Serve asks for the HTTP application once the replica is ready."""
         return http_application(self)
 
-    def _load(self) -> Recommender:
+    def _load(self, item_changes: Mapping[str, Mapping[str, Any] | None]) -> Recommender:
         loaded = self.registry.load()
+        for damage in loaded.damage:
+            logger.warning("version %d is the newest whole one: %s", loaded.version, damage)
         recommender = Recommender(loaded.encoder, loaded.catalog, loaded.version, loaded.log_offset, self.rules)
-        recommender.catalog_changed(self.item_changes)
+        recommender.catalog_changed(item_changes)
         return recommender
 
     # ------------------------------------------------------------------------------------------- the batched answer
@@ -285,38 +290,56 @@ class Recommendations:
 
     async def apply_delta(self, payload: list[ray.ObjectRef]) -> dict[str, Any]:
         """Take a pushed delta between two batches."""
-        data = await payload[0]
-        return await self.on_thread(self._apply, bytes(data))
+        delta = Delta.from_bytes(bytes(await payload[0]))
+        await self.on_thread(self._apply, delta)
+        return await self.expect_version(delta.version)
 
-    def _apply(self, data: bytes) -> dict[str, Any]:
-        delta = Delta.from_bytes(data)
-        if delta.version > self.recommender.version:
-            try:
-                self.recommender.apply(delta)
-                self.counts["deltas"] += 1
-            except DeltaMismatch as error:
-                logger.warning("catching up from the registry: %s", error)
-                self._catch_up(delta.version)
-        return self._describe()
+    def _apply(self, delta: Delta) -> None:
+        if delta.parent != self.recommender.version:  # known already, or one before it was missed
+            return
+        self._apply_or_load(delta)
+        self.counts["deltas"] += 1
+
+    def _apply_or_load(self, delta: Delta) -> None:
+        """Move to a delta's version; where it comes out wrong, nothing may be answered before all is loaded anew."""
+        try:
+            self.recommender.apply(delta)
+        except DeltaMismatch as error:
+            logger.warning("loading the newest version whole: %s", error)
+            self.recommender = self._load(self.item_changes)
 
     async def expect_version(self, version: int) -> dict[str, Any]:
-        """Catch up from the registry if this replica missed a push."""
-        return await self.on_thread(self._expect, version)
-
-    def _expect(self, version: int) -> dict[str, Any]:
+        """Catch up from the registry if this replica missed a push, or if the version is a new base."""
         if self.recommender.version < version:
-            self._catch_up(version)
-        return self._describe()
+            async with self.loading:
+                if self.recommender.version < version and not await self.on_thread(self._catch_up, version):
+                    await self._replace()
+        return await self.describe()
 
-    def _catch_up(self, version: int) -> None:
-        """Apply the deltas that are missing, or load the newest version whole where they are not to be had."""
+    def _catch_up(self, version: int) -> bool:
+        """Apply the deltas that are missing; False where one is not to be had."""
         self.counts["catch_ups"] += 1
-        try:
-            while self.recommender.version < version:
-                self.recommender.apply(self.registry.read_delta(self.recommender.version + 1))
-        except (DeltaMismatch, FileNotFoundError) as error:
-            logger.warning("loading the newest version whole: %s", error)
-            self.recommender = self._load()
+        while self.recommender.version < version:
+            try:
+                delta = self.registry.read_delta(self.recommender.version + 1)
+            except (FileNotFoundError, DeltaMismatch) as error:
+                logger.warning("loading the newest version beside this one: %s", error)
+                return False
+            self._apply_or_load(delta)
+        return True
+
+    async def _replace(self) -> None:
+        """Load the newest version beside the one that answers; it takes over between two batches."""
+        revision, changes = self.item_revision, dict(self.item_changes)
+        recommender = await asyncio.get_running_loop().run_in_executor(self.loader, self._load, changes)
+        await self.on_thread(self._take_over, recommender, revision)
+
+    def _take_over(self, recommender: Recommender, revision: int) -> None:
+        if recommender.version <= self.recommender.version:
+            return
+        if revision != self.item_revision:  # items changed while it was loaded
+            recommender.catalog_changed(self.item_changes)
+        self.recommender = recommender
 
 
 def open_board(place: str | None) -> ChangeBoard | None:

@@ -25,12 +25,15 @@ def excused(kind: str, parts: list[str]) -> bool:
     While the aggregator restarts, who needs it waits for it, and hears after ReplicaConfig.actor_timeout to try again.
     HAProxy asks another replica what a killed one left unanswered, unless the kernel resets a connection that was used
     before: then it hangs up on the client too, which HTTP expects to ask again. Without HAProxy, which ends with its
-    manager, nobody is answered.
+    manager, nobody is answered, and a new one knows no path at first.
     """
     if "aggregator" in parts and kind.startswith("503") and "try again" in kind:
         return True
+    without_proxy = bool({PROXY, "proxy manager"} & set(parts))
+    if kind.startswith("404 Path"):
+        return without_proxy
     unanswered = not kind[0].isdigit()
-    return unanswered and bool({"replica", PROXY, "proxy manager"} & set(parts))
+    return unanswered and (without_proxy or "replica" in parts)
 
 
 async def rounds(load: Load, service: LiveService) -> list[str]:

@@ -26,7 +26,7 @@ from lib.ledger import check
 from lib.model_folder import Manifest, save_model
 from lib.recommender import Question, RankedItem, Recommender
 from lib.registry import Registry
-from lib.user_histories import MicroBatch, SampleSizes
+from lib.user_histories import MicroBatch, ReplaySample, SampleSizes
 from lib.weights import Delta, DeltaMismatch
 from lib.write_ahead_log import Tail, read_tail
 from serving.aggregator import LOG_FILE, Aggregator, AggregatorConfig
@@ -40,7 +40,7 @@ from tests.tiny import assert_same_state, copied_state, history, item_ids, micro
 __all__ = ["start_process"]  # a fixture
 CONFIG = LearnerConfig(negatives=8, held_out_users=0, snapshot_every=1000)
 HOUR = 3_600_000  # milliseconds
-SAMPLE = SampleSizes(history_length=8, replay_events=0, held_out_users=0, held_out_length=8)
+SAMPLE = SampleSizes(history_length=8, replay=ReplaySample(0), held_out_users=0, held_out_length=8)
 
 
 # --------------------------------------------------------------------------------------------------------- a full disk
@@ -425,13 +425,13 @@ def test_a_clock_that_jumps_stalls_no_trigger_and_floods_nobody(tmp_path, jump, 
 def test_a_clock_that_jumps_neither_wipes_nor_inflates_popularity(tmp_path):
     learner = NearlineLearner(started_registry(tmp_path / "store"), CONFIG)
     now = 1_800_000_000_000
-    learner.learn(micro_batch(1, [history([1] * 10, start=now)], [10]))
+    learner.learn(micro_batch(1, [history([1], start=now), history([1], start=now)], [1, 1]))
     reference = int(learner.encoder.popularity_reference)
     for offset, by in ((2, 5 * HOUR), (3, -5 * HOUR), (4, 0)):
         learner.learn(micro_batch(offset, [history([2, 3], start=now), history([3], start=now + by)], [1, 1]))
     counts = learner.encoder.item_popularity
     assert int(learner.encoder.popularity_reference) == reference
-    assert float(counts[1] / 10) == pytest.approx(float(counts[3] / 6), rel=0.05)
+    assert float(counts[1] / 2) == pytest.approx(float(counts[3] / 6), rel=0.05)
 
 
 def test_a_history_whose_times_go_backwards_is_answered(tmp_path):

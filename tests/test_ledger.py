@@ -1,16 +1,18 @@
 """The ledger holds of a sound lineage, and of no lineage that learned an event twice, or not at all."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
 from jobs.command_line import run_command
 from jobs.versions import versions_command
 from lib.feedback_log import FeedbackLog
-from lib.learner import LearnerConfig, NearlineLearner
+from lib.learner import LearnerConfig, NearlineLearner, Rejection
 from lib.ledger import Account, Ledger, check, folded, lineage
-from lib.registry import Registry
+from lib.model_folder import Manifest, read_manifest, write_manifest
+from lib.registry import Registry, save_with_optimizer
 from lib.weights import Delta
 from serving.aggregator import LOG_FILE
 from tests.test_feedback_log import make_event
@@ -103,6 +105,21 @@ def test_sound_steps_fold_into_one_and_others_stay_to_be_seen():
     assert checked(*folded(doctored, 9)).faults == checked(*doctored).faults
 
 
+def test_a_base_starts_a_lineage_that_has_learned_all_up_to_its_offset():
+    assert checked(Account(7, None, 20, 18, 2, 0), Account(8, 7, 25, 23, 2, 5)).faults == []
+    assert checked(Account(7, None, 20, 10, 0, 0), erased=10).faults == []
+    assert checked(Account(7, None, 20, 17, 2, 0)).faults == [
+        "version 7, offsets 1 to 20: gap, 17 events trained on and 2 rejected of 20"
+    ]
+    assert "overlap, 19 events trained on and 2" in checked(Account(7, None, 20, 19, 2, 0)).faults[0]
+
+
+def test_what_a_base_follows_is_not_folded():
+    chain = [SOUND[0], *(Account(n, n - 1, n - 1, n - 1, 0, 1) for n in range(2, 8))]
+    assert [account.version for account in folded(chain, 7, base=4)] == [1, 4, 7]
+    assert checked(*folded(chain, 7, base=4)) == checked(*chain)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Of a real registry and a real log
 
@@ -130,6 +147,82 @@ def test_the_ledger_of_stored_versions_outlives_their_files(tmp_path):
             assert (ledger.log_offset, ledger.events_trained) == (log.last_offset(), log.count())
         assert registry.deltas()[0] > 6
         assert len(registry.ledger()) < 6
+
+
+def offer(registry: Registry, folder: Path, name: str, since: int, events: int, log_offset: int) -> None:
+    """A model that was fine-tuned from a version with so many events, up to this log offset."""
+    start = registry.load(since)
+    facts = {"kind": "finetune", "since": since, "events": events, "events_rejected": 0}
+    facts["events_trained"] = start.facts.get("events_trained", 0) + events
+    save_with_optimizer(folder, start.encoder, start.catalog, Manifest(log_offset=log_offset, facts=facts), None)
+    registry.offer(name, folder)
+
+
+@pytest.mark.parametrize("keep_snapshots", [100, 2])  # without pruning, and with it
+def test_the_lineage_of_a_new_base_has_every_event_once(tmp_path, keep_snapshots):
+    registry = started_registry(tmp_path / "store")
+    config = replace(CONFIG, snapshot_every=2, keep_snapshots=keep_snapshots)
+
+    def sound() -> Ledger:
+        ledger = check(Registry(registry.root).ledger(), log)
+        assert ledger.faults == []
+        return ledger
+
+    with FeedbackLog(tmp_path / "log") as log:
+        learned(registry, log, 4, config)
+        offer(registry, tmp_path / "one", "one", since=1, events=6, log_offset=6)
+        learner = NearlineLearner(registry, config)
+        learner.take_over("one")
+        assert (learner.version, learner.log_offset, learner.events_trained) == (6, 6, 6)
+        ledger = sound()
+        assert (ledger.versions, ledger.log_offset, ledger.waiting) == (2, 6, 2)
+        learner.learn(micro_batch(8, [history([1, 2, 3])], [2]))  # what was held out
+        learner = learned(registry, log, 6, config)
+        assert (sound().log_offset, sound().waiting) == (20, 0)
+        offer(registry, tmp_path / "two", "two", since=6, events=12, log_offset=18)
+        learner.take_over("two")
+        assert sound().waiting == 2
+        learner.restore(13)  # whose weights have learned what the new base has not
+        assert (sound().log_offset, sound().waiting) == (20, 0)
+        learned(registry, log, 7, config)
+        assert sound().events_trained == log.count() == 34
+        offer(registry, tmp_path / "three", "three", since=15, events=13, log_offset=34)
+        NearlineLearner(registry, config).take_over("three")
+        found = check(registry.ledger(), log).faults
+        assert found == ["version 23, offsets 21 to 34: gap, 13 events trained on and 0 rejected of 14"]
+
+
+def test_a_base_whose_parent_was_deleted_starts_a_lineage_of_its_own(tmp_path):
+    registry = started_registry(tmp_path / "store")
+    config = replace(CONFIG, snapshot_every=2, keep_snapshots=2)
+    with FeedbackLog(tmp_path / "log") as log:
+        learned(registry, log, 2, config)
+        offer(registry, tmp_path / "late", "late", since=3, events=4, log_offset=8)
+        learner = learned(registry, log, 8, config)
+        assert not registry.traces(3)
+        learner.take_over("late")
+        assert (learner.parent, learner.log_offset) == (None, 8)
+        ledger = check(registry.ledger(), log)
+        assert (ledger.faults, ledger.versions, ledger.waiting) == ([], 1, 12)
+
+
+def test_what_the_gate_rejected_of_other_weights_says_nothing_of_a_new_base(tmp_path):
+    registry = started_registry(tmp_path / "store")
+    with FeedbackLog(tmp_path / "log") as log:
+        learned(registry, log, 2)
+        log.append([make_event(5), make_event(6)]).result()
+        learner = NearlineLearner(registry, replace(CONFIG, learning_rate=float("inf")))
+        assert isinstance(learner.learn(micro_batch(6, [history([1, 2, 3])], [2])), Rejection)
+        offer(registry, tmp_path / "other", "other", since=1, events=2, log_offset=2)
+        manifest = read_manifest(tmp_path / "other").model_copy(update={"version": learner.version})
+        write_manifest(tmp_path / "other", manifest)
+        registry.offer("other", tmp_path / "other")
+        learner = NearlineLearner(registry, CONFIG)
+        assert (learner.log_offset, learner.events_rejected) == (6, 2)
+        learner.take_over("other")
+        for taken in (learner, NearlineLearner(registry, CONFIG)):
+            assert (taken.version, taken.log_offset, taken.events_trained, taken.events_rejected) == (4, 2, 2, 0)
+        assert check(registry.ledger(), log).faults == []
 
 
 def test_a_doctored_registry_is_found(tmp_path):

@@ -205,13 +205,13 @@ def test_an_error_in_a_worker_leaves_everything_as_it_was(
     out.mkdir()
     for path in undisturbed.iterdir():
         (out / path.name).write_bytes(path.read_bytes())
-    train = jobs.pretrain._train
+    train = jobs.pretrain.run_workers
 
     def train_without_data(*arguments: Any) -> None:
         events.unlink()
         train(*arguments)
 
-    monkeypatch.setattr(jobs.pretrain, "_train", train_without_data)
+    monkeypatch.setattr(jobs.pretrain, "run_workers", train_without_data)
     monkeypatch.setattr(jobs.pretrain, "RESTARTS", 0)
     interrupt = signal.getsignal(signal.SIGINT)
     with pytest.raises(InputError, match=r"^data '.*' holds no events\.parquet; make it with 'afterclick ingest"):

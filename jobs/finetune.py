@@ -1,0 +1,363 @@
+"""Fine-tune a served model on Ray Train with the feedback since its newest base, and put the result in its place.
+
+    python -m jobs.finetune --model MODEL [--data DATA] [--since VERSION] [--every 24]
+
+The newest events are held out (lib/finetuning.py). Where the result is not worse on them than the live weights were, it
+is offered to the near-line learner, which takes it over as the next version while the replicas go on answering, and
+learns from there on. Checkpoints are in STATE/finetuning: whatever is killed when, the same command goes on, and an
+offer is taken over once.
+"""
+
+import json
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cluster.local import running_ray
+from jobs.configuration import settings_from, write_json
+from jobs.pretrain import (
+    LARGEST_SEED,
+    LIVE_FOLDER,
+    PRECISIONS,
+    PretrainSettings,
+    checksums,
+    keep_or_start_afresh,
+    run_workers,
+)
+from lib.events import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from lib.comparison import Comparison
+    from lib.finetuning import Cut
+    from lib.learner import NearlineLearner
+    from lib.registry import Registry
+
+FOLDER = "finetuning"
+PLAN_FILE, TRAINED_FILE, HELD_OUT_FILE, START = "plan.json", "trained.parquet", "held_out.parquet", "start"
+TAKE_OVER_SECONDS = 60.0  # to wait for the learner
+LOOK_SECONDS = 0.2
+METRIC = "ndcg@10"
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """How a model is fine-tuned, and how good the result must be."""
+
+    epochs: int = 5
+    learning_rate: float = 5e-4
+    events_per_batch: int = 2048  # over all workers
+    negatives: int = 512
+    older_events: float = 1.0  # of other users, drawn at random, for each new event
+    older_weight: float = 0.5  # of an older event as a target, where a new one's is 1
+    held_out: float = 0.1  # share of the new events, the newest, that the result is judged by
+    most_held_out: int = 10_000
+    tolerance: float = 0.005  # so much worse in NDCG@10 than the live weights the result may be
+    popularity_half_life: float | None = None  # events, as the learner's; None: as many as the catalog has items
+    precision: str | None = None  # of the blocks; None: float32
+    accumulation: int = 1  # parts that a worker works a batch off in
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "events_per_batch", "negatives", "most_held_out", "accumulation"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)} is too small; give 1 or more")
+        for name in (each.name for each in fields(self) if isinstance(getattr(self, each.name), float)):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"{name}: {getattr(self, name)} is not a finite number of 0 or more")
+        if not 0 < self.held_out <= 0.5:
+            raise InputError(f"held_out: {self.held_out} is not above 0 and at most 0.5")
+        if self.precision not in (None, *PRECISIONS):
+            raise InputError(f"precision: {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise InputError(f"seed: {self.seed} is not from 0 to {LARGEST_SEED}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run."""
+
+    since: int  # the version that it started from
+    rival: int  # the live version that it was compared with
+    events: int  # that were learned
+    held_out_events: int
+    log_offset: int  # of the result
+    metrics: dict[str, dict[str, dict[str, float]]]  # live, base and the difference: each with its interval
+    accepted: bool
+    version: int | None  # as which it is live; None where it was not accepted, or where no learner runs
+    seconds: float
+
+    def sentence(self) -> str:
+        """One line for a person."""
+        live, base = (self.metrics[name][METRIC]["value"] for name in ("live", "base"))
+        compared = f"{METRIC} {base:.4f} against {live:.4f} of version {self.rival} on {self.held_out_events} events"
+        if not self.accepted:
+            return f"not published: worse than the live version beyond the tolerance ({compared}); nothing has changed"
+        if self.version is None:
+            return f"offered ({compared}): the learner takes it over as soon as it runs"
+        return f"version {self.version} is live, fine-tuned with {self.events} events ({compared})"
+
+
+def finetune(
+    state: str | Path,
+    data: str | Path | None = None,
+    since: int | None = None,
+    settings: FinetuneSettings | None = None,
+    workers: int = 1,
+    gpu: bool | None = None,
+) -> Outcome:
+    """Fine-tune once, on the running Ray or one started for it; returns when the result is live, or was refused.
+
+    Raises:
+        InputError: nothing is served at this state, the version is not stored, or there is too little feedback.
+        RuntimeError: the workers failed more often than they are restarted.
+    """
+    from lib.registry import Registry
+
+    start = time.monotonic()
+    settings = settings or FinetuneSettings()
+    state = _state_folder(state)
+    registry = Registry(state)
+    storage = state / FOLDER
+    run = {"settings": asdict(settings), "since": since, "data": checksums(Path(data)) if data is not None else None}
+    keep_or_start_afresh(storage, run)
+    if not (storage / PLAN_FILE).exists():
+        try:
+            _plan(registry, state, storage, data, since, settings)
+        except InputError:
+            shutil.rmtree(storage)
+            raise
+    plan = json.loads((storage / PLAN_FILE).read_text())
+    with running_ray():
+        trained = storage / TRAINED_FILE
+        run_workers(
+            trained, storage, storage, _pretrain_settings(storage, settings), workers, gpu,
+            start=storage / START, older_weight=settings.older_weight,
+        )  # fmt: skip
+    metrics = _judge(registry, storage, plan)
+    accepted = metrics["difference"][METRIC]["value"] >= -settings.tolerance
+    if accepted:
+        _offer(registry, storage, plan, metrics)
+    version = _taken_over(registry, plan["name"]) if accepted else None
+    shutil.rmtree(storage)
+    facts = {name: plan[name] for name in ("events", "held_out_events")}
+    cut = plan["cut"]
+    return Outcome(
+        cut["since"], cut["rival"], **facts, log_offset=cut["until"], metrics=metrics, accepted=accepted,
+        version=version, seconds=time.monotonic() - start,
+    )  # fmt: skip
+
+
+def _state_folder(state: str | Path) -> Path:
+    from serving.aggregator import LOG_FILE
+
+    if "://" in str(state):
+        raise InputError(f"state: {state} is no folder; fine-tune where the feedback log is")
+    folder = Path(state).absolute()
+    if not (folder / LOG_FILE).is_file():
+        raise InputError(f"state: {folder} has no feedback log; serve the model and take feedback first")
+    return folder
+
+
+def _plan(
+    registry: "Registry",
+    state: Path,
+    storage: Path,
+    data: str | Path | None,
+    since: int | None,
+    settings: FinetuneSettings,
+) -> None:
+    """Write what the run starts from, learns from and is judged by; the plan is the last file to come.
+
+    Raises:
+        InputError: a version is not stored, the dataset cannot be read, or there is too little feedback.
+    """
+    import pyarrow as pa
+
+    from lib.feedback_log import FeedbackLogReader
+    from lib.finetuning import cut_feedback, feedback, older_events
+    from lib.learner import LearnerConfig, NearlineLearner, base_of
+    from serving.aggregator import LOG_FILE
+
+    live = registry.load()
+    version = base_of(live, registry) if since is None else since
+    config = LearnerConfig(seed=settings.seed, popularity_half_life=settings.popularity_half_life)
+    learner = NearlineLearner(registry, config, version=version)
+    with FeedbackLogReader(state / LOG_FILE) as log:
+        new = feedback(log, learner.log_offset, log.last_offset())
+        offsets = new["offset"].to_numpy()
+        share, most = settings.held_out, settings.most_held_out
+        cut = cut_feedback(registry, offsets, live, version, learner.log_offset, share, most)
+        learned = int((offsets <= cut.until).sum())
+        wanted = round(settings.older_events * learned)
+        older = older_events(log, data, cut, new["user_id"].unique(), wanted, settings.seed)
+    live.catalog.change(_item_changes(state))
+    learner.join(live.catalog)
+    _write_material(storage, learner, pa.concat_tables([older, new]), cut, settings)
+    plan = {
+        "name": f"{time.time_ns() // 1_000_000:013d}-{uuid.uuid4().hex}",
+        "cut": asdict(cut),
+        "events": learned,
+        "held_out_events": len(new) - learned,
+        "ledger": {
+            "events_trained": learner.events_trained + learned,
+            "events_rejected": learner.events_rejected,
+        },
+    }
+    temporary = storage / f".{PLAN_FILE}"
+    temporary.write_text(json.dumps(plan, indent=2) + "\n")
+    temporary.rename(storage / PLAN_FILE)
+    print(
+        f"fine-tuning version {cut.since} with {learned} events and {len(older)} older ones; "
+        f"{plan['held_out_events']} are held out",
+        file=sys.stderr,
+    )
+
+
+def _write_material(
+    storage: Path, learner: "NearlineLearner", events: "pa.Table", cut: "Cut", settings: FinetuneSettings
+) -> None:
+    """Write the model that training starts from, what it learns from, and the histories that end in held-out events."""
+    import pyarrow as pa
+
+    from lib.catalog import Catalog
+    from lib.finetuning import count_popularity, histories_around, of_users
+    from lib.model_folder import Manifest
+    from lib.registry import save_with_optimizer
+
+    learner.join(Catalog(events["item_id"].unique().to_pylist()))
+    encoder, catalog, config = learner.encoder, learner.catalog, learner.encoder.config
+    kinds = config.event_kinds or []
+    held_out = events["offset"].to_numpy() > cut.until
+    trained = histories_around(events.filter(pa.array(~held_out)), cut.after, catalog, kinds, config.max_length)
+    judges = events.filter(pa.array(held_out))["user_id"].unique()
+    count_popularity(encoder, catalog, events, cut, learner.popularity_half_life)
+    trained.save(storage / TRAINED_FILE)
+    histories_around(of_users(events, judges), cut.until, catalog, kinds).save(storage / HELD_OUT_FILE)
+    save_with_optimizer(storage / START, encoder, catalog, Manifest(), learner.trainer.optimizer_state())
+
+
+def _item_changes(state: Path) -> dict[str, dict[str, Any] | None]:
+    """What items that were put or deleted while live are now."""
+    from lib.item_log import ItemLog
+    from serving.aggregator import ITEM_LOG_FILE
+
+    if not (state / ITEM_LOG_FILE).exists():
+        return {}
+    log = ItemLog(state / ITEM_LOG_FILE)
+    try:
+        return {change.item_id: change.attributes for change in log.after(0)}
+    finally:
+        log.close()
+
+
+def _pretrain_settings(storage: Path, settings: FinetuneSettings) -> PretrainSettings:
+    """The settings of the training loop: shape and length are those of the model that it starts from."""
+    config = json.loads((storage / START / "config.json").read_text())
+    shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_length", "dropout", "inputs")
+    names = ("epochs", "learning_rate", "events_per_batch", "negatives", "precision", "accumulation", "seed")
+    given = {name: config[name] for name in shape} | {name: getattr(settings, name) for name in names}
+    return PretrainSettings(holdout="none", stream=False, **given)
+
+
+def _judge(registry: "Registry", storage: Path, plan: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    from lib.finetuning import MarkedHistories, judge
+    from lib.registry import load_folder
+
+    result, rival = load_folder(storage / "result"), registry.load(plan["cut"]["rival"])
+    held_out = MarkedHistories.load(storage / HELD_OUT_FILE)
+    return _metrics(judge((result.encoder, result.catalog), (rival.encoder, rival.catalog), held_out))
+
+
+def _metrics(comparison: "Comparison") -> dict[str, dict[str, dict[str, float]]]:
+    live, base = comparison.results
+    found = {"live": live.metrics, "base": base.metrics, "difference": base.differences}
+    names = (METRIC, "recall@10", "mrr")
+    return {who: {name: asdict(estimates[name]) for name in names} for who, estimates in found.items()}
+
+
+def _offer(registry: "Registry", storage: Path, plan: Mapping[str, Any], metrics: dict[str, Any]) -> None:
+    """Leave the result where the learner looks for it, unless a run that was killed has done so."""
+    from lib.model_folder import read_manifest, write_manifest
+
+    if registry.adopted(plan["name"]) is not None:
+        return
+    folder, cut = storage / "result", plan["cut"]
+    facts = {"kind": "finetune", "since": cut["since"], "rival": cut["rival"], "events": plan["events"]}
+    facts |= plan["ledger"]
+    manifest = read_manifest(folder).model_copy(update={"log_offset": cut["until"], "facts": facts, "metrics": metrics})
+    write_manifest(folder, manifest)
+    registry.offer(plan["name"], folder)
+
+
+def _taken_over(registry: "Registry", name: str) -> int | None:
+    """The version as which an offer is live on every replica; None where no learner takes it over for a while.
+
+    Raises:
+        RuntimeError: the learner could not use it.
+    """
+    deadline = time.monotonic() + TAKE_OVER_SECONDS
+    while name in registry.offers():  # it goes when all replicas have it
+        if time.monotonic() > deadline:
+            return registry.adopted(name)
+        time.sleep(LOOK_SECONDS)
+    version = registry.adopted(name)
+    if version is None:
+        raise RuntimeError("the learner could not take the result over; its log says why")
+    return version
+
+
+def finetune_command(
+    model: Annotated[Path, typer.Option(help="Model folder that is being served.")],
+    state: Annotated[Path | None, typer.Option(help="Where log and versions live; MODEL/live if absent.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Ingested dataset, whose behaviour is not to be forgotten.")] = None,
+    since: Annotated[int | None, typer.Option(min=1, help="Version to start from; the newest base if absent.")] = None,
+    every: Annotated[float | None, typer.Option(help="Repeat after so many hours, until Ctrl-C.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Ray Train workers.")] = 1,
+    gpu: Annotated[bool | None, typer.Option(help="Train on GPUs; by default if there is one for each worker.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, over the file; repeatable.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write what came of it there.")] = None,
+) -> None:
+    """Fine-tune with the feedback since a version; a result that is not worse goes live, and learning goes on."""
+    settings = settings_from(FinetuneSettings, config, set_ or [])
+    if every is not None and not 0 < every < float("inf"):
+        raise InputError(f"every: {every} is no number of hours; give more than 0")
+    run = (state or model / LIVE_FOLDER, data, since, settings, workers, gpu)
+    if every is not None:
+        _repeat(run, every * 3600, json_)
+    outcome = finetune(*run)
+    _tell(outcome, json_)
+    if not outcome.accepted:
+        raise typer.Exit(1)
+
+
+def _tell(outcome: Outcome, json_: Path | None) -> None:
+    print(outcome.sentence(), flush=True)
+    if json_ is not None:
+        write_json(json_, asdict(outcome))
+
+
+def _repeat(run: tuple[Any, ...], seconds: float, json_: Path | None) -> None:
+    """Fine-tune again and again; a run that fails is told of, and the next one is not given up for it."""
+    while True:
+        start = time.monotonic()
+        try:
+            _tell(finetune(*run), json_)
+        except (InputError, RuntimeError) as error:
+            print(f"failed: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        time.sleep(max(0.0, start + seconds - time.monotonic()))
+
+
+if __name__ == "__main__":
+    from jobs.command_line import run_command
+
+    run_command(finetune_command)

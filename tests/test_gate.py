@@ -1,0 +1,204 @@
+"""The gate: what it lets pass, what it holds back, and what is left of what was held back."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lib.catalog import Catalog
+from lib.encoder import BehaviourEncoder
+from lib.events import EVENT_KINDS, InputError
+from lib.gate import FEWEST_LOSSES, Gate, GateConfig, Reference, first_new_events, standard_error
+from lib.influence import Influence, InfluenceLimits, Targets
+from lib.learner import LearnerConfig, NearlineLearner
+from lib.rejections import Rejections
+from lib.sequences import SequenceBatches
+from lib.training import Trainer, TrainingConfig
+from lib.user_histories import to_histories
+from lib.weights import Delta, state_of
+from tests.tiny import assert_same_state, copied_state, history, item_ids, micro_batch, started_registry, tiny_encoder
+
+HELD_OUT = [history([place, place + 1, place + 2]) for place in range(1, 21)]
+CODES = {kind: place + 1 for place, kind in enumerate(EVENT_KINDS)}
+
+
+def judged(gate: Gate, loss: float, *rows: int) -> str | None:
+    """What the gate says of an update that changed these rows, and as far as the distance goes nothing else."""
+    return gate.objection(loss, torch.tensor(rows, dtype=torch.long), state_of(gate.encoder))
+
+
+@pytest.fixture(scope="module")
+def trained() -> BehaviourEncoder:
+    """One that knows that items follow each other: an untrained one cannot get worse."""
+    encoder = tiny_encoder()
+    flat = to_histories(
+        [history([place, place + 1, place + 2]) for place in range(1, 23)], Catalog(item_ids(24)), CODES
+    )
+    batches = SequenceBatches(flat, encoder.config)
+    trainer = Trainer(encoder, 24, TrainingConfig(learning_rate=1e-2, negatives=24))
+    for step in range(100):
+        for batch in batches.epoch(1024, np.random.default_rng(step)):
+            trainer.step(batch)
+    return encoder.eval()
+
+
+@pytest.fixture
+def encoder(trained: BehaviourEncoder) -> BehaviourEncoder:
+    return copy.deepcopy(trained)
+
+
+@pytest.fixture
+def gate(encoder: BehaviourEncoder) -> Gate:
+    return Gate(GateConfig(held_out_candidates=12), encoder, Catalog(item_ids(24)), CODES)
+
+
+def test_what_changes_nothing_passes(gate):
+    gate.before(micro_batch(1, [history([1, 2, 3])], held_out=HELD_OUT), 1, 0)
+    assert gate.live.quality > 0.5
+    assert judged(gate, 2.0) is None
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_held_back(gate, loss):
+    gate.before(micro_batch(1, [history([1, 2, 3])], held_out=HELD_OUT), 1, 0)
+    assert judged(gate, loss) == "a loss or a weight is not finite"
+
+
+def test_a_weight_that_is_not_finite_is_held_back(gate, encoder):
+    gate.before(micro_batch(1, [history([1, 2, 3])], held_out=HELD_OUT), 1, 0)
+    with torch.no_grad():
+        encoder.item_embeddings.weight[5, 3] = float("nan")
+    assert judged(gate, 1.0, 5) == "a loss or a weight is not finite"
+
+
+def test_an_update_that_ranks_the_window_worse_is_held_back(gate, encoder):
+    gate.before(micro_batch(1, [history([1, 2, 3])], held_out=HELD_OUT), 1, 0)
+    with torch.no_grad():
+        encoder.interest_to_item.mul_(-1.0)  # what was near is far
+    reason = judged(gate, 1.0)
+    assert reason is not None
+    assert reason.startswith("the held-out ")
+
+
+def test_a_loss_that_stands_out_is_held_back_until_it_is_usual(gate):
+    generator = np.random.default_rng(0)
+    found = []
+    for number in range(FEWEST_LOSSES + 80):
+        loss = 2.0 + 0.05 * generator.standard_normal() + (3.0 if number >= FEWEST_LOSSES + 5 else 0.0)
+        gate.before(micro_batch(number, [history([1, 2, 3])], held_out=HELD_OUT), 1, 0)
+        found.append(judged(gate, loss))
+    before, after = found[: FEWEST_LOSSES + 5], found[FEWEST_LOSSES + 5 :]
+    assert before == [None] * len(before)
+    assert "is a spike: of late it was " in (after[0] or "")
+    assert after[-1] is None
+
+
+def test_slow_harm_is_told_by_the_reference(gate, encoder):
+    told = None
+    for number in range(60):
+        new = [history([place, place + 1, place + 2]) for place in range(1, 21)]
+        gate.before(micro_batch(number, new), number, number)
+        told = gate.harm()
+        if told is not None:
+            break
+        gate.passed(20, number + 1, number + 1, [])
+        with torch.no_grad():
+            encoder.interest_to_item.sub_(0.1 * torch.eye(16))  # a little each time
+    assert told is not None
+    assert "of new events the NDCG@10 is" in told
+
+
+def test_the_reference_is_the_earlier_version_and_leaves_the_encoder_as_it_was(encoder):
+    reference = Reference(encoder, 7, 3)
+    before = copied_state(encoder)
+    rows = torch.tensor([2, 9])
+    reference.follow(rows, encoder.item_embeddings.weight.detach()[rows].clone())
+    with torch.no_grad():
+        encoder.item_embeddings.weight[rows] += 1.0
+        encoder.interest_to_item += 0.5
+    after = copied_state(encoder)
+    with reference.in_place(encoder, torch.arange(25)):
+        assert_same_state(copied_state(encoder), before)
+    assert_same_state(copied_state(encoder), after)
+
+
+def test_a_user_and_an_item_count_little_among_fresh_events():
+    crowd = [history([3, 7], user_id=f"u{number}") for number in range(10)]
+    regular = history([1, 2, 3, 4, 5, 6])
+    found = first_new_events(micro_batch(9, [*crowd, regular]), 24)
+    assert found[0].item_ids[-1] == "i6"  # who says most of themselves comes first
+    assert sum(each.item_ids[-1] == "i7" for each in found) == 2
+
+
+def test_one_user_counts_in_full_up_to_the_limit_and_then_with_the_square_root():
+    influence = Influence(InfluenceLimits(user_limit=16.0))
+    targets = Targets(np.ones(68), np.repeat([0, 1], [64, 4]), np.arange(68), np.ones(68, bool), np.zeros(2, bool))
+    weights = influence.limited(targets, np.ones(68))
+    assert weights[:64].sum() == pytest.approx(32)  # sqrt(64 * 16)
+    assert weights[64:].tolist() == [1, 1, 1, 1]
+    assert influence.kept == pytest.approx(36 / 68)
+
+
+def test_a_crowd_of_newcomers_moves_an_item_no_further_than_its_limit():
+    influence = Influence(InfluenceLimits(item_limit=4.0))
+    users = 200
+    pushed = Targets(
+        np.ones(users), np.arange(users), np.full(users, 5), np.ones(users, bool), np.ones(users, dtype=bool)
+    )
+    popularity = np.ones(10_000)
+    assert influence.limited(pushed, popularity).sum() == pytest.approx(4.0, rel=1e-5)
+    honest = replace(pushed, newcomers=np.zeros(users, dtype=bool))
+    assert influence.limited(honest, popularity).sum() == pytest.approx(users)
+
+
+def test_rejections_are_listed_for_good(tmp_path):
+    registry = started_registry(tmp_path / "store")
+    config = LearnerConfig(negatives=8, held_out_candidates=12)
+    learner = NearlineLearner(registry, config)
+    assert isinstance(learner.learn(micro_batch(3, [history([1, 2, 3])])), Delta)
+    before = copied_state(learner.encoder)
+    learner.trainer.learning_rate = float("inf")
+    learner.learn(micro_batch(9, [history([4, 5, 6])]))
+    assert_same_state(copied_state(learner.encoder), before)
+    (rejection,) = Rejections(registry).all()
+    assert (rejection.after_offset, rejection.last_offset, rejection.events) == (3, 9, 1)
+    assert rejection.reason == "a loss or a weight is not finite"
+    restarted = NearlineLearner(registry, config)
+    assert (restarted.log_offset, restarted.events_rejected) == (9, 1)  # they are not learned again, nor lost count of
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(InputError, match="held_out_length: 0 is too small"):
+        GateConfig(held_out_length=0)
+    with pytest.raises(InputError, match="user_limit: -1 is too small"):
+        InfluenceLimits(user_limit=-1)
+    assert standard_error(np.array([1.0])) == 0.0
+
+
+def newcomers_of(*crowd: bool) -> Targets:
+    """One event each, of users of whom some are newcomers."""
+    users = len(crowd)
+    return Targets(np.ones(users), np.arange(users), np.arange(users), np.ones(users, bool), np.array(crowd))
+
+
+def test_newcomers_weigh_what_they_usually_do_twice_at_most():
+    influence = Influence(InfluenceLimits())
+    few, many = newcomers_of(*[True] * 10, *[False] * 54), newcomers_of(*[True] * 60, *[False] * 4)
+    for _ in range(100):
+        assert influence.limited(few, np.ones(100)).sum() == pytest.approx(64)
+        influence.passed()
+    assert influence.limited(many, np.ones(100)).sum() < 10
+    for _ in range(600):  # the place has become popular
+        influence.limited(many, np.ones(100))
+        influence.passed()
+    assert influence.limited(many, np.ones(100)).sum() == pytest.approx(64)
+
+
+def test_newcomers_are_learned_from_though_the_first_updates_had_none():
+    influence = Influence(InfluenceLimits())
+    for crowd in ([False] * 4, [True] * 4, *[[True] * 8] * 200):
+        weights = influence.limited(newcomers_of(*crowd), np.ones(10))
+        influence.passed()
+    assert weights.sum() == pytest.approx(8)
