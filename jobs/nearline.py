@@ -50,8 +50,6 @@ class Progress:
     """What the status says of the learner, besides its version."""
 
     pushes: int = 0
-    rejected_updates: int = 0
-    last_rejection: dict[str, Any] | None = None
     loss: float | None = None  # of new events before they were learned, a running mean
     unreached: int = 0  # replicas that the newest push or announcement did not reach
     delays: deque[float] = field(default_factory=lambda: deque(maxlen=2000))  # ms, acknowledged to live everywhere
@@ -87,12 +85,16 @@ class Live:
     log_offset: int
     events_trained: int
     events_rejected: int
+    rejected_updates: int
+    last_rejection: dict[str, Any] | None
 
     @classmethod
     def of(cls, learner: NearlineLearner) -> "Live":
         """The present moment."""
-        counts = learner.events_trained, learner.events_rejected
-        return cls(learner.version, learner.checksum, learner.base, learner.log_offset, *counts)
+        counts = learner.events_trained, learner.events_rejected, len(learner.rejections)
+        newest = learner.rejections.newest
+        rejection = None if newest is None else newest.facts()
+        return cls(learner.version, learner.checksum, learner.base, learner.log_offset, *counts, rejection)
 
 
 class Learner:
@@ -223,13 +225,8 @@ class Learner:
 
     def _reject(self, rejection: Rejection) -> None:
         logger.warning("update with %d events rejected: %s", rejection.events, rejection.reason)
-        self.progress.rejected_updates += 1
-        self.progress.last_rejection = {
-            "log_offset": rejection.last_offset,
-            "events": rejection.events,
-            "reason": rejection.reason,
-            "time": time.time_ns() // 1_000_000,
-        }
+        if rejection.delta is not None:
+            self._push(rejection.delta)
 
     def _roll_back(self) -> None:
         while not self.rollbacks.empty():
@@ -285,8 +282,6 @@ class Learner:
             "damage": self.learner.damage,
             **asdict(self.live),
             "pushes": self.progress.pushes,
-            "rejected_updates": self.progress.rejected_updates,
-            "last_rejection": self.progress.last_rejection,
             "loss": self.progress.loss,
             "unreached_replicas": self.progress.unreached,
             "freshness": self.progress.freshness(),

@@ -277,8 +277,8 @@ class Gate:
         if after.loss > live.loss * (1 + self.config.loss_tolerance):
             return f"the held-out loss rose from {live.loss:.3f} to {after.loss:.3f}"
         lost = live.ndcg - after.ndcg
-        bound = max(self.config.quality_tolerance * live.quality, self.config.deviations * standard_error(lost))
-        if len(lost) and lost.mean() > bound:
+        tolerance, chance = self.config.quality_tolerance * live.quality, self.config.deviations * standard_error(lost)
+        if len(lost) and lost.mean() > max(tolerance, chance):
             return f"the held-out NDCG@10 fell from {live.quality:.3f} to {after.quality:.3f}"
         return None
 

@@ -1,6 +1,6 @@
 """The feedback aggregator: events in, durable; histories out; micro-batches to the learner.
 
-One actor a cluster. An event's way: flood guard, log (fsync), history, acknowledgement; then it is pending until the
+One actor a cluster. An event's way: cleaning, log (fsync), history, acknowledgement; then it is pending until the
 trigger releases a micro-batch (64 events, or 200 ms after the first, whichever comes first). After a crash the
 histories are read again from the dataset and the log.
 """

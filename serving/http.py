@@ -45,7 +45,7 @@ def http_application(replica: "Replica") -> FastPath:
     app = FastAPI(
         title="Afterclick", description="A recommender that learns from the click you just made.", version="1"
     )
-    rules = CleaningRules()
+    rules = replica.cleaning
     app.add_middleware(BoundedBody)
     for kind, error_answer in ERROR_ANSWERS.items():
         app.exception_handler(kind)(error_answer)

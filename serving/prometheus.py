@@ -88,6 +88,12 @@ class StatusCollector(Collector):
         for reason, count in aggregator["rejected"].items():
             refused.add_metric([reason], count)
         yield refused
+        noticed = CounterMetricFamily(
+            "afterclick_events_noticed", "Events that were taken although they look odd, by reason.", labels=["reason"]
+        )
+        for reason, count in aggregator["noticed"].items():
+            noticed.add_metric([reason], count)
+        yield noticed
 
 
 def render(status: dict[str, Any]) -> bytes:

@@ -77,7 +77,8 @@ class Recommendations:
         self.registry = Registry(state)
         explores = self.rules.exploration_temperature > 0
         self.decisions = DecisionLog(state, self.replica_id) if explores else None
-        self.aggregator = start_aggregator(state, data, AggregatorConfig(cleaning=cleaning or CleaningRules()))
+        self.cleaning = cleaning or CleaningRules()
+        self.aggregator = start_aggregator(state, data, AggregatorConfig(cleaning=self.cleaning))
         self.cache = HistoryCache(self.config.cached_users, self.config.cached_events)
         self.item_changes: dict[str, dict[str, Any] | None] = {}  # that were made while live; None: deleted
         self.item_revision = 0  # the newest of them
