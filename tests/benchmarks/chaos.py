@@ -35,7 +35,7 @@ from tests.chaos import PROXY, Kill, Load, everything_of, haproxies_of, is_whole
 
 EVERYTHING = "everything"
 WEIGHTS = {"replica": 5, "aggregator": 4, "learner": 4, "controller": 2, "proxy manager": 2, PROXY: 2, EVERYTHING: 1}
-START_SECONDS = 180.0
+START_SECONDS = 300.0
 
 
 @dataclass
