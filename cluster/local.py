@@ -43,6 +43,7 @@ def prepare_environment() -> None:
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         # a dead HAProxy is replaced after three checks; at Ray's 10 s nobody would be answered for half a minute
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # Ray's 5 s give up a start on a busy machine
         # what takes long has a thread of its own; between two event loops each request would cross twice
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
