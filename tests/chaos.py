@@ -228,13 +228,14 @@ class Load:
 
     async def status(self) -> dict[str, Any] | None:
         """The status where it can be had, with what it says of versions held against what was said before."""
+        known = dict(self.versions)  # two that are asked for at once may come in another order
         status, _ = await self._tried("GET", "/v1/status", None)
         if status is None:
             return None
         seen = {replica["replica_id"]: replica["version"] for replica in status["replicas"]}
         for replica, version in seen.items():
-            if version < self.versions.get(replica, 0):
-                self.faults.append(f"replica {replica} went back from version {self.versions[replica]} to {version}")
+            if version < known.get(replica, 0):
+                self.faults.append(f"replica {replica} went back from version {known[replica]} to {version}")
         self.versions |= {replica: max(version, self.versions.get(replica, 0)) for replica, version in seen.items()}
         if len(seen) == self.replicas:
             self.floor = max(self.floor, min(seen.values()))

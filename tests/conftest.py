@@ -80,6 +80,16 @@ def small_model(ray_session: RaySession, shop_dataset: Path, tmp_path_factory: p
     return model
 
 
+def learner_config(**settings: Any) -> LearnerConfig:
+    """Settings of a learner for the service under test.
+
+    What tests click is random: learned for long it is harm, and would be taken back as such.
+    """
+    from lib.learner import LearnerConfig
+
+    return LearnerConfig(reference_users=0, **settings)
+
+
 @dataclass
 class LiveService:
     """The service under test, and how to talk to it."""
@@ -112,7 +122,7 @@ class LiveService:
         """Start everything, on whatever the state folder holds."""
         from jobs.serve import start_service
 
-        start_service(self.arguments, self.port, learner)
+        start_service(self.arguments, self.port, learner or learner_config())
 
     def stop(self) -> None:
         """Stop everything, cleanly."""

@@ -17,7 +17,7 @@ from lib.weights import Delta, fingerprint
 from serving.aggregator import aggregator_handle
 from serving.recommendations import learner_handle
 from serving.rollout import Rollout
-from tests.conftest import PATIENCE, LiveService
+from tests.conftest import PATIENCE, LiveService, learner_config
 from tests.test_service import assert_refused, click, metrics
 from tests.traffic import Traffic
 
@@ -35,7 +35,7 @@ def stopped_learner(service: LiveService, after: LearnerConfig | None = None) ->
     try:
         yield
     finally:
-        start_learner(service.arguments.state_location, after)
+        start_learner(service.arguments.state_location, after or learner_config())
 
 
 def next_batch(learner: NearlineLearner) -> Any:
@@ -191,7 +191,7 @@ def test_a_rollback_without_a_learner_says_so(service: LiveService) -> None:
 
 def test_a_rejected_update_reaches_no_replica_and_shows(service: LiveService) -> None:
     before = service.wait_until_learned()
-    with stopped_learner(service, after=LearnerConfig(loss_tolerance=-1.0)):  # no loss is below 0
+    with stopped_learner(service, after=learner_config(loss_tolerance=-1.0)):  # no loss is below 0
         pass
     service.wait_until("the strict learner is there", lambda status: "version" in status["learner"])
     service.send(click("poison", "item-0001"), click("poison", "item-0002"))
