@@ -1,6 +1,7 @@
 """Feedback that no person gives is told as it arrives, and what people do passes."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -95,4 +96,4 @@ def test_a_crowd_of_newcomers_is_counted_once_each():
 @pytest.mark.parametrize("name", ["rate_events", "repeat_events", "opinion_changes", "crowd_users"])
 def test_a_rule_below_zero_is_refused(name):
     with pytest.raises(ValueError, match=name):
-        CleaningRules(**{name: -1})
+        replace(RULES, **{name: -1})

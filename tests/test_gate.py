@@ -197,7 +197,7 @@ def test_newcomers_weigh_what_they_usually_do_twice_at_most():
 
 
 def test_newcomers_are_learned_from_though_the_first_updates_had_none():
-    influence = Influence(InfluenceLimits())
+    influence, weights = Influence(InfluenceLimits()), np.zeros(0)
     for crowd in ([False] * 4, [True] * 4, *[[True] * 8] * 200):
         weights = influence.limited(newcomers_of(*crowd), np.ones(10))
         influence.passed()
