@@ -21,7 +21,6 @@ from typing import Annotated, Any
 
 import httpx
 import pyarrow as pa
-import pyarrow.parquet as pq
 import typer
 from rich.console import Console
 
@@ -31,9 +30,9 @@ from jobs.pretrain import PretrainSettings, pretrain
 from jobs.serve import running_service
 from jobs.shop import Shop
 from jobs.visitors import Frozen, PastEvent, ReplaySource, ShopSource, Source, Tally, histories_of, run_visitors
-from lib.datasets import read_events, read_items
+from lib.datasets import read_events, read_items, write_dataset
 from lib.evaluation import NONE
-from lib.events import InputError
+from lib.prequential import split_by_time
 from lib.recommender import Question, Recommender
 from lib.retrieval import use_threads
 from lib.user_histories import History
@@ -69,20 +68,12 @@ def replay_world(data: Path, folder: Path) -> World:
     Raises:
         InputError: it has too few events to split.
     """
-    events = read_events(data).sort_by("timestamp")
-    split = int(len(events) * (1 - REPLAYED_SHARE))
-    if split < 2 or split == len(events):
-        raise InputError(f"data: {data} has {len(events)} events; a replay needs more")
-    folder.mkdir(parents=True, exist_ok=True)
-    oldest = events.slice(0, split)
-    pq.write_table(oldest, folder / "events.parquet")
-    items = read_items(data)
+    stream, items = split_by_time(read_events(data), 1 - REPLAYED_SHARE), read_items(data)
+    write_dataset(folder, stream.oldest, items)
     titles: dict[str, str] = {}
-    if items is not None:
-        pq.write_table(items, folder / "items.parquet")
-        if "title" in items.column_names:
-            titles = dict(zip(items["item_id"].to_pylist(), items["title"].to_pylist(), strict=True))
-    return World(folder, oldest, ReplaySource(events.slice(split)), titles, PretrainSettings(holdout=NONE))
+    if items is not None and "title" in items.column_names:
+        titles = dict(zip(items["item_id"].to_pylist(), items["title"].to_pylist(), strict=True))
+    return World(folder, stream.oldest, ReplaySource(stream.newest), titles, PretrainSettings(holdout=NONE))
 
 
 def frozen_model(model: Path) -> Frozen:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from jobs.configuration import write_json
 from jobs.evaluation_report import plot_comparison, print_comparison
+from jobs.plots import check_plot
 from jobs.pretrain import PretrainSettings
 from lib.baselines import NEIGHBOURS, ItemToItem, Popularity
 from lib.comparison import Comparison, Estimate, activity, compare, item_popularity
@@ -238,8 +239,7 @@ def evaluate_command(
     allow_leak: Annotated[bool, typer.Option(help="Evaluate although a model has seen the targets.")] = False,
 ) -> None:
     """Evaluate models offline, side by side, with popularity and item-to-item recommendations as baselines."""
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise InputError(f"plot: {plot} is no PNG file; give a name that ends in .png")
+    check_plot(plot)
     evaluation = evaluate_models(data, model, protocol, allow_leak, baselines)
     if json_ is not None:
         write_json(json_, evaluation.as_json())

@@ -9,13 +9,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from jobs.plots import new_figure, save_figure
 from lib.comparison import Breakdown, Comparison, Estimate
-from lib.events import InputError
 from lib.metrics import LEVEL, RESAMPLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+CAPTION = f"second lines: {LEVEL:.0%} intervals, {RESAMPLES:,} resamples of the users"
 HEADINGS = {
     "activity": "events of the user before the target",
     "item_popularity": "popularity of the target in training",
@@ -29,7 +30,7 @@ def print_comparison(comparison: Comparison, title: str) -> None:
     table = metric_table(title, names)
     for result in comparison.results:
         table.add_row(result.name, *(metric_cell(result.metrics[name]) for name in names))
-    table.caption = f"second lines: {LEVEL:.0%} intervals, {RESAMPLES:,} resamples of the users"
+    table.caption = CAPTION
     console.print(table)
     if len(comparison.results) > 1:
         names = list(comparison.results[1].differences)
@@ -95,11 +96,7 @@ def plot_comparison(comparison: Comparison, title: str, path: Path) -> None:
     Raises:
         InputError: it cannot be written there.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second to import
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(16, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(16, 5.5)
     figure.suptitle(f"{title}; lines: {LEVEL:.0%} intervals")
     panels = figure.subplots(1, 1 + len(comparison.breakdowns))
     metrics = [name for name in comparison.results[0].metrics if name.startswith(("recall@", "ndcg@"))]
@@ -111,11 +108,7 @@ def plot_comparison(comparison: Comparison, title: str, path: Path) -> None:
         series = [(r.name, [bucket[metric] for bucket in r.breakdowns[place]]) for r in comparison.results]
         _bars(panels[place + 1], bucket_names(breakdown), series)
         panels[place + 1].set_title(f"{metric} by {HEADINGS[breakdown.by]}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise InputError(f"plot: {path} cannot be written ({error.strerror}); name another file") from error
+    save_figure(figure, path)
 
 
 def _bars(axes: "Axes", groups: Sequence[str], series: Sequence[tuple[str, list[Estimate]]]) -> None:

@@ -16,17 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import pyarrow.parquet as pq
 import ray
 import torch
 import typer
 
 from cluster.local import running_ray
 from jobs.configuration import settings_from, write_json
+from jobs.plots import check_plot
 from jobs.pretrain import PretrainSettings, pretrain
 from jobs.replay_report import plot_replay, print_replay
 from jobs.replay_service import through_service
-from lib.datasets import read_events, read_items
+from lib.datasets import read_events, read_items, write_dataset
 from lib.events import InputError, order_events
 from lib.learner import LearnerConfig
 from lib.prequential import Daily, Frozen, Live, Outcome, Stream, replay, split_by_time
@@ -92,11 +92,7 @@ def _pretrained(stream: Stream, data: Path, folder: Path, settings: PretrainSett
         if any(not kept[name].equals(events[name]) for name in ("user_id", "item_id", "timestamp")):
             raise InputError(f"out: {oldest} is not the oldest part of {data}; name another folder")
         return model
-    oldest.mkdir(parents=True, exist_ok=True)
-    pq.write_table(stream.oldest, oldest / "events.parquet")
-    items = read_items(data)
-    if items is not None:
-        pq.write_table(items, oldest / "items.parquet")
+    write_dataset(oldest, stream.oldest, read_items(data))
     pretrain(oldest, model, settings)
     return model
 
@@ -120,17 +116,14 @@ def _replay_arm(stream: Stream, model: str, settings: ReplaySettings, name: str)
     torch.set_num_threads(1)
     keep_freed_memory()
     exclude_seen = not stream.repeats
-    if name == "live":
-        with tempfile.TemporaryDirectory(prefix="afterclick-replay-") as state:
+    with tempfile.TemporaryDirectory(prefix="afterclick-replay-") as state:
+        if name == "live":
             arm = Live(Path(model), Path(state), settings.learner, exclude_seen, settings.seed)
-            outcome = replay(stream, arm, settings.batch_events)
-    elif name == "daily":
-        arm = Daily(Path(model), exclude_seen, settings.daily_epochs, settings.daily_learning_rate)
-        outcome = replay(stream, arm, settings.batch_events)
-    else:
-        arm = Frozen(Path(model), exclude_seen)
-        outcome = replay(stream, arm, settings.batch_events, live_histories=name == "history")
-    return outcome
+        elif name == "daily":
+            arm = Daily(Path(model), exclude_seen, settings.daily_epochs, settings.daily_learning_rate)
+        else:
+            arm = Frozen(Path(model), exclude_seen)
+        return replay(stream, arm, settings.batch_events, live_histories=name != "batch")
 
 
 def replay_command(
@@ -146,8 +139,7 @@ def replay_command(
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, over the file; repeatable.")] = None,
 ) -> None:
     """Replay a dataset event by event: frozen weights, learning live, and a fine-tune a day, side by side."""
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise InputError(f"plot: {plot} is no PNG file; give a name that ends in .png")
+    check_plot(plot)
     settings = settings_from(ReplaySettings, config, set_ or [])
     folder = out or Path(tempfile.mkdtemp(prefix="afterclick-replay-"))
     try:

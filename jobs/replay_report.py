@@ -5,10 +5,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jobs.evaluation_report import metric_cell, metric_table
+from jobs.evaluation_report import CAPTION, metric_cell, metric_table
+from jobs.plots import new_figure, save_figure
 from lib.comparison import Estimate
-from lib.events import InputError
-from lib.metrics import LEVEL, RESAMPLES
 from lib.prequential_comparison import BASE, METRICS, ReplayComparison
 
 
@@ -20,7 +19,7 @@ def print_replay(comparison: ReplayComparison, title: str) -> None:
         lift = _percent(arm.lift[METRICS[1]]) if arm.lift else "-"
         cost = (f"{arm.facts[name]:,.0f}" if name in arm.facts else "-" for name in ("learn_seconds", "events_read"))
         table.add_row(arm.name, *(metric_cell(arm.metrics["all"][name]) for name in METRICS), lift, *cost)
-    table.caption = f"second lines: {LEVEL:.0%} intervals, {RESAMPLES:,} resamples of the users"
+    table.caption = CAPTION
     console.print(table)
     groups = [f"{name}\n{events:,} events" for name, events in comparison.groups.items()]
     table = metric_table(f"{METRICS[1]} of groups", groups)
@@ -39,11 +38,7 @@ def plot_replay(comparison: ReplayComparison, title: str, path: Path) -> None:
     Raises:
         InputError: it cannot be written there.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second to import
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 5)
     axes = figure.subplots()
     times = [datetime.fromtimestamp(time / 1000, UTC) for time in comparison.times]
     for arm in comparison.arms:
@@ -55,8 +50,4 @@ def plot_replay(comparison: ReplayComparison, title: str, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.autofmt_xdate()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise InputError(f"plot: {path} cannot be written ({error.strerror}); name another file") from error
+    save_figure(figure, path)

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import httpx
 import numpy as np
@@ -17,7 +17,7 @@ PATIENCE = 60.0  # seconds of 503 answers until a replay is given up
 LEARNED_EVERY = 0.2  # seconds between two looks whether everything is learned
 
 
-def through_service(url: str, stream: Stream, progress: Callable[[int], None] | None = None) -> Outcome:
+def through_service(url: str, stream: Stream) -> Outcome:
     """Ask, find the item that the person then chose, send the event; in order of time, user by user.
 
     The service must have started from the stream's oldest part: its model, and its users' histories.
@@ -25,16 +25,16 @@ def through_service(url: str, stream: Stream, progress: Callable[[int], None] | 
     Raises:
         InputError: there is no such service, or it refuses an event.
     """
-    return asyncio.run(_checked(url.rstrip("/"), stream, progress))
+    return asyncio.run(_checked(url.rstrip("/"), stream))
 
 
-async def _checked(url: str, stream: Stream, progress: Callable[[int], None] | None) -> Outcome:
+async def _checked(url: str, stream: Stream) -> Outcome:
     async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT) as client:
         await _check(client, stream)
-    return await send_stream(url, stream, progress)
+    return await send_stream(url, stream)
 
 
-async def send_stream(url: str, stream: Stream, progress: Callable[[int], None] | None = None) -> Outcome:
+async def send_stream(url: str, stream: Stream) -> Outcome:
     """Ask and send, whatever the service has learned before."""
     events = events_of(stream.newest)
     ranks = np.full(len(events), MISSED, dtype=np.int64)
@@ -47,8 +47,6 @@ async def send_stream(url: str, stream: Stream, progress: Callable[[int], None] 
             await asyncio.gather(
                 *(_one_user(client, events, numbers, ranks, not stream.repeats) for numbers in by_user.values())
             )
-            if progress is not None:
-                progress(min(start + AT_ONCE, len(events)))
         facts = await _facts(client)
     return Outcome(ranks, facts=facts)
 

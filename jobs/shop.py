@@ -27,8 +27,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from lib.datasets import write_dataset
 from lib.events import EVENT_SCHEMA, InputError
 
 HISTORY_START = 1_577_836_800_000  # 2020-01-01: far enough back that simulated time stays behind the real one
@@ -129,9 +129,7 @@ class Shop:
 
     def write_dataset(self, out: Path) -> None:
         """Write the history as an ingested dataset: out/events.parquet and out/items.parquet."""
-        out.mkdir(parents=True, exist_ok=True)
-        pq.write_table(self.history, out / "events.parquet")
-        pq.write_table(self.items, out / "items.parquet")
+        write_dataset(out, self.history, self.items)
 
     def advance(self, seconds: float) -> None:
         """Move simulated time on: tastes drift day by day, trends start and fade, pairs shift."""

@@ -168,6 +168,14 @@ def checked_events(table: pa.Table, path: Path) -> pa.Table:
     return table.cast(EVENT_SCHEMA)
 
 
+def write_dataset(folder: Path, events: pa.Table, items: pa.Table | None) -> None:
+    """Write tables as an ingested dataset; the folder is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(events, folder / EVENTS_FILE)
+    if items is not None:
+        pq.write_table(items, folder / ITEMS_FILE)
+
+
 def read_items(data: str | Path) -> pa.Table | None:
     """The item table of a dataset folder, or None where it has none: item_id (string, unique) and any other columns.
 

@@ -55,6 +55,11 @@ class BehaviourEncoderConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-6
     initializer_range: float = 0.02
 
+    @property
+    def kind_codes(self) -> dict[str, int]:
+        """The code of each kind of event; 0 is padding."""
+        return {kind: place + 1 for place, kind in enumerate(self.event_kinds or [])}
+
     def __post_init__(self, **kwargs):
         """Fill in the lists, which must not be shared between configurations.
 

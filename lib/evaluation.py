@@ -104,15 +104,19 @@ def model_contender(name: str, encoder: BehaviourEncoder, catalog: Catalog, item
         vectors = encoder.item_vectors(torch.arange(len(catalog) + 1))  # (R, C)
 
     def score(histories: Histories) -> Iterator[Scored]:
-        for places, b in SequenceBatches(histories, encoder.config).inference():
-            interests = encoder.interests(b.kinds, b.gaps, b.values, b.lengths, b.rows)
-            yield places, encoder.queries(interests) @ vectors.T
-        # of whom nothing is known: what is popular, as the service answers
-        unknown = np.flatnonzero(histories.lengths == 0)
-        popularity = encoder.item_popularity[: len(catalog) + 1]
-        yield unknown, popularity.where(popularity > 0, float("-inf")).repeat(len(unknown), 1)
+        return model_scores(encoder, vectors, histories)
 
     return Contender(name, own_rows, dataset_rows, score)
+
+
+def model_scores(encoder: BehaviourEncoder, vectors: Tensor, histories: Histories) -> Iterator[Scored]:
+    """Scores of the rows whose vectors (R, C) are given, s = uT A v; of whom nothing is known, what is popular."""
+    for places, b in SequenceBatches(histories, encoder.config).inference():
+        interests = encoder.interests(b.kinds, b.gaps, b.values, b.lengths, b.rows)
+        yield places, encoder.queries(interests) @ vectors.T
+    unknown = np.flatnonzero(histories.lengths == 0)
+    popularity = encoder.item_popularity[: len(vectors)]
+    yield unknown, popularity.where(popularity > 0, float("-inf")).repeat(len(unknown), 1)
 
 
 def baseline_contender(name: str, scores: Callable[[Histories], np.ndarray], items: Catalog) -> Contender:
@@ -151,16 +155,23 @@ def rank(contender: Contender, cases: Cases, k: int = 10, batch: int = 256) -> R
         unknown_inputs += int((inputs.lengths == 0).sum())
         for places, scores in contender.score(inputs):
             remove_seen(scores, inputs, places)
-            own = scores[torch.arange(len(places)), torch.from_numpy(own_targets[start + places])]
-            # ties count against the target: a model to which all items are alike finds none
-            found = (scores >= own[:, None]).sum(dim=1) - 1
-            # a target that is unknown, or that the user has had before and is removed with the seen items, is a miss,
-            # however few items are left
-            ranks[start + places] = torch.where(torch.isfinite(own), found, max(items, k)).numpy()
+            # a miss is one however few items are left
+            ranks[start + places] = target_ranks(scores, own_targets[start + places], missed=max(items, k))
             top = scores.topk(min(k, scores.shape[1]), dim=1)
             left = torch.where(torch.isneginf(top.values), 0, top.indices).numpy()
             recommended[start + places, : left.shape[1]] = contender.dataset_rows[left]
     return Ranking(ranks, recommended, int((own_targets == 0).sum()), unknown_inputs)
+
+
+def target_ranks(scores: Tensor, targets: np.ndarray, missed: int) -> np.ndarray:
+    """(B,) int64 place of each target (B,) among its scores (B, R), 0 is the top; `missed` where its score is -inf.
+
+    Ties count against the target: a model to which all items are alike finds none. -inf has a target that is unknown,
+    or that the user has had before and is removed with the seen items.
+    """
+    own = scores[torch.arange(len(targets)), torch.from_numpy(targets)]
+    found = (scores >= own[:, None]).sum(dim=1) - 1
+    return found.where(torch.isfinite(own), missed).numpy()
 
 
 def remove_seen(scores: Tensor, inputs: Histories, places: np.ndarray) -> None:

@@ -142,8 +142,7 @@ class NearlineLearner:
         )
         self.trainer = _trainer_of(loaded, training)
         self.fingerprint = Fingerprint(self.encoder)
-        assert self.encoder.config.event_kinds is not None
-        self.kind_codes = {kind: place + 1 for place, kind in enumerate(self.encoder.config.event_kinds)}
+        self.kind_codes = self.encoder.config.kind_codes
         self.gate = Gate(self.config, self.encoder, self.catalog, self.kind_codes, self.config.seed)
 
     @property

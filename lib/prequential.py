@@ -12,7 +12,7 @@ is popular. What differs between arms is how they follow the stream:
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ import torch
 
 from lib.catalog import Catalog
 from lib.encoder import PADDING_ROW, BehaviourEncoder
-from lib.evaluation import remove_seen
+from lib.evaluation import model_scores, remove_seen, target_ranks
 from lib.events import Event, InputError
 from lib.feedback_log import LoggedEvent
 from lib.learner import LearnerConfig, NearlineLearner, Rejection
@@ -92,23 +92,15 @@ class Arm(Protocol):
         ...
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
     """What an arm made of a stream."""
 
     ranks: np.ndarray  # (E,)
-    answer_seconds: float = 0.0  # of CPU
-    learn_seconds: float = 0.0
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)  # the arm's, and seconds of CPU for answers and learning
 
 
-def replay(
-    stream: Stream,
-    arm: Arm,
-    batch_events: int = 64,
-    live_histories: bool = True,
-    progress: Callable[[int], None] | None = None,
-) -> Outcome:
+def replay(stream: Stream, arm: Arm, batch_events: int = 64, live_histories: bool = True) -> Outcome:
     """Answer every event of the stream's newest part; what is answered is learned in micro-batches.
 
     Args:
@@ -116,13 +108,12 @@ def replay(
         arm: who answers.
         batch_events: events of a micro-batch: the arm learns when so many have been answered.
         live_histories: whether histories grow with the stream.
-        progress: hears how many events have been answered.
     """
     histories = UserHistories(KEEP_EVENTS)
     for event in events_of(stream.oldest):
         histories.append(event)
-    outcome = Outcome(np.zeros(0, dtype=np.int64))
     ranks: list[np.ndarray] = []
+    answer_seconds = learn_seconds = 0.0
     events = events_of(stream.newest)
     for start in range(0, len(events), batch_events):
         part = [LoggedEvent(start + i + 1, e, e.timestamp) for i, e in enumerate(events[start : start + batch_events])]
@@ -135,17 +126,10 @@ def replay(
         ranks.append(arm.ranks(contexts, [logged.event.item_id for logged in part]))
         answered = time.process_time()
         arm.learn(part, histories)
-        outcome.answer_seconds += answered - begin
-        outcome.learn_seconds += time.process_time() - answered
-        if progress is not None:
-            progress(start + len(part))
-    outcome.ranks = np.concatenate(ranks)
-    outcome.facts = {
-        "answer_seconds": outcome.answer_seconds,
-        "learn_seconds": outcome.learn_seconds,
-        **arm.facts(),
-    }
-    return outcome
+        answer_seconds += answered - begin
+        learn_seconds += time.process_time() - answered
+    seconds = {"answer_seconds": answer_seconds, "learn_seconds": learn_seconds}
+    return Outcome(np.concatenate(ranks), seconds | arm.facts())
 
 
 @torch.inference_mode()
@@ -160,35 +144,38 @@ def ranks_of(
 
     Ties count against the target; MISSED where the catalog does not know it or it is removed as seen.
     """
-    assert encoder.config.event_kinds is not None
     encoder.eval()
-    kind_codes = {kind: place + 1 for place, kind in enumerate(encoder.config.event_kinds)}
-    flat = to_histories(contexts, catalog, kind_codes)
+    flat = to_histories(contexts, catalog, encoder.config.kind_codes)
     vectors = encoder.item_vectors(torch.arange(len(catalog) + 1))  # (R, C)
-    popularity = encoder.item_popularity[: len(catalog) + 1]
-    scores = popularity.where(popularity > 0, float("-inf")).repeat(len(contexts), 1)  # (E, R)
-    for places, b in SequenceBatches(flat, encoder.config).inference():
-        interests = encoder.interests(b.kinds, b.gaps, b.values, b.lengths, b.rows)
-        scores[torch.from_numpy(places)] = encoder.queries(interests) @ vectors.T
+    scores = torch.empty(len(contexts), len(vectors))
+    for places, part in model_scores(encoder, vectors, flat):
+        scores[torch.from_numpy(places)] = part
     if exclude_seen:
         remove_seen(scores, flat, np.arange(len(contexts)))
     scores[:, PADDING_ROW] = float("-inf")
-    own_rows = torch.tensor([catalog.row_of.get(target, PADDING_ROW) for target in targets])
-    own = scores[torch.arange(len(contexts)), own_rows]
-    found = (scores >= own[:, None]).sum(dim=1) - 1
-    return found.where(torch.isfinite(own), MISSED).numpy()
+    rows = np.array([catalog.row_of.get(target, PADDING_ROW) for target in targets], dtype=np.int64)
+    return target_ranks(scores, rows, missed=MISSED)
 
 
-class Frozen:
-    """A model whose weights stay: the arms `batch` and `history`."""
+class ModelArm:
+    """A model that ranks all of its items."""
 
-    def __init__(self, model: Path, exclude_seen: bool):
-        self.encoder, self.catalog, _ = load_model(model)
+    def __init__(self, encoder: BehaviourEncoder, catalog: Catalog, exclude_seen: bool):
+        self.encoder = encoder
+        self.catalog = catalog
         self.exclude_seen = exclude_seen
 
     def ranks(self, contexts: Sequence[History], targets: Sequence[str]) -> np.ndarray:
         """Where the targets rank."""
         return ranks_of(self.encoder, self.catalog, contexts, targets, self.exclude_seen)
+
+
+class Frozen(ModelArm):
+    """A model whose weights stay: the arms `batch` and `history`."""
+
+    def __init__(self, model: Path, exclude_seen: bool):
+        encoder, catalog, _ = load_model(model)
+        super().__init__(encoder, catalog, exclude_seen)
 
     def learn(self, events: Sequence[LoggedEvent], histories: UserHistories) -> None:
         """Nothing is learned."""
@@ -198,21 +185,17 @@ class Frozen:
         return {}
 
 
-class Live:
+class Live(ModelArm):
     """The near-line learner itself, with its replay sample, its gate and its registry: the arm `live`."""
 
     def __init__(self, model: Path, state: Path, config: LearnerConfig, exclude_seen: bool, seed: int = 0):
         registry = Registry(state)
         registry.start_from(model)
         self.learner = NearlineLearner(registry, config)
-        self.exclude_seen = exclude_seen
+        super().__init__(self.learner.encoder, self.learner.catalog, exclude_seen)
         self.generator = np.random.default_rng(seed)
         self.rejected: list[str] = []
         self.events_read = 0
-
-    def ranks(self, contexts: Sequence[History], targets: Sequence[str]) -> np.ndarray:
-        """Where the targets rank."""
-        return ranks_of(self.learner.encoder, self.learner.catalog, contexts, targets, self.exclude_seen)
 
     def learn(self, events: Sequence[LoggedEvent], histories: UserHistories) -> None:
         """One micro-batch."""
@@ -233,15 +216,15 @@ class Live:
         }
 
 
-class Daily:
+class Daily(ModelArm):
     """A fine-tune on all events so far at the end of each day of the stream's time: the arm `daily`.
 
     Each is `epochs` passes over everything, from the weights of the day before, with a learning rate that decays.
     """
 
     def __init__(self, model: Path, exclude_seen: bool, epochs: int, learning_rate: float, half_life: float = 7 * DAY):
-        self.encoder, self.catalog, manifest = load_model(model)
-        self.exclude_seen = exclude_seen
+        encoder, catalog, manifest = load_model(model)
+        super().__init__(encoder, catalog, exclude_seen)
         self.epochs = epochs
         self.half_life = half_life
         self.events_per_batch = int(manifest.training["events_per_batch"])
@@ -249,10 +232,6 @@ class Daily:
         self.day: int | None = None
         self.fine_tunes = 0
         self.events_read = 0
-
-    def ranks(self, contexts: Sequence[History], targets: Sequence[str]) -> np.ndarray:
-        """Where the targets rank."""
-        return ranks_of(self.encoder, self.catalog, contexts, targets, self.exclude_seen)
 
     def learn(self, events: Sequence[LoggedEvent], histories: UserHistories) -> None:
         """Fine-tune when a new day has begun."""
@@ -264,9 +243,7 @@ class Daily:
     def _fine_tune(self, histories: UserHistories) -> None:
         every = [histories.get(user_id) for user_id in histories.users(len(histories))]
         self._add_items(every)
-        assert self.encoder.config.event_kinds is not None
-        kind_codes = {kind: place + 1 for place, kind in enumerate(self.encoder.config.event_kinds)}
-        flat = to_histories(every, self.catalog, kind_codes)
+        flat = to_histories(every, self.catalog, self.encoder.config.kind_codes)
         batches = SequenceBatches(flat, self.encoder.config)
         peak = self.trainer.config.learning_rate
         for epoch in range(self.epochs):

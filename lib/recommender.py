@@ -62,13 +62,12 @@ class Recommender:
         log_offset: int = 0,
         rules: RankingRules | None = None,
     ):
-        assert encoder.config.event_kinds is not None
         self.encoder = encoder.eval().requires_grad_(False)
         nn.Module.to(self.encoder, search_device())
         self.catalog = catalog
         self.version = version
         self.log_offset = log_offset
-        self.kind_codes = {kind: place + 1 for place, kind in enumerate(encoder.config.event_kinds)}
+        self.kind_codes = encoder.config.kind_codes
         self.index = ItemIndex(self._vectors(np.arange(encoder.config.item_rows)))
         self.reader = InferenceEncoder(encoder)
         self.fingerprint = Fingerprint(encoder)

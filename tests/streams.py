@@ -25,7 +25,7 @@ from lib.metrics import ndcg_at
 from lib.micro_batches import micro_batch
 from lib.model_folder import Manifest
 from lib.popularity import DAY, event_counts
-from lib.prequential import ranks_of
+from lib.prequential import events_of, ranks_of
 from lib.registry import Registry
 from lib.rejections import Rejection
 from lib.sequences import SequenceBatches, value_boundaries
@@ -55,12 +55,6 @@ class Arrival(NamedTuple):
     event: Event
 
 
-def events_of(table: pa.Table) -> list[Event]:
-    """A table's events in the order of their times."""
-    columns = (table.sort_by("timestamp")[name].to_pylist() for name in Event._fields[:5])
-    return [Event(*values) for values in zip(*columns, strict=True)]
-
-
 def shop_world(visitors: int, items: int, live: int, seed: int = 1) -> World:
     """The synthetic shop, with what its visitors do of their own accord as the stream."""
     from jobs.shop import Shop
@@ -71,7 +65,7 @@ def shop_world(visitors: int, items: int, live: int, seed: int = 1) -> World:
         shop.advance(shop.seconds_per_event)
         visitor = shop.next_visitor()
         stream.append(Event(visitor, *shop.next_choice(visitor), None, shop.now))
-    return World(events_of(shop.history), stream, shop.items)
+    return World(events_of(shop.history.sort_by("timestamp")), stream, shop.items)
 
 
 def pretrained(world: World, folder: Path, epochs: int, hidden_size: int = 32, max_length: int = 20) -> Registry:

@@ -26,9 +26,10 @@ from jobs.configuration import write_json
 from lib.datasets import read_events, read_items
 from lib.events import CleaningRules
 from lib.learner import LearnerConfig
+from lib.prequential import events_of, split_by_time
 from lib.registry import Registry
 from tests.benchmarks.machine import describe_machine
-from tests.streams import ATTACKS, LiveStream, Outcome, World, events_of, pretrained
+from tests.streams import ATTACKS, LiveStream, Outcome, World, pretrained
 
 OPEN = float("1e9")
 UNGUARDED = LearnerConfig(
@@ -62,9 +63,8 @@ def attacks_command(
     """Print what each attack does, unguarded and guarded."""
     torch.set_num_threads(1)
     machine = describe_machine()
-    events = events_of(read_events(data))
-    split = int(0.6 * len(events))
-    world = World(events[:split], events[split : split + live], read_items(data))
+    stream = split_by_time(read_events(data), 0.6)
+    world = World(events_of(stream.oldest), events_of(stream.newest)[:live], read_items(data))
     table = Table("stream", "guarded", "NDCG@10", "of the honest", "after it", "cleaned away", "rejected", "seconds")
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
