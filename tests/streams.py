@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from jobs.training_loop import TrainingData, count_popularity
 from lib.attributes import attribute_codes, attribute_values
 from lib.catalog import Catalog
 from lib.cleaning import FeedbackGuard
@@ -24,7 +25,7 @@ from lib.learner import LearnerConfig, NearlineLearner
 from lib.metrics import ndcg_at
 from lib.micro_batches import micro_batch
 from lib.model_folder import Manifest
-from lib.popularity import DAY, event_counts
+from lib.popularity import DAY
 from lib.prequential import events_of, ranks_of
 from lib.registry import Registry
 from lib.rejections import Rejection
@@ -99,10 +100,7 @@ def pretrained(world: World, folder: Path, epochs: int, hidden_size: int = 32, m
     for epoch in range(epochs):
         for batch in batches.epoch(2048, np.random.default_rng(epoch)):
             trainer.step(batch)
-    newest = int(histories.timestamps.max())
-    counts = np.bincount(histories.rows, event_counts(histories.timestamps, newest, 7 * DAY), len(catalog) + 1)
-    encoder.item_popularity.copy_(torch.from_numpy(counts.astype(np.float32)))
-    encoder.popularity_reference.fill_(newest)
+    count_popularity(encoder, TrainingData(catalog, histories), 7 * DAY)
     registry = Registry(folder)
     registry.publish_snapshot(encoder, catalog, Manifest(version=1), trainer.optimizer_state())
     return registry
