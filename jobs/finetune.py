@@ -190,7 +190,7 @@ def _plan(
 
     live = registry.load()
     version = base_of(live, registry) if since is None else since
-    learner = NearlineLearner(registry, LearnerConfig(seed=settings.seed), version)
+    learner = NearlineLearner(registry, LearnerConfig(seed=settings.seed), registry.load(version))
     with FeedbackLogReader(state / LOG_FILE) as log:
         new = feedback(log, learner.log_offset, log.last_offset())
         offsets = new["offset"].to_numpy()

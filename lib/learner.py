@@ -94,11 +94,11 @@ class UndoJournal:
 class NearlineLearner:
     """Owns the newest version of the weights and moves it on; a restarted one continues from the registry."""
 
-    def __init__(self, registry: Registry, config: LearnerConfig, version: int | None = None):
-        """Start from a stored version, the newest by default."""
+    def __init__(self, registry: Registry, config: LearnerConfig, model: LoadedVersion | None = None):
+        """Start from a loaded model, by default the newest version."""
         self.registry = registry
         self.config = config
-        self._take(registry.load(version))
+        self._take(model or registry.load())
 
     def _take(self, loaded: LoadedVersion) -> None:
         self.encoder: BehaviourEncoder = loaded.encoder

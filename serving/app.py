@@ -5,8 +5,10 @@ from ray import serve
 from ray.serve import Application
 
 from lib.events import InputError
+from lib.experiment import ChallengerConfig
 from lib.ranking_rules import RankingRules
 from lib.registry import Registry
+from serving.experiment import prepare_challenger
 from serving.names import DEPLOYMENT
 from serving.recommendations import Recommendations, ReplicaConfig
 
@@ -36,6 +38,7 @@ class ServeArguments(BaseModel):
     autoscaling: Autoscaling = Autoscaling()
     replica: ReplicaConfig = ReplicaConfig()
     ranking: RankingRules = RankingRules()
+    challenger: ChallengerConfig | None = Field(default=None, description="a second model to compare with the live one")
 
     def check(self) -> None:
         """Refuse what contradicts itself.
@@ -60,6 +63,9 @@ def build(arguments: ServeArguments) -> Application:
     """
     arguments.check()
     Registry(arguments.state_location).start_from(arguments.model)
+    challenger = arguments.challenger
+    if challenger is not None:
+        challenger = prepare_challenger(challenger, arguments.state_location)
     scaled = {
         "min_replicas": arguments.replicas,
         "max_replicas": arguments.most_replicas,
@@ -76,4 +82,4 @@ def build(arguments: ServeArguments) -> Application:
         graceful_shutdown_timeout_s=5,
         logging_config={"enable_access_log": False},  # a line a request costs more than reading the request
     )(serve.ingress()(Recommendations))
-    return deployment.bind(arguments.state_location, arguments.data, arguments.replica, arguments.ranking)
+    return deployment.bind(arguments.state_location, arguments.data, arguments.replica, arguments.ranking, challenger)

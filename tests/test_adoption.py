@@ -109,7 +109,7 @@ def test_the_optimisers_state_comes_with_it(registry, learner, tmp_path):
         update(learner, number)
     made = registry.load(3)
     learner.adopt(made, FACTS)
-    assert_same_optimizer(optimizer_of(learner), optimizer_of(NearlineLearner(registry, CONFIG, 3)))
+    assert_same_optimizer(optimizer_of(learner), optimizer_of(NearlineLearner(registry, CONFIG, registry.load(3))))
 
 
 def test_two_learners_cannot_publish_one_version(registry, learner, tmp_path):

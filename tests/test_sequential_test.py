@@ -70,7 +70,7 @@ def test_answers_of_one_user_are_not_taken_for_independent():
     for _ in range(100):
         totals = [arm(generator, 0.3, 4000, 200) for _ in range(2)]
         independent = [ArmTotals(t.answers, t.answers, t.rewarded, t.answers, t.rewarded, t.rewarded) for t in totals]
-        alarms += bool((evidence(*independent, EFFECT) >= 1 / ALPHA).any())
+        alarms += bool((evidence(independent[0], independent[1], EFFECT) >= 1 / ALPHA).any())
     assert alarms > 2 * 100 * ALPHA
 
 
