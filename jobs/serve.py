@@ -93,7 +93,10 @@ def check_model(arguments: ServeArguments) -> None:
     _, catalog, _ = load_model(arguments.model)
     BoundRules.of(arguments.ranking, catalog)
     if arguments.challenger is not None and not arguments.challenger.model.isdecimal():
-        read_manifest(arguments.challenger.model)
+        try:
+            read_manifest(arguments.challenger.model)
+        except InputError as error:
+            raise InputError(f"challenger: {error}") from error
 
 
 def _wait_until_answering(url: str) -> None:
@@ -199,7 +202,7 @@ def _challenger(model: str | None, share: float, shadow: bool, settings: dict[st
         return ChallengerConfig(model=model, share=share, shadow=shadow, **settings)
     except ValidationError as error:
         first = error.errors()[0]
-        raise InputError(f"challenger.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise InputError(f"challenger.{first['loc'][0]}: {first['msg']}, got {first['input']!r}") from error
 
 
 if __name__ == "__main__":
