@@ -19,6 +19,7 @@ from typing import Annotated, Any, cast
 import httpx
 import ray
 import typer
+from pydantic import ValidationError
 from ray import serve
 from ray.serve.config import HTTPOptions
 
@@ -26,12 +27,13 @@ from cluster.local import HOST, require_free_port, running_ray
 from jobs.nearline import start_learner
 from lib.datasets import read_events
 from lib.events import CleaningRules, InputError
+from lib.experiment import ChallengerConfig
 from lib.learner import LearnerConfig
-from lib.model_folder import load_model
+from lib.model_folder import load_model, read_manifest
 from lib.ranking_rules import BoundRules, RankingRules
 from serving.aggregator import AggregatorConfig, aggregator_handle, start_aggregator
 from serving.app import ServeArguments, build, check_state
-from serving.names import AGGREGATOR, APPLICATION, LEARNER, NAMESPACE
+from serving.names import AGGREGATOR, APPLICATION, EXPERIMENT, LEARNER, NAMESPACE
 
 START_SECONDS = 60.0  # for HAProxy to know the replicas
 STOP_SECONDS = 30.0
@@ -99,6 +101,11 @@ def check_model(arguments: ServeArguments) -> None:
     arguments.check()
     _, catalog, _ = load_model(arguments.model)
     BoundRules.of(arguments.ranking, catalog)
+    if arguments.challenger is not None and not arguments.challenger.model.isdecimal():
+        try:
+            read_manifest(arguments.challenger.model)
+        except InputError as error:
+            raise InputError(f"challenger: {error}") from error
 
 
 def _wait_until_answering(url: str) -> None:
@@ -126,7 +133,10 @@ def stop_service() -> None:
         try:
             serve.shutdown()
         finally:
-            _stop_actor(AGGREGATOR, "close")
+            try:
+                _stop_actor(EXPERIMENT, "close")
+            finally:
+                _stop_actor(AGGREGATOR, "close")
 
 
 def _stop_actor(name: str, method: str) -> None:
@@ -163,9 +173,13 @@ def serve_command(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Learner setting key=value; repeatable.")] = None,
     ranking: Annotated[Path | None, typer.Option(help="YAML file of ranking rules.")] = None,
     cleaning: Annotated[Path | None, typer.Option(help="YAML file of what feedback is refused.")] = None,
+    challenger: Annotated[str | None, typer.Option(help="Second model, or stored version, to compare with.")] = None,
+    challenger_share: Annotated[float, typer.Option(help="Share of the users that it answers.")] = 0.1,
+    shadow: Annotated[bool, typer.Option(help="Ask the challenger, and show nothing of it.")] = False,
+    challenger_set: Annotated[list[str] | None, typer.Option(help="Test setting key=value; repeatable.")] = None,
 ) -> None:
     """Serve a model, learn from feedback, push the weights; Ctrl-C stops it cleanly."""
-    from jobs.configuration import settings_from, yaml_of
+    from jobs.configuration import settings_from, values_of, yaml_of
 
     learner = settings_from(LearnerConfig, config, set_ or [])
     arguments = ServeArguments(
@@ -176,6 +190,7 @@ def serve_command(
         state=str(state.absolute()) if state is not None else None,
         cleaning=settings_from(CleaningRules, cleaning, []),
         ranking=RankingRules.of(yaml_of(ranking, "ranking")) if ranking is not None else RankingRules(),
+        challenger=_challenger(challenger, challenger_share, shadow, values_of(challenger_set or [])),
     )
     require_free_port(port)  # here and of the model, too: what can be known before Ray is started
     check_model(arguments)
@@ -189,6 +204,17 @@ def serve_command(
         stop.wait()
         print("stopping", flush=True)
     print("stopped", flush=True)
+
+
+def _challenger(model: str | None, share: float, shadow: bool, settings: dict[str, Any]) -> ChallengerConfig | None:
+    if model is None:
+        return None
+    model = model if model.isdecimal() else str(Path(model).absolute())
+    try:
+        return ChallengerConfig(model=model, share=share, shadow=shadow, **settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"challenger.{first['loc'][0]}: {first['msg']}, got {first['input']!r}") from error
 
 
 if __name__ == "__main__":

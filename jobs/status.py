@@ -29,8 +29,9 @@ def status_command(
         replicas.add_row(*(str(replica[name]) for name in columns))
     console.print(f"model version {status['model_version']}")
     console.print(replicas)
-    for part in ("learner", "aggregator"):
-        console.print(_facts(part, status[part]))
+    for part in ("learner", "aggregator", "experiment"):
+        if part in status:
+            console.print(_facts(part, status[part]))
 
 
 def _facts(title: str, facts: dict[str, Any]) -> Table:

@@ -25,6 +25,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from lib.change_board import ChangeBoard
 from lib.events import CleaningRules
+from lib.experiment import ChallengerConfig
 from lib.item_log import ItemChange
 from lib.ranking import ItemFilter
 from lib.ranking_rules import RankingRules
@@ -37,6 +38,7 @@ from serving.aggregator import AggregatorConfig, aggregator_handle, start_aggreg
 from serving.batches import Batches, Overloaded
 from serving.decision_log import DecisionLog
 from serving.errors import DeadlineMissed
+from serving.experiment import Answer, Challenger, challenger_of, experiment_handle
 from serving.fast_path import FastPath
 from serving.history_cache import HistoryCache, last_offsets
 from serving.http import http_application
@@ -69,6 +71,7 @@ class Recommendations:
         config: ReplicaConfig | None = None,
         rules: RankingRules | None = None,
         cleaning: CleaningRules | None = None,
+        challenger: ChallengerConfig | None = None,
     ):
         self.config = config or ReplicaConfig()
         self.rules = rules or RankingRules()
@@ -84,7 +87,7 @@ class Recommendations:
         self.item_revision = 0  # the newest of them
         self.board: ChangeBoard | None = None  # known once the aggregator has answered for the first time
         self.items_counter: int | None = None  # of the board, before the catalog's changes were asked for
-        self.answers: Batches[Asked, tuple[int, list[RankedItem]]] = Batches(self._answer, self.config.largest_batch)
+        self.answers: Batches[Asked, Answer] = Batches(self._answer, self.config.largest_batch)
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="changes")
         self.loader = ThreadPoolExecutor(1, thread_name_prefix="loading")
         self.loading = asyncio.Lock()  # held while a version is loaded beside the one that answers
@@ -93,15 +96,21 @@ class Recommendations:
         self.latency: Counter[float] = Counter()
         self.latency_sum = 0.0
         self.recommender = self._load({})
+        self.compares = challenger is not None
+        self.challenger = None if challenger is None else challenger_of(state, challenger, self.rules)
         self.checked = False
-        self.watching: asyncio.Task | None = None
+        self.tasks: list[asyncio.Task] = []
 
     async def check_health(self) -> None:
         """Serve's health check, the first of which comes before the first request: catch up until then."""
         if not self.checked:
             await self.expect_version(self.registry.head() or 0)
             self.board = open_board(await self.call_aggregator("board"))
-            self.watching = asyncio.create_task(self.answers.watch())
+            self.tasks = [asyncio.create_task(self.answers.watch())]
+            if self.challenger is not None and not await self.challenger.tell():  # it was decided on before
+                self.challenger = None
+            if self.challenger is not None:
+                self.tasks.append(asyncio.create_task(self._run_challenger(self.challenger)))
             self.checked = True
 
     def __serve_build_asgi_app__(self) -> FastPath:
@@ -118,9 +127,7 @@ class Recommendations:
 
     # ------------------------------------------------------------------------------------------- the batched answer
 
-    async def ask(
-        self, question: Question, user_id: str | None = None, deadline: float | None = None
-    ) -> tuple[int, list[RankedItem]]:
+    async def ask(self, question: Question, user_id: str | None = None, deadline: float | None = None) -> Answer:
         """The version and the ranked items for one person, within `deadline` seconds if there is one.
 
         Raises:
@@ -138,7 +145,7 @@ class Recommendations:
                 raise DeadlineMissed(deadline) from error
             raise
 
-    async def _answer(self, asked: list[Asked]) -> list[tuple[int, list[RankedItem]]]:
+    async def _answer(self, asked: list[Asked]) -> list[Answer]:
         """One batch: read what is new, then encode, retrieve and rank."""
         histories = await self._read({user_id for _, user_id in asked if user_id is not None})
         questions = [
@@ -146,8 +153,10 @@ class Recommendations:
             for question, user_id in asked
         ]
         async with self.unchanging:
+            if self.challenger is not None:
+                return self.challenger.answer(self.recommender, questions, [user_id for _, user_id in asked])
             version = self.recommender.version
-            return [(version, items) for items in self.recommender.recommend(questions)]
+            return [Answer(version, items) for items in self.recommender.recommend(questions)]
 
     async def _read(self, user_ids: Set[str]) -> dict[str, History]:
         """These users' histories, and the changes of the catalog, as the aggregator has them now.
@@ -165,9 +174,17 @@ class Recommendations:
         self.items_counter = items
         return histories | self.cache.update(lacking, newer, counters)
 
+    async def _run_challenger(self, challenger: Challenger) -> None:
+        """Let an experiment run to its end, after which there is one model again."""
+        await challenger.run()
+        self.challenger = None
+
     def _change_items(self, changes: list[ItemChange]) -> None:
-        self.recommender.catalog_changed({change.item_id: change.attributes for change in changes})
-        self.item_changes |= {change.item_id: change.attributes for change in changes}
+        items = {change.item_id: change.attributes for change in changes}
+        self.recommender.catalog_changed(items)
+        if self.challenger is not None:
+            self.challenger.catalog_changed(items)
+        self.item_changes |= items
         self.item_revision = max(self.item_revision, changes[-1].revision)
 
     async def on_thread(self, function: Callable, *arguments: Any) -> Any:
@@ -244,6 +261,7 @@ class Recommendations:
             self._replicas(), _or_none(aggregator_handle, "status"), _or_none(learner_handle, "status")
         )
         learner = learner or {"state": "restarting or not started"}
+        experiment = await _or_none(experiment_handle, "status") if self.compares else None
         versions = [replica["version"] for replica in replicas]
         return {
             "model_version": max([*versions, learner.get("version", 0)]),
@@ -251,6 +269,7 @@ class Recommendations:
             "learner": learner,
             "aggregator": aggregator or {"state": "restarting"},
             "freshness": learner.get("freshness"),
+            **({} if experiment is None else {"experiment": experiment}),
         }
 
     async def _replicas(self) -> list[dict[str, Any]]:
