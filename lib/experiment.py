@@ -296,9 +296,9 @@ class ExperimentResults:
 
 
 def _rate(totals: ArmTotals, alpha: float, effect: float) -> dict[str, Any]:
-    known = bool(totals.enough) and totals.variance > 0
-    information = 1 / float(totals.variance) if known else 0.0
-    return {"rate": float(totals.rate), "interval": _bounds(interval(float(totals.rate), information, alpha, effect))}
+    rate = float(totals.rate)
+    information = 1 / float(totals.variance) if totals.is_enough(rate) and totals.variance > 0 else 0.0
+    return {"rate": rate, "interval": _bounds(interval(rate, information, alpha, effect))}
 
 
 def _bounds(bounds: tuple[float, float]) -> list[float] | None:

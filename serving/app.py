@@ -93,9 +93,8 @@ def build(arguments: ServeArguments) -> Application:
     arguments.check()
     Registry(arguments.state_location).start_from(arguments.model)
     check_state(arguments.state_location)
-    challenger = arguments.challenger
-    if challenger is not None:
-        challenger = prepare_challenger(challenger, arguments.state_location)
+    wanted = arguments.challenger
+    challenger = None if wanted is None else prepare_challenger(wanted, arguments.state_location)
     scaled = {
         "min_replicas": arguments.replicas,
         "max_replicas": arguments.most_replicas,

@@ -60,7 +60,6 @@ def http_application(replica: "Replica") -> FastPath:
         replica.record(request_id, user_id, answered)
         return answer(request_id, answered.version, answered.items, answered.arm)
 
-
     def answer(request_id: str, version: int, items: list[RankedItem], arm: str | None = None) -> Response:
         titles = replica.recommender.catalog.titles
         listed = []

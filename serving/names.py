@@ -5,4 +5,4 @@ DEPLOYMENT = "Recommendations"
 NAMESPACE = "afterclick"  # of the actors
 AGGREGATOR = "aggregator"
 LEARNER = "learner"
-EXPERIMENT = "experiment"
+EXPERIMENTS = "experiments"

@@ -97,9 +97,9 @@ class StatusCollector(Collector):
         yield noticed
 
     def _experiment(self) -> Iterator[Metric]:
-        """Of two models side by side, where there are two that are shown."""
-        experiment = self.status.get("experiment")
-        if experiment is None or "arms" not in experiment:
+        """Of two models side by side, where both are shown."""
+        experiment = self.status.get("experiment", {})
+        if "difference" not in experiment:
             return
         answers = CounterMetricFamily("afterclick_arm_answers", "Answers of an arm.", labels=["arm"])
         rewards = CounterMetricFamily("afterclick_arm_rewards", "Answers with such an event.", labels=["arm", "kind"])

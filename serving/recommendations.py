@@ -24,8 +24,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from lib.change_board import ChangeBoard
-from lib.events import CleaningRules
-from lib.experiment import ChallengerConfig
+from lib.events import CleaningRules, InputError
 from lib.item_log import ItemChange
 from lib.ranking import ItemFilter
 from lib.ranking_rules import RankingRules
@@ -36,9 +35,10 @@ from lib.user_histories import History
 from lib.weights import Delta, DeltaMismatch
 from serving.aggregator import AggregatorConfig, aggregator_handle, start_aggregator
 from serving.batches import Batches, Overloaded
+from serving.challenger import Answer, Challenger, load_challenger
 from serving.decision_log import DecisionLog
 from serving.errors import DeadlineMissed
-from serving.experiment import Answer, Challenger, challenger_of, experiment_handle
+from serving.experiment import PreparedChallenger, experiments_handle
 from serving.fast_path import FastPath
 from serving.history_cache import HistoryCache, last_offsets
 from serving.http import http_application
@@ -71,7 +71,7 @@ class Recommendations:
         config: ReplicaConfig | None = None,
         rules: RankingRules | None = None,
         cleaning: CleaningRules | None = None,
-        challenger: ChallengerConfig | None = None,
+        challenger: PreparedChallenger | None = None,
     ):
         self.config = config or ReplicaConfig()
         self.rules = rules or RankingRules()
@@ -96,8 +96,8 @@ class Recommendations:
         self.latency: Counter[float] = Counter()
         self.latency_sum = 0.0
         self.recommender = self._load({})
-        self.compares = challenger is not None
-        self.challenger = None if challenger is None else challenger_of(state, challenger, self.rules)
+        self.experiment = None if challenger is None else challenger.name
+        self.challenger = None if challenger is None else self._load_challenger(state, challenger)
         self.checked = False
         self.tasks: list[asyncio.Task] = []
 
@@ -124,6 +124,14 @@ class Recommendations:
         recommender = Recommender(loaded.encoder, loaded.catalog, loaded.version, loaded.log_offset, self.rules)
         recommender.catalog_changed(item_changes)
         return recommender
+
+    def _load_challenger(self, state: str, prepared: PreparedChallenger) -> Challenger | None:
+        """A challenger whose files were damaged meanwhile takes no replica with it."""
+        try:
+            return load_challenger(state, prepared, self.rules)
+        except InputError as error:
+            logger.error("the challenger cannot be loaded, so the live model answers its users, too: %s", error)
+            return None
 
     # ------------------------------------------------------------------------------------------- the batched answer
 
@@ -176,7 +184,10 @@ class Recommendations:
 
     async def _run_challenger(self, challenger: Challenger) -> None:
         """Let an experiment run to its end, after which there is one model again."""
-        await challenger.run()
+        try:
+            await challenger.run()
+        except Exception:
+            logger.exception("a challenger failed, so the live model answers its users, too")
         self.challenger = None
 
     def _change_items(self, changes: list[ItemChange]) -> None:
@@ -206,9 +217,11 @@ class Recommendations:
     async def has_item(self, item_id: str) -> bool:
         """Whether the catalog has an item now, with or without a row."""
         await self._read(set())
-        catalog = self.recommender.catalog
         put = self.item_changes.get(item_id) is not None
-        return put or (item_id in catalog.row_of and item_id not in catalog.removed)
+        catalogs = [self.recommender.catalog]
+        if self.challenger is not None:
+            catalogs.append(self.challenger.recommender.catalog)
+        return put or any(item_id in known.row_of and item_id not in known.removed for known in catalogs)
 
     async def check_items(self, items: Mapping[str, Mapping[str, Any]]) -> None:
         """Refuse attributes that the catalog cannot take.
@@ -245,23 +258,25 @@ class Recommendations:
         self.latency_sum += seconds
         self.latency[next((bound for bound in LATENCY_BUCKETS if seconds <= bound), float("inf"))] += 1
 
-    def record(self, request_id: str, user_id: str | None, version: int, items: list[RankedItem]) -> None:
+    def record(self, request_id: str, user_id: str | None, answer: Answer) -> None:
         """Keep an explored answer; one that a full disk does not take is given all the same, and counted."""
         if self.decisions is None:
             return
         try:
-            self.decisions.append(request_id, user_id, version, items)
+            self.decisions.append(request_id, user_id, answer.version, answer.items, answer.arm)
         except OSError as error:
             self.counts["unrecorded"] += 1
             logger.error("an explored answer could not be recorded: %s", error)
 
     async def status(self) -> dict[str, Any]:
         """Versions per replica, freshness, log offsets, pushes and rejected updates, asked of every part."""
-        replicas, aggregator, learner = await asyncio.gather(
-            self._replicas(), _or_none(aggregator_handle, "status"), _or_none(learner_handle, "status")
+        replicas, aggregator, learner, experiment = await asyncio.gather(
+            self._replicas(),
+            _or_none(aggregator_handle, "status"),
+            _or_none(learner_handle, "status"),
+            self._experiment_status(),
         )
         learner = learner or {"state": "restarting or not started"}
-        experiment = await _or_none(experiment_handle, "status") if self.compares else None
         versions = [replica["version"] for replica in replicas]
         return {
             "model_version": max([*versions, learner.get("version", 0)]),
@@ -269,8 +284,14 @@ class Recommendations:
             "learner": learner,
             "aggregator": aggregator or {"state": "restarting"},
             "freshness": learner.get("freshness"),
-            **({} if experiment is None else {"experiment": experiment}),
+            **experiment,
         }
+
+    async def _experiment_status(self) -> dict[str, Any]:
+        """What the status has besides where there is, or was, a challenger."""
+        if self.experiment is None:
+            return {}
+        return {"experiment": await _or_none(experiments_handle, "status", self.experiment) or {"state": "restarting"}}
 
     async def _replicas(self) -> list[dict[str, Any]]:
         """What every live replica says of itself; one that is dying says nothing."""
@@ -375,9 +396,9 @@ def learner_handle() -> ActorHandle:
     return ray.get_actor(LEARNER, namespace=NAMESPACE)
 
 
-async def _or_none(handle: Callable[[], ActorHandle], method: str) -> dict[str, Any] | None:
+async def _or_none(handle: Callable[[], ActorHandle], method: str, *arguments: Any) -> dict[str, Any] | None:
     """An actor's answer for the status, or None while it is away: that is what the status then says."""
     try:
-        return await asyncio.wait_for(getattr(handle(), method).remote(), 2.0)
+        return await asyncio.wait_for(getattr(handle(), method).remote(*arguments), 2.0)
     except (ValueError, TimeoutError, RayActorError):
         return None
