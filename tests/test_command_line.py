@@ -257,8 +257,10 @@ def test_fewer_replicas_at_most_than_at_least_are_refused(afterclick, tiny_model
     ("arguments", "beginning"),
     [
         (["--challenger", "/nowhere"], "error: challenger: model: no folder at /nowhere"),
-        (["--challenger", "3", "--challenger-share", "1.5"], "error: challenger.share: Input should be less than 1"),
-        (["--challenger", "3", "--challenger-set", "rewards=likes"], "error: challenger.rewards: Extra inputs"),
+        (["--challenger", "3"], "error: challenger: version: 3 is not stored"),
+        (["--challenger", "3", "--challenger-share", "1.5"], "error: challenger.share: input should be less than 1"),
+        (["--challenger", "3", "--challenger-set", "rewards=likes"], "error: challenger.rewards: no such setting"),
+        (["--shadow"], "error: challenger: name the second model with --challenger"),
         (["--challenger", "3", "--challenger-set", "reward"], "error: --set reward: write key=value"),
     ],
 )

@@ -6,10 +6,10 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
-from ray import serve
+from ray.exceptions import RayActorError
 
 from lib.catalog import Catalog
 from lib.events import Event, InputError
@@ -26,7 +26,7 @@ from lib.experiment import (
     arm_in,
     tagged,
 )
-from lib.feedback_log import FeedbackLog
+from lib.feedback_log import FeedbackLog, FeedbackLogReader
 from lib.learner import NearlineLearner
 from lib.ledger import check
 from lib.model_folder import Manifest
@@ -35,16 +35,16 @@ from lib.ranking_rules import RankingRules
 from lib.recommender import Question, Recommender
 from lib.registry import Registry, load_folder, save_with_optimizer
 from lib.user_histories import History
-from serving.app import build
 from serving.challenger import Answer, Challenger
 from serving.experiment import Experiments, prepare_challenger
-from serving.names import APPLICATION
 from serving.prometheus import StatusCollector
 from serving.recommendations import Recommendations
 from tests.conftest import LiveService
+from tests.test_faults import assert_each_event_once
 from tests.test_learner import CONFIG, recommender_of, update
 from tests.test_service import metrics
 from tests.tiny import NOW, history, item_ids, micro_batch, started_registry, tiny_encoder
+from tests.traffic import Traffic
 
 HALF = ChallengerConfig(model="somewhere", share=0.5)
 USERS = [f"user-{number}" for number in range(4000)]
@@ -457,6 +457,22 @@ def test_a_shadow_is_asked_later_and_never_shown(state, model, monkeypatch):
     assert not [family for family in StatusCollector(shown).collect() if "arm" in family.name]
 
 
+def test_a_second_in_which_the_actor_is_away_is_lost_and_no_more(state, model):
+    _, challenger = started(state, model=model)
+    record = challenger.actor.record
+
+    def away(*arguments: Any) -> bool:
+        raise RayActorError
+
+    challenger.actor.record = Remote(away)
+    show(challenger, 10, wins)
+    assert asyncio.run(challenger.tell())
+    challenger.actor.record = record
+    show(challenger, 20, wins)
+    assert asyncio.run(challenger.tell())
+    assert sum(arm["answers"] for arm in status_of(challenger)["arms"].values()) == 20
+
+
 def test_a_challenger_that_fails_leaves_the_live_model(state, model, caplog):
     """Its files are damaged when a replica starts, or it breaks while it runs: everybody is answered all the same."""
     _, challenger = started(state, model=model, shadow=True)
@@ -516,33 +532,77 @@ def snapshot_of(state: Path) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The running service
+# The running service, which is stopped, and started again with a challenger: the newest version that was stored
 
 
-def test_a_winner_takes_over_on_the_running_service(service: LiveService) -> None:
-    """Its replicas are given a challenger: a version that is stored, whose answers somebody likes better."""
+class Restart(NamedTuple):
+    """What was before it, and the events that were acknowledged until then."""
+
+    before: dict[str, Any]
+    acknowledged: list[tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def restart(service: LiveService) -> Restart:
+    items = [{"item_id": item, "category": "kept"} for item in ("kept", "gone")]
+    service.client.put("/v1/items", json={"items": items}).raise_for_status()
+    service.client.delete("/v1/items/gone").raise_for_status()
+    service.send({"user_id": "somebody", "item_id": "kept", "event": "click"})
     before = service.wait_until_learned()
+    with Traffic(service, "stopped", askers=0) as traffic:
+        traffic.wait_for(events=100)
+    # the newest of them are not learned yet
+    service.stop()
     config = ChallengerConfig(model=str(before["model_version"]), share=0.5, effect=0.1)
-    arguments = service.arguments.model_copy(update={"challenger": config})
-    serve.run(build(arguments), name=APPLICATION, route_prefix="/")
-    item = service.items()[0]
-    assert "arm" not in service.client.post("/v1/recommendations", json={"history": []}).json()
-    answers = [service.recommend(user, 1) for user in USERS[:300]]
+    service.start(challenger=config)
+    return Restart(before, traffic.acknowledged)
+
+
+def test_a_stopped_service_continues_where_it_was(service: LiveService, restart: Restart) -> None:
+    after = service.wait_until_learned()
+    assert_each_event_once(service, restart.acknowledged)
+    assert after["model_version"] > restart.before["model_version"]
+    assert after["aggregator"]["log_offset"] >= restart.before["aggregator"]["log_offset"] + len(restart.acknowledged)
+    assert len(service.export("visitor-00001")) > 0, "the histories of the dataset are there"
+
+
+def test_both_arms_are_answered_and_know_the_items(service: LiveService, restart: Restart) -> None:
+    answers = [
+        service.client.post(
+            "/v1/recommendations", json={"user_id": user, "filter": {"category": "kept"}, "explain": True}
+        )
+        .raise_for_status()
+        .json()
+        for user in USERS[:20]
+    ]
     assert {answer["arm"] for answer in answers} == {LIVE, CHALLENGER}
+    assert {tuple(item["item_id"] for item in answer["items"]) for answer in answers} == {("kept",)}
+    challenged = {answer["model_version"] for answer in answers if answer["arm"] == CHALLENGER}
+    assert challenged == {restart.before["model_version"]}, "it does not learn"
+    assert "arm" not in service.client.post("/v1/recommendations", json={"history": []}).json()
+
+
+def test_a_winner_takes_over_without_a_failed_request(service: LiveService, restart: Restart) -> None:
+    item = service.items()[0]
+    answers = [service.recommend(user, 1) for user in USERS[:300]]
     clicked = [
         {"user_id": user, "item_id": item, "event": "click", "request_id": answer["request_id"]}
         for number, (user, answer) in enumerate(zip(USERS, answers, strict=False))
-        if number % 10 < (7 if answer["arm"] == CHALLENGER else 3)
+        if number % 10 < (7 if answer["arm"] == CHALLENGER else 2)
     ]
-    assert service.send(*clicked)["accepted"] == len(clicked)
-    decided = service.wait_until("it is promoted", lambda status: status["experiment"]["state"] == "promoted")
-    assert decided
-    after = service.wait_until("one model answers again", lambda _: "arm" not in service.recommend(USERS[0], 1))
-    assert after
+    with Traffic(service, "promoted", senders=1, askers=1) as traffic:
+        assert service.send(*clicked)["accepted"] == len(clicked)
+        assert service.wait_until("it is promoted", lambda status: status["experiment"]["state"] == "promoted")
+        assert service.wait_until("one model answers again", lambda _: "arm" not in service.recommend(USERS[0], 1))
+        traffic.wait_for(events=20, answers=20)
+    assert traffic.failures == []
+    assert_each_event_once(service, traffic.acknowledged)
     status = service.wait_until_learned()
     experiment = status["experiment"]
-    assert status["learner"]["base"] == experiment["version"] > before["model_version"]
-    assert experiment["arms"]["live"]["answers"] + experiment["arms"]["challenger"]["answers"] >= 300
-    assert experiment["difference"]["click_through"]["value"] == pytest.approx(0.4, abs=0.1)
+    assert status["learner"]["base"] == experiment["version"] > restart.before["model_version"]
+    assert experiment["arms"][LIVE]["answers"] + experiment["arms"][CHALLENGER]["answers"] >= 300
+    assert experiment["difference"]["click_through"]["value"] > 0.2
     labels = {sample["arm"] for sample, _ in metrics(service)["afterclick_arm_answers_total"]}
     assert labels == {LIVE, CHALLENGER}
+    with FeedbackLogReader(service.log) as log:
+        assert check(Registry(service.state).ledger(), log).faults == []
