@@ -311,7 +311,9 @@ def test_items_are_described_alike_in_both_arms(tmp_path, model):
     # and when it is promoted
     learner = NearlineLearner(registry, CONFIG)
     learner.adopt(load_folder(challenger.prepared.model), {})
-    assert (learner.catalog.attributes.column_names, learner.catalog.removed) == (["item_id", "genres", "year"], {"i2"})
+    attributes = learner.catalog.attributes
+    assert attributes is not None
+    assert (attributes.column_names, learner.catalog.removed) == (["item_id", "genres", "year"], {"i2"})
 
 
 def show(challenger: Challenger, users: int, rewarded: Callable[[str, int], bool]) -> None:
