@@ -45,7 +45,7 @@ def _facts(title: str, facts: dict[str, Any]) -> Table:
 def _flat(facts: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Facts one by one, those of a part of a part under both names."""
     for name, value in facts.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from ((f"{name}.{part}", own) for part, own in _flat(value))
         else:
             yield name, value

@@ -73,7 +73,7 @@ class ChallengerConfig(BaseModel):
             raise InputError(f"challenger.{name}: {message}, got {first['input']!r}") from error
 
     def arm_of(self, user_id: str | None, experiment: str) -> str | None:
-        """The arm of a user, or of whoever comes without an id; None for who takes no part."""
+        """The arm of a user; None for who takes no part, as whoever comes without an id."""
         if user_id is None:
             return None
         chosen = place_of(user_id, experiment) < self.share
