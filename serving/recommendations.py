@@ -9,6 +9,7 @@ lock keeps them and the batches apart, so every answer is of one version.
 import asyncio
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,7 @@ from serving.decision_log import DecisionLog
 from serving.errors import DeadlineMissed
 from serving.experiment import PreparedChallenger, experiments_handle
 from serving.fast_path import FastPath
+from serving.feedback import MOST_REQUESTS, Feedback, append_together
 from serving.history_cache import HistoryCache, last_offsets
 from serving.http import http_application
 from serving.names import APPLICATION, DEPLOYMENT, LEARNER, NAMESPACE
@@ -88,6 +90,9 @@ class Recommendations:
         self.board: ChangeBoard | None = None  # known once the aggregator has answered for the first time
         self.items_counter: int | None = None  # of the board, before the catalog's changes were asked for
         self.answers: Batches[Asked, Answer] = Batches(self._answer, self.config.largest_batch)
+        self.feedback: Batches[Feedback, list[str | None]] = Batches(
+            partial(append_together, partial(self.call_aggregator, "append")), MOST_REQUESTS
+        )
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="changes")
         self.loader = ThreadPoolExecutor(1, thread_name_prefix="loading")
         self.loading = asyncio.Lock()  # held while a version is loaded beside the one that answers
@@ -207,6 +212,10 @@ class Recommendations:
         """Call the aggregator; while it restarts the call waits and is repeated."""
         call: Awaitable = getattr(self.aggregator, method).remote(*arguments)
         return await asyncio.wait_for(call, self.config.actor_timeout)
+
+    async def append(self, feedback: Feedback) -> list[str | None]:
+        """Make events durable and part of the histories; per event None, or why it was not taken."""
+        return await self.feedback.submit(feedback)
 
     async def similar(self, item_id: str, k: int) -> tuple[int, list[RankedItem]]:
         """The version, and the items nearest to an item; KeyError for one that the catalog does not have."""
@@ -330,9 +339,12 @@ class Recommendations:
 
     async def apply_delta(self, payload: list[ray.ObjectRef]) -> dict[str, Any]:
         """Take a pushed delta between two batches."""
-        delta = Delta.from_bytes(bytes(await payload[0]))
+        data = await payload[0]
+        start = time.perf_counter()
+        delta = Delta.from_bytes(bytes(data))
         await self.on_thread(self._apply, delta)
-        return await self.expect_version(delta.version)
+        description = await self.expect_version(delta.version)
+        return description | {"apply_ms": (time.perf_counter() - start) * 1e3}
 
     def _apply(self, delta: Delta) -> None:
         if delta.parent != self.recommender.version:  # known already, or one before it was missed
