@@ -7,10 +7,12 @@ from ray import serve
 from ray.serve import Application
 
 from lib.events import CleaningRules, InputError
+from lib.experiment import ChallengerConfig
 from lib.feedback_log import FeedbackLogReader, last_commit_is_torn
 from lib.ranking_rules import RankingRules
 from lib.registry import Registry
 from serving.aggregator import LOG_FILE
+from serving.experiment import prepare_challenger
 from serving.names import DEPLOYMENT
 from serving.recommendations import Recommendations, ReplicaConfig
 
@@ -41,6 +43,7 @@ class ServeArguments(BaseModel):
     replica: ReplicaConfig = ReplicaConfig()
     ranking: RankingRules = RankingRules()
     cleaning: CleaningRules = CleaningRules()
+    challenger: ChallengerConfig | None = Field(default=None, description="a second model to compare with the live one")
 
     def check(self) -> None:
         """Refuse what contradicts itself.
@@ -90,6 +93,8 @@ def build(arguments: ServeArguments) -> Application:
     arguments.check()
     Registry(arguments.state_location).start_from(arguments.model)
     check_state(arguments.state_location)
+    wanted = arguments.challenger
+    challenger = None if wanted is None else prepare_challenger(wanted, arguments.state_location)
     scaled = {
         "min_replicas": arguments.replicas,
         "max_replicas": arguments.most_replicas,
@@ -107,5 +112,5 @@ def build(arguments: ServeArguments) -> Application:
         logging_config={"enable_access_log": False},  # a line a request costs more than reading the request
     )(serve.ingress()(Recommendations))
     return deployment.bind(
-        arguments.state_location, arguments.data, arguments.replica, arguments.ranking, arguments.cleaning
+        arguments.state_location, arguments.data, arguments.replica, arguments.ranking, arguments.cleaning, challenger
     )

@@ -126,11 +126,11 @@ class LiveService:
         """The feedback log's file."""
         return self.state / "feedback.sqlite"
 
-    def start(self, learner: LearnerConfig | None = None) -> None:
-        """Start everything, on whatever the state folder holds."""
+    def start(self, **arguments: Any) -> None:
+        """Start everything, on whatever the state folder holds, with other arguments for this time."""
         from jobs.serve import start_service
 
-        start_service(self.arguments, self.port, learner or learner_config())
+        start_service(self.arguments.model_copy(update=arguments), self.port, learner_config())
 
     def stop(self) -> None:
         """Stop everything, cleanly."""
