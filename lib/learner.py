@@ -30,6 +30,7 @@ from lib.training import Trainer, TrainingConfig, train_uppermost
 from lib.user_histories import History, MicroBatch, ReplaySample, SampleSizes, to_histories
 from lib.weights import ROW_TENSORS, Delta, Fingerprint, dense_state, difference, grow_items, state_of
 
+LEAST_CONTEXT = 8  # events before a user's new ones
 LEAST_HALF_LIFE = 1000.0  # events: of fewer, chance decides what is popular
 
 
@@ -41,6 +42,7 @@ class LearnerConfig(GateConfig, InfluenceLimits):
     new_row_boost: float = 20.0  # times the learning rate that a new item's row moves faster, fading with its updates
     steps: int = 1  # of training with every update, each with the new events and its own part of the replayed windows
     context_length: int = 50  # events read before a user's new ones, and of a replayed window; never over max_length
+    context_events: int = 2000  # read before new ones altogether: fewer of each where many users act at once
     replay_events: int = 1000  # in windows of earlier histories, learned again with every update
     replay_recent_share: float = 0.3  # of the windows around the latest events; the others are around any
     replay_recent_events: int = 2000  # so many are the latest
@@ -420,7 +422,8 @@ class NearlineLearner:
     def _training_batch(self, batch: MicroBatch) -> Batch | None:
         """New events as targets with their context, and the replayed histories at a lower weight."""
         length = self.sample_sizes.history_length
-        histories = [h.newest(length + n) for h, n in zip(batch.histories, batch.new_counts, strict=True)]
+        context = min(length, max(self.config.context_events // max(len(batch.histories), 1), LEAST_CONTEXT))
+        histories = [h.newest(context + n) for h, n in zip(batch.histories, batch.new_counts, strict=True)]
         replay = [history.newest(length + 1) for history in batch.replay]
         flat = to_histories([*histories, *replay], self.catalog, self.kind_codes)
         sequences = SequenceBatches(flat, self.encoder.config)
