@@ -525,5 +525,5 @@ def test_half_of_what_is_popular_is_as_many_events_old_as_there_are_items(regist
 def test_what_the_learner_asks_for(learner):
     sizes = learner.sample_sizes
     assert (sizes.history_length, sizes.held_out_users) == (8, 64)
-    assert sizes.replay.events == 2000
+    assert sizes.replay.events == 1000
     assert sizes.held_out_length == 20
