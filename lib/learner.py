@@ -42,7 +42,7 @@ class LearnerConfig(GateConfig, InfluenceLimits):
     new_row_boost: float = 20.0  # times the learning rate that a new item's row moves faster, fading with its updates
     steps: int = 1  # of training with every update, each with the new events and its own part of the replayed windows
     context_length: int = 50  # events read before a user's new ones, and of a replayed window; never over max_length
-    context_events: int = 2000  # read before new ones altogether: fewer of each where many users act at once
+    context_events: int = 1000  # read before new ones altogether: fewer of each where many users act at once
     replay_events: int = 1000  # in windows of earlier histories, learned again with every update
     replay_recent_share: float = 0.3  # of the windows around the latest events; the others are around any
     replay_recent_events: int = 2000  # so many are the latest
