@@ -33,7 +33,7 @@ from lib.registry import Registry
 from lib.training import keep_freed_memory
 from lib.user_histories import MicroBatch
 from lib.weights import Delta
-from serving.aggregator import aggregator_handle
+from serving.batch_source import BatchSource, Released
 from serving.names import LEARNER, NAMESPACE
 from serving.rollout import Acknowledgements, Rollout
 
@@ -109,6 +109,7 @@ class Learner:
         self.stopping = threading.Event()
         self.storage_error: str | None = None  # while a version cannot be stored
         self.learner = NearlineLearner(Registry(state), config, self._wait_for_storage)
+        self.batches = BatchSource(state)
         self.live = Live.of(self.learner)
         self.rollout = Rollout()
         self.progress = Progress()
@@ -146,10 +147,13 @@ class Learner:
             if acknowledgements.behind(self.learner.version) and self.stored_whole < self.learner.version:
                 self._store_whole()
 
-    def _next_batch(self) -> MicroBatch | list[ItemChange] | None:
+    def _next_batch(self) -> Released:
         learner = self.learner
-        call = aggregator_handle().next_batch.remote(learner.log_offset, learner.item_revision, learner.sample_sizes)
-        return cast("MicroBatch | list[ItemChange] | None", ray.get(call))
+        try:
+            return self.batches.next(learner.log_offset, learner.item_revision, learner.sample_sizes)
+        except OSError as error:  # the order of several shards' events could not be stored
+            self._wait_for_storage(error)
+            return None
 
     def _change_items(self, changes: list[ItemChange]) -> None:
         delta = self.learner.change_items(changes)

@@ -29,8 +29,11 @@ def status_command(
         replicas.add_row(*(str(replica[name]) for name in columns))
     console.print(f"model version {status['model_version']}")
     console.print(replicas)
+    shards = status["aggregator"].pop("shards", [])
     for part in ("learner", "aggregator"):
         console.print(_facts(part, status[part]))
+    for shard in shards:
+        console.print(_facts(f"aggregator {shard['shard']}", shard))
 
 
 def _facts(title: str, facts: dict[str, Any]) -> Table:
