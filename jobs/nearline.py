@@ -35,7 +35,7 @@ from lib.user_histories import MicroBatch
 from lib.weights import Delta
 from serving.batch_source import BatchSource, Released
 from serving.names import LEARNER, NAMESPACE
-from serving.rollout import Acknowledgements, Rollout
+from serving.rollout import Acknowledgements, PushCost, Rollout
 
 logger = logging.getLogger(__name__)
 ANNOUNCE_SECONDS = 1.0
@@ -54,7 +54,7 @@ class Progress:
     unreached: int = 0  # replicas that the newest push or announcement did not reach
     delays: deque[float] = field(default_factory=lambda: deque(maxlen=2000))  # ms, acknowledged to live everywhere
     delayed: int = 0
-    steps: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=200))  # ms of each part of an update
+    steps: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=2000))  # of updates
 
     def freshness(self) -> dict[str, Any] | None:
         """Delay from an event's acknowledgement to its version live on all replicas, in milliseconds."""
@@ -69,10 +69,15 @@ class Progress:
         }
 
     def step_times(self) -> dict[str, float]:
-        """Median milliseconds of learning and pushing, and bytes of a push, over the latest updates."""
+        """Milliseconds of learning and of each part of pushing, bytes of a push: of the latest, median and 99%."""
         if not self.steps:
             return {}
-        return {name: float(np.median([step[name] for step in self.steps])) for name in self.steps[-1]}
+        names = list(self.steps[-1])
+        columns = np.array([[step[name] for name in names] for step in self.steps])
+        medians, slowest = np.quantile(columns, (0.5, 0.99), axis=0).tolist()
+        return dict(zip(names, medians, strict=True)) | {
+            f"{name}_p99": value for name, value in zip(names, slowest, strict=True)
+        }
 
 
 @dataclass(frozen=True)
@@ -185,11 +190,10 @@ class Learner:
             self._reject(outcome)
             return
         learned = time.perf_counter()
-        size, everywhere = self._push(outcome)
+        cost, everywhere = self._push(outcome)
         pushed = time.perf_counter()
-        self.progress.steps.append(
-            {"learn_ms": (learned - start) * 1e3, "push_ms": (pushed - learned) * 1e3, "push_bytes": float(size)}
-        )
+        times = {"learn_ms": (learned - start) * 1e3, "push_ms": (pushed - learned) * 1e3}
+        self.progress.steps.append(times | asdict(cost))
         if everywhere:
             # a clock that was set meanwhile changes neither part by more than it must
             self.progress.delays.extend(max(before, 0.0) + (pushed - start) * 1e3 for before in waited)
@@ -199,14 +203,14 @@ class Learner:
             previous = self.progress.loss
             self.progress.loss = loss if previous is None else 0.95 * previous + 0.05 * loss
 
-    def _push(self, delta: Delta) -> tuple[int, bool]:
-        """Send a delta and see it live on every replica; returns its bytes, and False where no replica answered.
+    def _push(self, delta: Delta) -> tuple[PushCost, bool]:
+        """Send a delta and see it live on every replica; returns what that took, and False where no replica answered.
 
         Without any replica there is nothing to wait for: those to come start with the newest version.
         """
         self.storage_error = None
-        acknowledgements, size = self.rollout.push(delta)
-        return size, self._until_everywhere(acknowledgements)
+        acknowledgements, cost = self.rollout.push(delta)
+        return cost, self._until_everywhere(acknowledgements)
 
     def _until_everywhere(self, acknowledgements: Acknowledgements) -> bool:
         """See the newest version live on every replica; returns False where no replica answered."""

@@ -6,7 +6,8 @@ aggregator (serving/aggregator.py).
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -16,12 +17,13 @@ from ray.exceptions import RayActorError
 from ray.util import list_named_actors
 
 from lib.change_board import ChangeBoard
-from lib.events import Event
 from lib.feedback_log import LogWriteError
 from lib.item_log import ItemChange
 from lib.shards import LogLayout, PartlyWritten, shard_of
 from lib.user_histories import History
 from serving.aggregator import AggregatorConfig, start_aggregator
+from serving.batches import Batches
+from serving.feedback import MOST_REQUESTS, Feedback, append_together
 from serving.names import AGGREGATOR, NAMESPACE
 
 STATUS_SECONDS = 2.0
@@ -35,6 +37,10 @@ class Aggregators:
         """Start those that do not run; `timeout` is how many seconds a call may take before it raises TimeoutError."""
         self.handles = [start_aggregator(state, data, config, shard, layout) for shard in layout.shards()]
         self.timeout = timeout
+        self.feedback: list[Batches[Feedback, list[str | None]]] = [
+            Batches(partial(append_together, partial(self._call, shard, "append")), MOST_REQUESTS)
+            for shard in range(len(self.handles))
+        ]
         self.boards: list[ChangeBoard] = []  # known once the aggregators have answered for the first time
 
     async def open_boards(self) -> None:
@@ -55,27 +61,24 @@ class Aggregators:
         """The counter of changes of the catalog; None where nobody counts."""
         return self.boards[0].items() if self.boards else None
 
-    async def append(
-        self, events: Sequence[Event], named: Collection[str] = (), reject: Counter[str] | None = None
-    ) -> list[str | None]:
-        """Make events durable; per event None, or why it was not taken.
+    async def append(self, feedback: Feedback) -> list[str | None]:
+        """Make events durable and part of the histories; per event None, or why it was not taken.
 
         Raises:
             LogWriteError: nothing of it could be written; PartlyWritten where some of it was.
         """
-        shards = self._split(events, lambda event: event.user_id) or {0: []}
-        first = next(iter(shards))
-        calls = [
-            self._call(shard, "append", [event for _, event in mine], named, reject if shard == first else None)
-            for shard, mine in shards.items()
-        ]
+        shards = self._split(feedback.events, lambda event: event.user_id) or {0: []}
+        calls = []
+        for shard, mine in shards.items():
+            events, rejected = [event for _, event in mine], Counter() if calls else feedback.rejected
+            calls.append(self.feedback[shard].submit(Feedback(events, feedback.named, rejected)))
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         if failures and len(failures) < len(calls) and isinstance(failures[0], LogWriteError):
             raise PartlyWritten(str(failures[0])) from failures[0]
         if failures:
             raise failures[0]
-        return _in_order(shards.values(), cast("list[list[str | None]]", outcomes), len(events))
+        return _in_order(shards.values(), cast("list[list[str | None]]", outcomes), len(feedback.events))
 
     async def newer(
         self, users: Sequence[tuple[str, int | None]], item_revision: int, ask_for_items: bool = True

@@ -19,6 +19,7 @@ from lib.user_histories import History
 from serving.aggregator import DUPLICATE
 from serving.errors import DEADLINE_HEADER, ERROR_ANSWERS
 from serving.fast_path import FastPath, deadline_of
+from serving.feedback import Feedback
 from serving.prometheus import render
 from serving.requests import (
     EVENTS_BODY,
@@ -122,10 +123,8 @@ def http_application(replica: "Replica") -> FastPath:
             raise HTTPException(404, f"item_id: the catalog has no item {item_id!r}") from None
         return answer(uuid.uuid4().hex, version, items)
 
-    @app.post("/v1/events", openapi_extra=EVENTS_BODY)
-    async def post_events(request: Request) -> Response:
-        """Take feedback; 200 means that what was accepted is durable and in the history behind the next answer."""
-        events = _events_of(await request.body())
+    async def take_events(body: bytes) -> Response:
+        events = _events_of(body)
         now = time.time_ns() // 1_000_000
         rejected: list[dict[str, Any]] = []
         reasons: Counter[str] = Counter()
@@ -144,7 +143,7 @@ def http_application(replica: "Replica") -> FastPath:
                 named.add(name)
                 event = event._replace(event_id=name)
             valid.append((index, event))
-        outcomes = await replica.aggregators.append([event for _, event in valid], named, reasons)
+        outcomes = await replica.aggregators.append(Feedback([event for _, event in valid], named, reasons))
         for (index, _), outcome in zip(valid, outcomes, strict=True):
             if outcome is not None and outcome != DUPLICATE:
                 rejected.append({"index": index, "reason": outcome})
@@ -153,6 +152,11 @@ def http_application(replica: "Replica") -> FastPath:
         accepted = len(events) - duplicates - len(rejected)
         rejected.sort(key=lambda rejection: rejection["index"])
         return _json({"accepted": accepted, "duplicates": duplicates, "rejected": rejected})
+
+    @app.post("/v1/events", openapi_extra=EVENTS_BODY)
+    async def post_events(request: Request) -> Response:
+        """Take feedback; 200 means that what was accepted is durable and in the history behind the next answer."""
+        return await take_events(await request.body())
 
     @app.get("/v1/users")
     async def get_users(limit: int = Query(50, ge=1, le=1000)) -> Response:
@@ -205,7 +209,7 @@ def http_application(replica: "Replica") -> FastPath:
         """The page."""
         return HTMLResponse(PAGE.read_text())
 
-    return FastPath(app, answer_request)
+    return FastPath(app, answer_request, take_events)
 
 
 def _history(request: RecommendationRequest, rules: CleaningRules) -> History:

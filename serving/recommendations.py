@@ -9,6 +9,7 @@ lock keeps them and the batches apart, so every answer is of one version.
 import asyncio
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -286,9 +287,12 @@ class Recommendations:
 
     async def apply_delta(self, payload: list[ray.ObjectRef]) -> dict[str, Any]:
         """Take a pushed delta between two batches."""
-        delta = Delta.from_bytes(bytes(await payload[0]))
+        data = await payload[0]
+        start = time.perf_counter()
+        delta = Delta.from_bytes(bytes(data))
         await self.on_thread(self._apply, delta)
-        return await self.expect_version(delta.version)
+        description = await self.expect_version(delta.version)
+        return description | {"apply_ms": (time.perf_counter() - start) * 1e3}
 
     def _apply(self, delta: Delta) -> None:
         if delta.parent != self.recommender.version:  # known already, or one before it was missed

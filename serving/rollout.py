@@ -33,6 +33,16 @@ class Acknowledgements:
         return any(replica["version"] < version for replica in self.replicas)
 
 
+@dataclass(frozen=True)
+class PushCost:
+    """What a push took."""
+
+    push_bytes: int
+    build_ms: float  # to make the bytes
+    transfer_ms: float  # until the last replica that answered had them, and back
+    apply_ms: float  # the longest that a replica took to go over to the new version
+
+
 class Rollout:
     """Reaches the replicas of one deployment."""
 
@@ -40,10 +50,16 @@ class Rollout:
         self.timeout = timeout
         self._handle: Any = None
 
-    def push(self, delta: Delta) -> tuple[Acknowledgements, int]:
-        """Send a delta; returns the acknowledgements and the number of its bytes."""
+    def push(self, delta: Delta) -> tuple[Acknowledgements, PushCost]:
+        """Send a delta; returns the acknowledgements and what it took."""
+        start = time.perf_counter()
         data = delta.to_bytes()
-        return self._broadcast("apply_delta", [ray.put(data)]), len(data)
+        built = time.perf_counter()
+        reference = ray.put(data)
+        acknowledgements = self._broadcast("apply_delta", [reference])
+        apply_ms = max((replica["apply_ms"] for replica in acknowledgements.replicas), default=0.0)
+        sent_ms = (time.perf_counter() - built) * 1e3
+        return acknowledgements, PushCost(len(data), (built - start) * 1e3, max(sent_ms - apply_ms, 0.0), apply_ms)
 
     def announce(self, version: int) -> Acknowledgements:
         """Tell every replica the newest version; those that are behind catch up before they acknowledge."""

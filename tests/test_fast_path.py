@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from serving.errors import ERROR_ANSWERS
-from serving.fast_path import PATH, FastPath
+from serving.fast_path import RECOMMENDATIONS, FastPath
 from serving.http import BoundedBody
 from serving.requests import LARGEST_BODY, RecommendationRequest
 
@@ -17,11 +17,14 @@ def test_a_valid_body_that_is_too_large_is_refused_all_the_same():
     for kind, answer_error in ERROR_ANSWERS.items():
         app.exception_handler(kind)(answer_error)
 
-    @app.post(PATH)
+    @app.post(RECOMMENDATIONS)
     async def post(request: RecommendationRequest) -> None: ...
 
     async def answer(request: RecommendationRequest, deadline: float | None) -> Any:
         raise AssertionError("it is too large")
+
+    async def take_events(body: bytes) -> Any:
+        raise AssertionError("it is not for events")
 
     body = b'{"user_id": "u"}'.ljust(LARGEST_BODY + 1)
     sent: list[Any] = []
@@ -33,6 +36,6 @@ def test_a_valid_body_that_is_too_large_is_refused_all_the_same():
         sent.append(message)
 
     headers = [(b"content-type", b"application/json")]
-    scope = {"type": "http", "path": PATH, "method": "POST", "headers": headers, "query_string": b"", "root_path": ""}
-    asyncio.run(FastPath(app, answer)(scope, receive, send))
+    scope = {"type": "http", "path": RECOMMENDATIONS, "method": "POST", "headers": headers, "query_string": b""}
+    asyncio.run(FastPath(app, answer, take_events)(scope, receive, send))
     assert sent[0]["status"] == 413

@@ -101,9 +101,10 @@ def test_a_missed_push_and_a_crash_before_the_push_heal(service: LiveService) ->
         later = learn_waiting_events(learner)
         assert versions_and_checksums(service.status()) == versions_and_checksums(before), "nothing was pushed yet"
 
-        acknowledgements, size = Rollout().push(later)
+        acknowledgements, cost = Rollout().push(later)
         assert acknowledgements.all_at(later.version)
-        assert size > 0
+        assert cost.push_bytes > 0
+        assert cost.apply_ms > 0
         status = service.status()
         assert versions_and_checksums(status) == [(later.version, later.checksum)] * 2
         assert later.version == missed.version + 1

@@ -5,7 +5,7 @@ import json
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from serving.aggregator import AggregatorConfig, aggregator_handle
 from serving.aggregators import Aggregators, running_aggregators
 from serving.app import ServeArguments
 from serving.batch_source import BatchSource
+from serving.feedback import Feedback
 from serving.history_cache import HistoryCache, last_offsets
 from tests.conftest import PATIENCE
 from tests.tiny import NOW, started_registry
@@ -38,6 +39,10 @@ def clicks(count: int, first: int = 0) -> list[Event]:
         Event(USERS[number % len(USERS)], f"i{1 + number % 24}", "click", None, NOW + number, f"e-{number}")
         for number in range(first, first + count)
     ]
+
+
+def feedback(*events: Event, named: Iterable[str] = (), rejected: Counter[str] | None = None) -> Feedback:
+    return Feedback(list(events), set(named), rejected or Counter())
 
 
 # ------------------------------------------------------------------------------------------------------- who is where
@@ -140,7 +145,7 @@ def test_two_aggregators_are_as_one(aggregators: Aggregators, registry: Registry
 
     # a learner that ends after it has put events in order, and before it has learned them, learns these very events
     live, away = aggregators.handles
-    assert asyncio.run(aggregators.append(clicks(30, first=1000))) == [None] * 30
+    assert asyncio.run(aggregators.append(feedback(*clicks(30, first=1000)))) == [None] * 30
     given = None
     while not isinstance(given, MicroBatch):
         given = BatchSource(registry.root).next(learner.log_offset, learner.item_revision, learner.sample_sizes)
@@ -155,8 +160,8 @@ def test_two_aggregators_are_as_one(aggregators: Aggregators, registry: Registry
     assert ray.get(live.append.remote(theirs)) == [None] * len(theirs)
     batches = BatchSource(registry.root)
     learn_up_to(learner, batches, 431 + len(theirs))
-    assert asyncio.run(aggregators.append(clicks(400))) == ["duplicate"] * 400
-    assert asyncio.run(aggregators.append(clicks(10, first=3000))) == [None] * 10
+    assert asyncio.run(aggregators.append(feedback(*clicks(400)))) == ["duplicate"] * 400
+    assert asyncio.run(aggregators.append(feedback(*clicks(10, first=3000)))) == [None] * 10
     last = 441 + len(theirs)
     learn_up_to(learner, batches, last)
     assert_each_learned_once(registry)
@@ -171,10 +176,10 @@ def test_two_aggregators_are_as_one(aggregators: Aggregators, registry: Registry
 
 async def assert_as_one(aggregators: Aggregators) -> None:
     events = clicks(400)
-    assert await aggregators.append(events) == [None] * 400
+    assert await aggregators.append(feedback(*events)) == [None] * 400
     again = [events[7], events[3]._replace(event_id="another"), events[3]]
-    assert await aggregators.append(again, reject=Counter(empty_id=2)) == ["duplicate", None, "duplicate"]
-    assert await aggregators.append([events[3]._replace(event_id="another")], named={"another"}) == [None]
+    assert await aggregators.append(feedback(*again, rejected=Counter(empty_id=2))) == ["duplicate", None, "duplicate"]
+    assert await aggregators.append(feedback(events[3]._replace(event_id="another"), named={"another"})) == [None]
     for user in (USERS[0], USERS[3]):
         [history] = await aggregators.get_histories([user])
         assert history.item_ids[:10] == [event.item_id for event in events if event.user_id == user]

@@ -2,180 +2,136 @@
 
     python -m tests.benchmarks.freshness --model MODEL --data DATA [--seconds 60] [--json FILE]
 
-Starts a service of its own on a copy of the model, sends events and asks for recommendations at fixed rates (an open
-loop: the next request is sent on time whether or not the one before has been answered), checks that an acknowledged
-event is in the history behind the next answer, and reads delays and checksums from /v1/status.
+Starts a service of its own on a copy of the model. Lean clients, in processes of their own, send events and ask for
+recommendations at fixed rates (an open loop: the next request is sent on time whether or not the one before has been
+answered); an event is a click of a user on an item as they stand together in a random line of the dataset. Meanwhile
+100 more events must each be in the history behind the next answer. Delays and checksums are read from /v1/status.
 """
 
-import asyncio
 import json
-import shutil
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-import aiohttp
+import httpx
 import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.local import free_port
+from cluster.local import HOST
 from jobs.command_line import run_command
-from jobs.serve import running_service
+from jobs.configuration import write_json
 from lib.datasets import read_events
-from serving.app import ServeArguments
 from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.serving_load import afterclick_service, put_load
 
 SETTLE_SECONDS = 30  # for the last events to be learned and pushed
 WARM_UP_EVENTS = 64
+READ_BACKS = 100
+CONNECTIONS = 32  # of each client
 
 
-class Load:
-    """Events and questions at fixed rates."""
-
-    def __init__(self, client: aiohttp.ClientSession, users: list[str], items: list[str], seed: int):
-        self.client = client
-        self.users, self.items = users, items
-        self.generator = np.random.default_rng(seed)
-        self.failures: list[str] = []
-        self.acknowledge_ms: list[float] = []
-        self.answer_ms: list[float] = []
-        self.read_back = 0
-        self.read_back_missing = 0
-
-    async def send_event(self) -> None:
-        """One click of a random user on a random item."""
-        await self._timed("POST", "/v1/events", self.acknowledge_ms, json={"events": [self._event()]})
-
-    async def ask(self) -> None:
-        """Recommendations for a random user."""
-        user = self.generator.choice(self.users)
-        await self._timed("GET", f"/v1/users/{user}/recommendations", self.answer_ms)
-
-    async def read_your_write(self) -> None:
-        """Send an event, and look for it behind the very next request."""
-        event = self._event()
-        if await self._timed("POST", "/v1/events", self.acknowledge_ms, json={"events": [event]}) is None:
-            return
-        exported = await self._timed("GET", f"/v1/users/{event['user_id']}/export", [])
-        if exported is None:
-            return
-        self.read_back += 1
-        newest = exported["events"][-5:]  # others may have clicked for this user in between
-        self.read_back_missing += all(e["item_id"] != event["item_id"] for e in newest)
-
-    def _event(self) -> dict[str, Any]:
-        user, item = self.generator.choice(self.users), self.generator.choice(self.items)
-        return {"user_id": user, "item_id": item, "event": "click", "event_id": uuid.uuid4().hex}
-
-    async def _timed(self, method: str, path: str, times: list[float], **body: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            async with self.client.request(method, path, **body) as response:
-                text = await response.text()
-        except aiohttp.ClientError as error:
-            self.failures.append(f"{method} {path}: {error!r}")
-            return None
-        if response.status != 200:
-            self.failures.append(f"{method} {path}: {response.status} {text[:100]}")
-            return None
-        times.append((time.perf_counter() - start) * 1e3)
-        return json.loads(text)
-
-
-async def at_rate(action: Any, per_second: float, seconds: float) -> None:
-    """Start `action` at fixed times, and wait for all of them."""
-    if per_second <= 0:
-        return
-    start, running = time.perf_counter(), []
-    for number in range(int(per_second * seconds)):
-        await asyncio.sleep(max(0.0, start + number / per_second - time.perf_counter()))
-        running.append(asyncio.create_task(action()))
-    await asyncio.gather(*running)
-
-
-async def measure(url: str, data: Path, events: float, answers: float, seconds: float, seed: int) -> dict[str, Any]:
-    """Put the load on a service and collect what it says."""
+def clicks(data: Path, seed: int) -> Iterator[dict[str, Any]]:
+    """Events without end."""
     table = read_events(data)
-    users, items = sorted(set(table["user_id"].to_pylist())), sorted(set(table["item_id"].to_pylist()))
-    timeout = aiohttp.ClientTimeout(total=30)
-    # aiohttp: a leaner client leaves the cores to what is measured
-    async with aiohttp.ClientSession(url, timeout=timeout, connector=aiohttp.TCPConnector(limit=64)) as client:
-        warm_up = Load(client, users, items, seed + 1)
-        await at_rate(warm_up.send_event, WARM_UP_EVENTS, 1)
-        await settled(client)
-        load = Load(client, users, items, seed)
-        before = await status_of(client)
+    users, items = table["user_id"].to_pylist(), table["item_id"].to_pylist()
+    generator = np.random.default_rng(seed)
+    while True:
+        for line in generator.integers(0, len(users), 1024).tolist():
+            yield {"user_id": users[line], "item_id": items[line], "event": "click", "event_id": uuid.uuid4().hex}
+
+
+def read_your_writes(client: httpx.Client, events: Iterator[dict[str, Any]], seconds: float) -> int:
+    """Send events one by one, and look for each behind the very next request; returns how many were there."""
+    start, found = time.perf_counter(), 0
+    for number, event in enumerate(islice(events, READ_BACKS)):
+        time.sleep(max(0.0, start + number * seconds / READ_BACKS - time.perf_counter()))
+        client.post("/v1/events", json={"events": [event]}).raise_for_status()
+        exported = client.get(f"/v1/users/{event['user_id']}/export").raise_for_status().json()
+        newest = exported["events"][-5:]  # others may have clicked for this user in between
+        found += any(own["item_id"] == event["item_id"] for own in newest)
+    return found
+
+
+def measure(port: int, data: Path, events: float, answers: float, seconds: float, seed: int) -> dict[str, Any]:
+    """Put the load on a service and collect what it says."""
+    every = clicks(data, seed)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        httpx.Client(base_url=f"http://{HOST}:{port}", timeout=30) as client,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        client.post("/v1/events", json={"events": [*islice(every, WARM_UP_EVENTS)]}).raise_for_status()
+        settled(client)
+        sent, asked = Path(folder) / "events", Path(folder) / "questions"
+        # two seconds more than are sent, as no event may be sent twice
+        sent.write_text("".join(json.dumps({"events": [e]}) + "\n" for e in islice(every, int(events * (seconds + 2)))))
+        asked.write_text("".join(json.dumps({"user_id": e["user_id"]}) + "\n" for e in islice(every, 5000)))
+        before = client.get("/v1/status").raise_for_status().json()
         start = time.perf_counter()
-        await asyncio.gather(
-            at_rate(load.send_event, events, seconds),
-            at_rate(load.ask, answers, seconds),
-            at_rate(load.read_your_write, 100 / seconds, seconds),
-        )
+        steady = {"connections": CONNECTIONS, "seconds": seconds, "warm_up": 0}
+        writing = threads.submit(put_load, port, sent, rate=events, path="/v1/events", **steady)
+        asking = threads.submit(put_load, port, asked, rate=answers, **steady)
+        found = read_your_writes(client, every, seconds)
+        written, answered = writing.result(), asking.result()
         elapsed = time.perf_counter() - start
-        status = await settled(client)
-    return results(load, before, status, elapsed)
+        status = settled(client)
+    return results(written, answered, found, before, status, elapsed)
 
 
-async def status_of(client: aiohttp.ClientSession) -> dict[str, Any]:
-    """GET /v1/status."""
-    async with client.get("/v1/status") as response:
-        response.raise_for_status()
-        return await response.json()
-
-
-async def settled(client: aiohttp.ClientSession) -> dict[str, Any]:
+def settled(client: httpx.Client) -> dict[str, Any]:
     """The status once everything acknowledged is learned and live, or after SETTLE_SECONDS."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
-        status = await status_of(client)
+        status = client.get("/v1/status").raise_for_status().json()
         learner = status["learner"]
         done = learner.get("log_offset") == status["aggregator"].get("log_offset")
-        if (
-            done and all(r["version"] == learner["version"] for r in status["replicas"])
-        ) or time.monotonic() > deadline:
+        live = done and all(replica["version"] == learner["version"] for replica in status["replicas"])
+        if live or time.monotonic() > deadline:
             return status
-        await asyncio.sleep(0.2)
+        time.sleep(0.2)
 
 
-def results(load: Load, before: dict[str, Any], status: dict[str, Any], elapsed: float) -> dict[str, Any]:
+def results(
+    written: dict[str, Any],
+    answered: dict[str, Any],
+    found: int,
+    before: dict[str, Any],
+    status: dict[str, Any],
+    elapsed: float,
+) -> dict[str, Any]:
     """One flat document of figures."""
     learner, replicas = status["learner"], status["replicas"]
-    checksums = {replica["checksum"] for replica in replicas}
+    costs = ("learn_ms", "push_ms", "push_bytes", "build_ms", "transfer_ms", "apply_ms")
     return {
         "seconds": elapsed,
-        "events_acknowledged": len(load.acknowledge_ms),
-        "events_per_second": len(load.acknowledge_ms) / elapsed,
-        "answers": len(load.answer_ms),
-        "failed_requests": len(load.failures),
-        "first_failures": load.failures[:3],
-        "read_your_writes": load.read_back - load.read_back_missing,
-        "read_your_writes_asked": load.read_back,
-        "acknowledge_p50_ms": quantile(load.acknowledge_ms, 0.5),
-        "acknowledge_p99_ms": quantile(load.acknowledge_ms, 0.99),
-        "answer_p50_ms": quantile(load.answer_ms, 0.5),
-        "answer_p99_ms": quantile(load.answer_ms, 0.99),
+        "events_acknowledged": written["answered"],
+        "answers": answered["answered"],
+        "failed_requests": sum(side[kind] for side in (written, answered) for kind in ("refused", "errors")),
+        "read_your_writes": found,
+        "read_your_writes_asked": READ_BACKS,
+        "acknowledge_p50_ms": written["p50_ms"],
+        "acknowledge_p99_ms": written["p99_ms"],
+        "answer_p50_ms": answered["p50_ms"],
+        "answer_p99_ms": answered["p99_ms"],
         "live_p50_ms": status["freshness"]["p50_ms"],
         "live_p99_ms": status["freshness"]["p99_ms"],
         "pushes": learner["pushes"] - before["learner"]["pushes"],
         "rejected_updates": learner["rejected_updates"],
-        "learn_ms": learner["learn_ms"],
-        "push_ms": learner["push_ms"],
-        "push_bytes": learner["push_bytes"],
+        "last_rejection": learner["last_rejection"],
+        **{f"{cost}{which}": learner[f"{cost}{which}"] for cost in costs for which in ("", "_p99")},
         "replicas": len(replicas),
         "all_learned": learner["log_offset"] == status["aggregator"]["log_offset"],
-        "checksums_equal": checksums == {learner["checksum"]},
+        "checksums_equal": {replica["checksum"] for replica in replicas} == {learner["checksum"]},
         "events_trained_or_rejected": learner["events_trained"] + learner["events_rejected"],
         "log_offset": status["aggregator"]["log_offset"],
     }
-
-
-def quantile(values: list[float], share: float) -> float | None:
-    """A quantile, or None without values."""
-    return float(np.quantile(values, share)) if values else None
 
 
 def freshness_command(
@@ -190,16 +146,10 @@ def freshness_command(
 ) -> None:
     """Measure the delay from acknowledgement to live weights."""
     machine = describe_machine()
-    folder = Path(tempfile.mkdtemp(prefix="afterclick-freshness-"))
-    try:
-        shutil.copytree(model, folder / "model", ignore=shutil.ignore_patterns("live"))
-        arguments = ServeArguments(model=str(folder / "model"), data=str(data.absolute()), replicas=replicas)
-        with running_service(arguments, free_port()) as service:
-            measured = asyncio.run(measure(service.url, data, events, answers, seconds, seed))
-    finally:
-        shutil.rmtree(folder)
+    with afterclick_service(model, data, replicas) as port:
+        measured = measure(port, data, events, answers, seconds, seed)
     if json_ is not None:
-        json_.write_text(json.dumps({"machine": machine, **measured}, indent=2) + "\n")
+        write_json(json_, {"machine": machine, **measured})
     table = Table("figure", "value", title=f"{events:g} events/s, {answers:g} answers/s, {replicas} replicas")
     for name, value in measured.items():
         table.add_row(name, f"{value:.1f}" if isinstance(value, float) else str(value))

@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.load_client --port 8000 --bodies FILE --connections 32 --seconds 10 [--rate 500]
 
-FILE holds one JSON body a line for POST /v1/recommendations. Each connection sends its next request as soon as it has
-the answer to the one before (a closed loop), or, with a rate, when its time has come (an open one: what waits for a
-connection waits since then). Prints one JSON object. A process of its own, so that it shares no interpreter with what
+FILE holds one JSON body a line for POST /v1/recommendations, or another path. Each connection sends its next request as
+soon as it has the answer to the one before (a closed loop), or, with a rate, when its time has come (an open one: what
+waits for a connection waits since then). Prints one JSON object. A process of its own, so that it shares no interpreter with what
 it measures; a request costs it about 20 microseconds.
 """
 
@@ -23,7 +23,6 @@ import numpy as np
 import typer
 
 HOST = "127.0.0.1"
-PATH = "/v1/recommendations"
 
 
 @dataclass
@@ -36,7 +35,7 @@ class Connection:
     expected: int = 0  # bytes of the whole answer, 0 until its header is complete
 
 
-def request(body: bytes, path: str = PATH) -> bytes:
+def request(body: bytes, path: str) -> bytes:
     """One POST as bytes."""
     head = [f"POST {path} HTTP/1.1", f"Host: {HOST}", "Content-Type: application/json", f"Content-Length: {len(body)}"]
     return "\r\n".join([*head, "", ""]).encode() + body
@@ -119,8 +118,10 @@ def load(
     answered, refused = (np.array(running.latencies.get(status, ())) / 1e6 for status in (b"200", b"503"))
     failed = sum(map(len, running.latencies.values())) - len(answered) - len(refused)
     return {
+        "answered": len(answered),
         "requests_per_second": len(answered) / seconds,
         "refused_per_second": len(refused) / seconds,
+        "refused": len(refused),
         "errors": failed,
         **{f"p{share}_ms": quantile(answered, share) for share in (50, 95, 99)},
         "refused_p99_ms": quantile(refused, 99),
@@ -139,9 +140,10 @@ def load_command(
     seconds: Annotated[float, typer.Option()] = 10.0,
     warm_up: Annotated[float, typer.Option(help="Seconds that do not count.")] = 2.0,
     rate: Annotated[float | None, typer.Option(help="Requests a second; as many as are answered if absent.")] = None,
+    path: Annotated[str, typer.Option(help="Where the bodies are posted.")] = "/v1/recommendations",
 ) -> None:
-    """Put load on POST /v1/recommendations."""
-    requests = [request(body) for body in bodies.read_bytes().splitlines()]
+    """Put load on one path of a service."""
+    requests = [request(body, path) for body in bodies.read_bytes().splitlines()]
     print(json.dumps(load(port, requests, connections, seconds, warm_up, rate)))
 
 

@@ -123,7 +123,7 @@ def measure(port: int, bodies: Path, seconds: float) -> dict[str, dict[str, floa
     return {str(count): put_load(port, bodies, connections=count, seconds=seconds) for count in CONNECTIONS}
 
 
-def put_load(port: int, bodies: Path, **options: float) -> dict[str, float]:
+def put_load(port: int, bodies: Path, **options: float | str) -> dict[str, Any]:
     """What the load client, in a process of its own, says."""
     command = [sys.executable, "-m", "tests.benchmarks.load_client", "--port", str(port), "--bodies", str(bodies)]
     command += [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
