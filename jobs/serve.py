@@ -30,6 +30,8 @@ from lib.events import CleaningRules, InputError
 from lib.learner import LearnerConfig
 from lib.model_folder import load_model
 from lib.ranking_rules import BoundRules, RankingRules
+from lib.registry import Registry
+from lib.shards import SQLITE, check_ends
 from serving.aggregator import AggregatorConfig, start_aggregator
 from serving.aggregators import running_aggregators
 from serving.app import ServeArguments, build, check_state
@@ -61,8 +63,11 @@ def start_service(arguments: ServeArguments, port: int, learner: LearnerConfig |
         config, layout = AggregatorConfig(cleaning=arguments.cleaning), arguments.layout
         given = (arguments.state_location, arguments.data, config)
         aggregators = [start_aggregator(*given, shard, layout) for shard in layout.shards()]
-        for status in _statuses(aggregators):
+        statuses = _statuses(aggregators)
+        for status in statuses:
             _say_damage(status)
+        learned = Registry(arguments.state_location).log_offset()
+        check_ends(arguments.state_location, learned, [status["log_offset"] for status in statuses])
         serve.start(http_options=HTTPOptions(host=HOST, port=port))
         serve.run(application, name=APPLICATION, route_prefix="/")
         _say_damage(ray.get(start_learner(arguments.state_location, learner).status.remote()))
@@ -165,6 +170,7 @@ def serve_command(
     replicas: Annotated[int, typer.Option(min=1, help="Inference replicas.")] = 2,
     most_replicas: Annotated[int | None, typer.Option(min=1, help="Up to so many as the load grows.")] = None,
     aggregators: Annotated[int, typer.Option(min=1, help="Share the users out among so many, for good.")] = 1,
+    log: Annotated[str, typer.Option(help="Of feedback: sqlite, or kafka://host:port/topic.")] = SQLITE,
     port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP port on 127.0.0.1.")] = 8000,
     state: Annotated[Path | None, typer.Option(help="Where log and versions live; MODEL/live if absent.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of learner settings.")] = None,
@@ -182,6 +188,7 @@ def serve_command(
         replicas=replicas,
         most_replicas=most_replicas,
         aggregators=aggregators,
+        log=log,
         state=str(state.absolute()) if state is not None else None,
         cleaning=settings_from(CleaningRules, cleaning, []),
         ranking=RankingRules.of(yaml_of(ranking, "ranking")) if ranking is not None else RankingRules(),

@@ -6,26 +6,29 @@ number of shards therefore stays what it was when the first event came.
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
 from lib.events import InputError
-from lib.feedback_log import FeedbackLog, FeedbackLogReader, LogWriteError, last_commit_is_torn
+from lib.feedback_log import FeedbackLog, FeedbackLogReader, LogCorrupt, LogWriteError, last_commit_is_torn
 from lib.log_order import LogOrder
 from lib.sharded_log import ShardedLogReader
 
+SQLITE = "sqlite"  # the log is a file in the state folder
 LOG_FILE = "feedback.sqlite"
+COPY_FILE = "kafka-copy.sqlite"  # of a log on Kafka
 ORDER_FILE = "order.sqlite"  # of the events of several shards
 LOCK_SECONDS = 30.0  # a restarted aggregator can overlap for a moment with the one that is dying
+COPY_HINT = "it is a copy of {}: delete it, and it is made again"
+KAFKA_SECONDS = 10.0  # to wait for its brokers at the start
 RECORD = "log.json"  # in the state folder, where the log is not one SQLite file
+LogReader = FeedbackLogReader | ShardedLogReader
 
 
 class PartlyWritten(LogWriteError):
     """The log of one shard could not be written, and another one was."""
-
-
-LogReader = FeedbackLogReader | ShardedLogReader
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class LogLayout:
     """Where the feedback log is, and in how many shards."""
 
     aggregators: int = 1
+    log: str = SQLITE  # or kafka://host:port[,host:port]/topic[?setting=value&...]
 
     def shards(self) -> list[Shard]:
         """All of them."""
@@ -69,15 +73,21 @@ class LogLayout:
 
     def files(self, state: str | Path) -> list[Path]:
         """The files from which the logs of the shards are read."""
-        return [Path(state, shard.named(LOG_FILE)) for shard in self.shards()]
+        name = LOG_FILE if self.log == SQLITE else COPY_FILE
+        return [Path(state, shard.named(name)) for shard in self.shards()]
 
     def open(self, state: str | Path, shard: Shard) -> FeedbackLog:
-        """The log of a shard, to write; waits for a dying writer's lock.
+        """The log of a shard, to write; waits for a dying writer's lock, and for brokers that are away.
 
         Raises:
             InputError: it cannot be opened.
         """
-        return FeedbackLog(self.files(state)[shard.number], wait_for_lock=LOCK_SECONDS)
+        path = self.files(state)[shard.number]
+        if self.log == SQLITE:
+            return FeedbackLog(path, wait_for_lock=LOCK_SECONDS)
+        from lib.kafka_log import KafkaLog  # its package is optional
+
+        return KafkaLog(self.log, shard, path, wait_for_lock=LOCK_SECONDS, wait_for_brokers=True)
 
     @classmethod
     def of(cls, state: str | Path) -> "LogLayout":
@@ -95,19 +105,35 @@ class LogLayout:
             raise InputError(f"state: {path} is damaged ({error}); restore it from a copy") from error
 
     def check(self, state: str | Path) -> None:
-        """Refuse another layout than the state folder's.
+        """Refuse another layout than the state folder's, and a topic that cannot be used.
 
         Raises:
             InputError: it names the argument and how to go on.
         """
         made = self.of(state)
         if made == LogLayout() and not Path(state, LOG_FILE).exists():
-            return  # no event has come yet
-        if made.aggregators != self.aggregators:
+            made = self  # no event has come yet
+        others = {"aggregators": made.aggregators != self.aggregators, "log": made._topic != self._topic}
+        for name in (name for name, other in others.items() if other):
+            then, now = getattr(made, name), getattr(self._public, name)
             raise InputError(
-                f"aggregators: the feedback log in {state} was made with {made.aggregators}, not {self.aggregators}; "
-                f"start with --aggregators {made.aggregators}, or begin another folder with --state"
+                f"{name}: the feedback log in {state} was made with {then}, not {now}; "
+                f"start with --{name} {then}, or begin another folder with --state"
             )
+        if self.log != SQLITE:
+            from lib.kafka_log import Topic
+
+            Topic.of(self.log).check(self.aggregators, KAFKA_SECONDS)
+
+    @property
+    def _topic(self) -> str:
+        """What tells two logs apart: brokers may move."""
+        return self._public.log.rpartition("/")[2]
+
+    @property
+    def _public(self) -> "LogLayout":
+        """The same without settings of the log's client, among which may be a password."""
+        return replace(self, log=self.log.partition("?")[0])
 
     def record(self, state: str | Path) -> None:
         """Have the state folder remember this layout, durably, before the first event comes."""
@@ -119,7 +145,7 @@ class LogLayout:
             LogOrder.create(path.with_name(ORDER_FILE))
         unfinished = path.with_name(f".{RECORD}.{os.getpid()}")
         with unfinished.open("w") as file:
-            json.dump(asdict(self), file)
+            json.dump(asdict(self._public), file)
             file.flush()
             os.fsync(file.fileno())
         unfinished.rename(path)
@@ -144,22 +170,40 @@ def read_log(state: str | Path) -> LogReader:
 def check_log(state: str | Path, learned: int, pages: bool = False) -> None:
     """Refuse a log that is damaged (`pages`: it is read whole), or ends before what versions have learned of it.
 
+    A copy of a log on Kafka may be behind, until an aggregator opens it; its end is for `check_ends` then.
+
+    Raises:
+        InputError: it names the log, and the remedy.
+    """
+    layout = LogLayout.of(state)
+    order = Path(state, ORDER_FILE)
+    if layout.aggregators > 1 and order.exists():
+        last_commit_is_torn(order)
+    try:
+        ends = [_end_of(path, pages) for path in layout.files(state)]
+    except LogCorrupt as error:
+        if layout.log == SQLITE:
+            raise
+        raise LogCorrupt(f"{error}; {COPY_HINT.format(layout.log)}") from error
+    if layout.log == SQLITE:
+        check_ends(state, learned, ends)
+
+
+def check_ends(state: str | Path, learned: int, ends: Sequence[int]) -> None:
+    """Refuse logs of the shards that end, at these offsets of their own, before what versions have learned of them.
+
     What such a log is given from now on would get offsets that were learned already, and never be learned.
 
     Raises:
         InputError: it names the log, and the remedy.
     """
     layout = LogLayout.of(state)
-    paths = layout.files(state)
-    ends = [_end_of(path, pages) for path in paths]
-    log, end = paths[0], ends[0]
+    log, end = layout.files(state)[0], ends[0]
     if layout.aggregators > 1:
         log = Path(state, ORDER_FILE)
-        if log.exists():
-            last_commit_is_torn(log)
         with LogOrder(log) as order:
             end, places = order.end(), [order.place(number) for number in range(layout.aggregators)]
-        for path, own, place in zip(paths, ends, places, strict=True):
+        for path, own, place in zip(layout.files(state), ends, places, strict=True):
             if own < place:
                 raise InputError(
                     f"state: the feedback log {path} ends at offset {own}, but {log} has put {place} of its events in "

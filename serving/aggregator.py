@@ -125,6 +125,7 @@ class Aggregator:
                 self.guard.take_back(event.user_id)
             raise
         offsets = iter(result.offsets if result is not None else ())
+        others = deque(result.others if result is not None else ())
         answers: list[str | None] = []
         for event, objection in zip(events, objections, strict=True):
             if objection is not None:
@@ -137,17 +138,26 @@ class Aggregator:
                 answers.append(None if repeated else DUPLICATE)
                 self.duplicates += not repeated
                 continue
+            while others and others[0].offset < offset:
+                other = others.popleft()
+                self._take(other.event, other.offset, now)
             self._notice(event, offset, int(now * 1000))
-            self.histories.append(event, offset)
-            if self.changes is not None:
-                self.changes.mark_user(event.user_id)
-            self.arrivals.append(Arrival(offset, now))
-            self.last_offset = offset
+            self._take(event, offset, now)
             self.accepted += 1
             answers.append(None)
+        for other in others:
+            self._take(other.event, other.offset, now)
         if self.arrivals:
             self.arrived.set()
         return answers
+
+    def _take(self, event: Event, offset: int, now: float) -> None:
+        """Have a durable event in its user's history, and wait for the learner."""
+        self.histories.append(event, offset)
+        if self.changes is not None:
+            self.changes.mark_user(event.user_id)
+        self.arrivals.append(Arrival(offset, now))
+        self.last_offset = offset
 
     def _notice(self, event: Event, offset: int, now: int) -> None:
         """Whether it is one of a crowd of newcomers, before its user's history grows."""

@@ -7,7 +7,7 @@ from ray.serve import Application
 from lib.events import CleaningRules, InputError
 from lib.ranking_rules import RankingRules
 from lib.registry import Registry
-from lib.shards import LogLayout, check_log
+from lib.shards import SQLITE, LogLayout, check_log
 from serving.names import DEPLOYMENT
 from serving.recommendations import Recommendations, ReplicaConfig
 
@@ -35,6 +35,7 @@ class ServeArguments(BaseModel):
         default=None, ge=1, le=1000, description="with it, between `replicas` and so many run, as the load asks for"
     )
     aggregators: int = Field(default=1, ge=1, le=1000, description="actors that share the users, for good")
+    log: str = Field(default=SQLITE, description="of feedback: sqlite (in the state folder) or kafka://host:port/topic")
     autoscaling: Autoscaling = Autoscaling()
     replica: ReplicaConfig = ReplicaConfig()
     ranking: RankingRules = RankingRules()
@@ -58,7 +59,7 @@ class ServeArguments(BaseModel):
     @property
     def layout(self) -> LogLayout:
         """Where the feedback log is, and in how many shards."""
-        return LogLayout(self.aggregators)
+        return LogLayout(self.aggregators, self.log)
 
 
 def check_state(state: str, pages: bool = False) -> None:
