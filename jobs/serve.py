@@ -49,7 +49,9 @@ class Service:
     arguments: ServeArguments
 
 
-def start_service(arguments: ServeArguments, port: int, learner: LearnerConfig | None = None) -> Service:
+def start_service(
+    arguments: ServeArguments, port: int, learner: LearnerConfig | None = None, learner_workers: int = 1
+) -> Service:
     """Start everything on the running Ray; returns when the first answer has been given.
 
     Raises:
@@ -70,7 +72,7 @@ def start_service(arguments: ServeArguments, port: int, learner: LearnerConfig |
         check_ends(arguments.state_location, learned, [status["log_offset"] for status in statuses])
         serve.start(http_options=HTTPOptions(host=HOST, port=port))
         serve.run(application, name=APPLICATION, route_prefix="/")
-        _say_damage(ray.get(start_learner(arguments.state_location, learner).status.remote()))
+        _say_damage(ray.get(start_learner(arguments.state_location, learner, learner_workers).status.remote()))
         _wait_until_answering(url)
     except BaseException:
         stop_service()
@@ -154,10 +156,12 @@ def _aggregators(count: int) -> str:
 
 
 @contextmanager
-def running_service(arguments: ServeArguments, port: int, learner: LearnerConfig | None = None) -> Iterator[Service]:
+def running_service(
+    arguments: ServeArguments, port: int, learner: LearnerConfig | None = None, learner_workers: int = 1
+) -> Iterator[Service]:
     """A service for the length of a block, with a Ray of its own if none runs."""
     with running_ray():
-        service = start_service(arguments, port, learner)
+        service = start_service(arguments, port, learner, learner_workers)
         try:
             yield service
         finally:
@@ -171,6 +175,7 @@ def serve_command(
     most_replicas: Annotated[int | None, typer.Option(min=1, help="Up to so many as the load grows.")] = None,
     aggregators: Annotated[int, typer.Option(min=1, help="Share the users out among so many, for good.")] = 1,
     log: Annotated[str, typer.Option(help="Of feedback: sqlite, or kafka://host:port/topic.")] = SQLITE,
+    learner_workers: Annotated[int, typer.Option(min=1, help="Processes that learn together.")] = 1,
     port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP port on 127.0.0.1.")] = 8000,
     state: Annotated[Path | None, typer.Option(help="Where log and versions live; MODEL/live if absent.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of learner settings.")] = None,
@@ -200,7 +205,7 @@ def serve_command(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     print(f"starting Ray, {replicas} replicas, {_aggregators(aggregators)} and the learner", flush=True)
-    with running_service(arguments, port, learner) as service:
+    with running_service(arguments, port, learner, learner_workers) as service:
         print(f"serving at {service.url}  (page: {service.url}/, API: {service.url}/docs)  Ctrl-C stops it", flush=True)
         stop.wait()
         print("stopping", flush=True)
