@@ -18,6 +18,7 @@ import torch
 import torch.distributed as distributed
 from ray.actor import ActorHandle
 from ray.util import get_node_ip_address
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from lib.events import InputError
 from lib.item_log import ItemChange
@@ -53,7 +54,7 @@ class LearnerWorkers:
         self.others: list[ActorHandle] = []
         if workers > 1:
             host = get_node_ip_address()
-            store = distributed.TCPStore(host, 0, workers, is_master=True, wait_for_workers=False)
+            store = TCPStore(host, 0, workers, is_master=True, wait_for_workers=False)
             other: Any = ray.remote(LearnerWorker).options(num_cpus=0.5)
             places = [(host, store.port, rank, workers) for rank in range(1, workers)]
             self.others = [other.remote(state, config, place) for place in places]
@@ -108,7 +109,7 @@ class LearnerWorker:
     def __init__(self, state: str, config: LearnerConfig, place: tuple[str, int, int, int]):
         host, port, rank, workers = place
         yield_to_replicas()
-        _join(host, distributed.TCPStore(host, port, workers, is_master=False), rank, workers)
+        _join(host, TCPStore(host, port, workers, is_master=False), rank, workers)
         self.learner = NearlineLearner(Registry(state), config)
 
     def do(self, method: str, *arguments: Any) -> None:
@@ -128,7 +129,7 @@ def _do(learner: NearlineLearner, method: str, *arguments: Any) -> Any:
     return getattr(learner, method)(*arguments)
 
 
-def _join(host: str, store: distributed.Store, rank: int, workers: int) -> None:
+def _join(host: str, store: TCPStore, rank: int, workers: int) -> None:
     if host == LOOPBACK:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else it listens on whatever the machine's name stands for
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=workers, timeout=PATIENCE)

@@ -21,35 +21,35 @@ CREATE TABLE IF NOT EXISTS runs(
     after  INTEGER PRIMARY KEY,
     shard  INTEGER NOT NULL,
     place  INTEGER NOT NULL,
-    count  INTEGER NOT NULL,
+    length INTEGER NOT NULL,
     UNIQUE(shard, place)
 );
 """
-SELECT = "SELECT after, shard, place, count FROM runs"
+SELECT = "SELECT after, shard, place, length FROM runs"
 
 
 class Run(NamedTuple):
-    """`count` events that follow offset `after`: those that follow offset `place` of a shard's own log."""
+    """`length` events that follow offset `after`: those that follow offset `place` of a shard's own log."""
 
     after: int
     shard: int
     place: int
-    count: int
+    length: int
 
     @property
     def end(self) -> int:
         """The offset of the last one."""
-        return self.after + self.count
+        return self.after + self.length
 
     @property
     def last_place(self) -> int:
         """The offset of the last one in the shard's own log."""
-        return self.place + self.count
+        return self.place + self.length
 
     def beyond(self, offset: int) -> "Run":
         """What follows an offset of the run."""
         passed = offset - self.after
-        return Run(offset, self.shard, self.place + passed, self.count - passed)
+        return Run(offset, self.shard, self.place + passed, self.length - passed)
 
 
 class LogOrder:
@@ -117,9 +117,9 @@ class LogOrder:
                 raise InputError(f"order of the feedback log {self.path}: another learner extends it; stop that first")
             run = Run(0 if last is None else last.end, shard, place, last_place - place)
             if last is not None and last == own:
-                connection.execute("UPDATE runs SET count = count + ? WHERE after = ?", (run.count, last.after))
+                connection.execute("UPDATE runs SET length = length + ? WHERE after = ?", (run.length, last.after))
             else:
-                connection.execute("INSERT INTO runs(after, shard, place, count) VALUES(?, ?, ?, ?)", run)
+                connection.execute("INSERT INTO runs(after, shard, place, length) VALUES(?, ?, ?, ?)", run)
         return run
 
     def close(self) -> None:

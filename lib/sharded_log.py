@@ -27,7 +27,7 @@ class ShardedLogReader:
         return found
 
     def _events_of(self, run: Run, limit: int) -> list[LoggedEvent]:
-        events = self.logs[run.shard].read(run.place, min(limit, run.count))
+        events = self.logs[run.shard].read(run.place, min(limit, run.length))
         shift = run.after - run.place
         return [event._replace(offset=event.offset + shift) for event in events if event.offset <= run.last_place]
 
@@ -47,7 +47,7 @@ class ShardedLogReader:
         last = INT64_MAX if up_to is None else up_to
         found = 0
         while after < last and (run := self.order.after(after)) is not None:
-            run = run._replace(count=min(run.count, last - after))
+            run = run._replace(length=min(run.length, last - after))
             found += self.logs[run.shard].count(run.place, run.last_place)
             after = run.end
         if after < last:

@@ -9,6 +9,7 @@ sent again until it is acknowledged. Exit status 1, with the proofs that failed,
 """
 
 import asyncio
+import os
 import random
 import shutil
 import subprocess
@@ -61,8 +62,10 @@ class Server:
         command = [sys.executable, "-m", "jobs.serve", "--port", str(self.port)]
         command += ["--model", str(self.model), "--data", str(self.data), *self.options]
         self._said = self.output.stat().st_size if self.output.exists() else 0
+        # this process may have trained a model on a Ray of its own, and its HAProxy's files are named after it
+        environment = {name: value for name, value in os.environ.items() if "HAPROXY" not in name}
         with self.output.open("ab") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
     @property
     def root(self) -> int:
