@@ -161,12 +161,12 @@ def finetune(
 
 
 def _state_folder(state: str | Path) -> Path:
-    from serving.aggregator import LOG_FILE
+    from lib.shards import LogLayout
 
     if "://" in str(state):
         raise InputError(f"state: {state} is no folder; fine-tune where the feedback log is")
     folder = Path(state).absolute()
-    if not (folder / LOG_FILE).is_file():
+    if not any(path.is_file() for path in LogLayout.of(folder).files(folder)):
         raise InputError(f"state: {folder} has no feedback log; serve the model and take feedback first")
     return folder
 
@@ -186,16 +186,15 @@ def _plan(
     """
     import pyarrow as pa
 
-    from lib.feedback_log import FeedbackLogReader
     from lib.finetuning import cut_feedback, feedback, older_events
     from lib.learner import LearnerConfig, NearlineLearner, base_of
-    from serving.aggregator import LOG_FILE
+    from lib.shards import read_log
 
     live = registry.load()
     version = base_of(live, registry) if since is None else since
     config = LearnerConfig(seed=settings.seed, popularity_half_life=settings.popularity_half_life)
     learner = NearlineLearner(registry, config, version=version)
-    with FeedbackLogReader(state / LOG_FILE) as log:
+    with read_log(state) as log:
         new = feedback(log, learner.log_offset, log.last_offset())
         offsets = new["offset"].to_numpy()
         share, most = settings.held_out, settings.most_held_out

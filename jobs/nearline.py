@@ -2,10 +2,10 @@
 
     python -m jobs.nearline --model MODEL     joins the running cluster and keeps a learner there
 
-It yields to the replicas: lower priority, one thread, short steps. Where a version cannot be stored (a full disk) it
-says so in its status and waits: nothing is pushed that a restart would lose. Whatever goes wrong that it cannot handle
-ends the process; Ray starts it again, and it continues from the registry, where weights, optimiser and log offset moved
-as one.
+It yields to the replicas: lower priority, one thread, short steps, which several processes can share. Where a version
+cannot be stored (a full disk) it says so in its status and waits: nothing is pushed that a restart would lose. Whatever
+goes wrong that it cannot handle ends the process; Ray starts it again, and it continues from the registry, where
+weights, optimiser and log offset moved as one.
 """
 
 import logging
@@ -22,18 +22,16 @@ from typing import Annotated, Any, cast
 
 import numpy as np
 import ray
-import torch
 import typer
 from ray.actor import ActorHandle
 
+from jobs.learner_workers import LearnerWorkers, yield_to_replicas
 from lib.events import InputError
 from lib.item_log import ItemChange
 from lib.learner import LearnerConfig, NearlineLearner, Rejection
-from lib.registry import Registry
-from lib.training import keep_freed_memory
 from lib.user_histories import MicroBatch
 from lib.weights import Delta
-from serving.aggregator import aggregator_handle
+from serving.batch_source import BatchSource, Released
 from serving.names import LEARNER, NAMESPACE
 from serving.rollout import Acknowledgements, PushCost, Rollout
 
@@ -42,7 +40,6 @@ ANNOUNCE_SECONDS = 1.0
 OFFER_SECONDS = 2.0  # between two looks for a model that is to be taken over
 RETRY_SECONDS = 0.05
 STORAGE_RETRY_SECONDS = 1.0
-NICENESS = 10  # below the replicas, and still moving when they take all of the cores
 
 
 @dataclass
@@ -105,15 +102,15 @@ class Live:
 class Learner:
     """The actor: one thread learns, the others answer what it is asked."""
 
-    def __init__(self, state: str, config: LearnerConfig):
-        os.nice(NICENESS)
-        torch.set_num_threads(1)
-        keep_freed_memory()
+    def __init__(self, state: str, config: LearnerConfig, workers: int = 1):
+        yield_to_replicas()
         self.config = config
         self.state = state
         self.stopping = threading.Event()
         self.storage_error: str | None = None  # while a version cannot be stored
-        self.learner = NearlineLearner(Registry(state), config, self._wait_for_storage)
+        self.workers = LearnerWorkers(state, config, self._wait_for_storage, workers)
+        self.learner = self.workers.first
+        self.batches = BatchSource(state)
         self.live = Live.of(self.learner)
         self.rollout = Rollout()
         self.progress = Progress()
@@ -151,20 +148,23 @@ class Learner:
             if acknowledgements.behind(self.learner.version) and self.stored_whole < self.learner.version:
                 self._store_whole()
 
-    def _next_batch(self) -> MicroBatch | list[ItemChange] | None:
+    def _next_batch(self) -> Released:
         learner = self.learner
-        call = aggregator_handle().next_batch.remote(learner.log_offset, learner.item_revision, learner.sample_sizes)
-        return cast("MicroBatch | list[ItemChange] | None", ray.get(call))
+        try:
+            return self.batches.next(learner.log_offset, learner.item_revision, learner.sample_sizes)
+        except OSError as error:  # the order of several shards' events could not be stored
+            self._wait_for_storage(error)
+            return None
 
     def _change_items(self, changes: list[ItemChange]) -> None:
-        delta = self.learner.change_items(changes)
+        delta = self.workers.change_items(changes)
         self.live = Live.of(self.learner)
         if delta is not None:
             self._push(delta)
 
     def _store_whole(self) -> None:
         """A version whose loading needs no older file, for those who cannot read one of these."""
-        delta = self.learner.store_whole()
+        delta = self.workers.store_whole()
         self.live, self.stored_whole = Live.of(self.learner), delta.version
         self._push(delta)
 
@@ -180,7 +180,7 @@ class Learner:
         now, adopted = time.time_ns() / 1e6, self.learner.adopted
         # what came before the present base was taken over was live once already
         waited = [now - received for received in batch.received_at if received > adopted]
-        outcome = self.learner.learn(batch)
+        outcome = self.workers.learn(batch)
         self.live = Live.of(self.learner)
         if isinstance(outcome, Rejection):
             self._reject(outcome)
@@ -236,7 +236,7 @@ class Learner:
         while not self.rollbacks.empty():
             version, outcome = self.rollbacks.get()
             try:
-                delta = self.learner.restore(version)
+                delta = self.workers.restore(version)
             except InputError as error:
                 outcome.set_result({"error": str(error)})
                 continue
@@ -259,7 +259,7 @@ class Learner:
         for name in registry.offers():
             if self.learner.offer != name:
                 try:
-                    self.learner.take_over(name)
+                    self.workers.take_over(name)
                 except InputError as error:
                     logger.error("the offered model %s cannot be taken over: %s", name, error)
                     registry.withdraw(name)
@@ -290,6 +290,7 @@ class Learner:
             "unreached_replicas": self.progress.unreached,
             "freshness": self.progress.freshness(),
             **self.progress.step_times(),
+            "workers": 1 + len(self.workers.others),
             "process": os.getpid(),
         }
 
@@ -299,7 +300,7 @@ class Learner:
         self.thread.join(timeout=10)
 
 
-def start_learner(state: str, config: LearnerConfig | None = None) -> ActorHandle:
+def start_learner(state: str, config: LearnerConfig | None = None, workers: int = 1) -> ActorHandle:
     """The running learner, started if need be; Ray restarts it whenever its process dies."""
     actor: Any = ray.remote(Learner).options(
         name=LEARNER,
@@ -311,7 +312,7 @@ def start_learner(state: str, config: LearnerConfig | None = None) -> ActorHandl
         max_concurrency=8,
         num_cpus=0.5,
     )
-    return actor.remote(state, config or LearnerConfig())
+    return actor.remote(state, config or LearnerConfig(), workers)
 
 
 def _status_of(learner: ActorHandle) -> dict[str, Any]:
@@ -321,12 +322,13 @@ def _status_of(learner: ActorHandle) -> dict[str, Any]:
 def nearline_command(
     model: Annotated[Path, typer.Option(help="Model folder that is being served.")],
     state: Annotated[str | None, typer.Option(help="Where log and versions live; MODEL/live if absent.")] = None,
+    learner_workers: Annotated[int, typer.Option(min=1, help="Processes that learn together.")] = 1,
 ) -> None:
     """Keep a near-line learner running on the cluster that serves this model; the job lasts as long as it does."""
     from cluster.local import running_ray
 
     with running_ray():
-        learner = start_learner(state or f"{model}/live")
+        learner = start_learner(state or f"{model}/live", workers=learner_workers)
         print(f"learner at version {_status_of(learner)['version']}; Ctrl-C stops it", flush=True)
         try:
             while True:

@@ -20,6 +20,7 @@ import httpx
 import ray
 import typer
 from ray import serve
+from ray.actor import ActorHandle
 from ray.serve.config import HTTPOptions
 
 from cluster.local import HOST, require_free_port, running_ray
@@ -30,10 +31,13 @@ from lib.experiment import ChallengerConfig
 from lib.learner import LearnerConfig
 from lib.model_folder import load_model
 from lib.ranking_rules import BoundRules, RankingRules
-from serving.aggregator import AggregatorConfig, aggregator_handle, start_aggregator
+from lib.registry import Registry
+from lib.shards import SQLITE, check_ends
+from serving.aggregator import AggregatorConfig, start_aggregator
+from serving.aggregators import running_aggregators
 from serving.app import ServeArguments, build, check_state
 from serving.experiment import check_challenger
-from serving.names import AGGREGATOR, APPLICATION, EXPERIMENTS, LEARNER, NAMESPACE
+from serving.names import APPLICATION, EXPERIMENTS, LEARNER, NAMESPACE
 
 START_SECONDS = 60.0  # for HAProxy to know the replicas
 STOP_SECONDS = 30.0
@@ -47,7 +51,9 @@ class Service:
     arguments: ServeArguments
 
 
-def start_service(arguments: ServeArguments, port: int, learner: LearnerConfig | None = None) -> Service:
+def start_service(
+    arguments: ServeArguments, port: int, learner: LearnerConfig | None = None, learner_workers: int = 1
+) -> Service:
     """Start everything on the running Ray; returns when the first answer has been given.
 
     Raises:
@@ -58,12 +64,17 @@ def start_service(arguments: ServeArguments, port: int, learner: LearnerConfig |
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it starts is said in two lines of our own
     try:
         application = build(arguments)
-        config = AggregatorConfig(cleaning=arguments.cleaning)
-        aggregator = start_aggregator(arguments.state_location, arguments.data, config)
-        _say_damage(ray.get(aggregator.status.remote()))
+        config, layout = AggregatorConfig(cleaning=arguments.cleaning), arguments.layout
+        given = (arguments.state_location, arguments.data, config)
+        aggregators = [start_aggregator(*given, shard, layout) for shard in layout.shards()]
+        statuses = _statuses(aggregators)
+        for status in statuses:
+            _say_damage(status)
+        learned = Registry(arguments.state_location).log_offset()
+        check_ends(arguments.state_location, learned, [status["log_offset"] for status in statuses])
         serve.start(http_options=HTTPOptions(host=HOST, port=port))
         serve.run(application, name=APPLICATION, route_prefix="/")
-        _say_damage(ray.get(start_learner(arguments.state_location, learner).status.remote()))
+        _say_damage(ray.get(start_learner(arguments.state_location, learner, learner_workers).status.remote()))
         _wait_until_answering(url)
     except BaseException:
         stop_service()
@@ -83,13 +94,14 @@ def _check(arguments: ServeArguments, port: int) -> None:
     check_model(arguments)
     if arguments.data is not None:
         read_events(arguments.data)
-    try:
-        aggregator = aggregator_handle()
-    except ValueError:
-        return
-    running = cast("dict[str, Any]", ray.get(aggregator.status.remote()))["state"]
-    if running != arguments.state_location:
-        raise InputError(f"state: this cluster serves {running} already; stop that first, or use another cluster")
+    for status in _statuses(running_aggregators()):
+        running = status["state"]
+        if running != arguments.state_location:
+            raise InputError(f"state: this cluster serves {running} already; stop that first, or use another cluster")
+
+
+def _statuses(aggregators: list[ActorHandle]) -> list[dict[str, Any]]:
+    return cast("list[dict[str, Any]]", ray.get([aggregator.status.remote() for aggregator in aggregators]))
 
 
 def check_model(arguments: ServeArguments) -> None:
@@ -123,31 +135,42 @@ def _wait_until_answering(url: str) -> None:
 
 
 def stop_service() -> None:
-    """Stop learner, replicas and aggregator, in this order, so that nothing that was acknowledged waits unwritten."""
+    """Stop learner, replicas and aggregators, in this order, so that nothing that was acknowledged waits unwritten."""
     with ExitStack() as stops:  # the last one first, each of them whatever becomes of the others
-        stops.callback(_stop_actor, AGGREGATOR, "close")
-        stops.callback(_stop_actor, EXPERIMENTS, "close")
+        stops.callback(lambda: _stop_actors(running_aggregators(), "close"))
+        stops.callback(lambda: _stop_actors(_running(EXPERIMENTS), "close"))
         stops.callback(serve.shutdown)
-        stops.callback(_stop_actor, LEARNER, "stop")
+        stops.callback(lambda: _stop_actors(_running(LEARNER), "stop"))
 
 
-def _stop_actor(name: str, method: str) -> None:
-    """Have an actor finish what it does, then end it; one that does not answer is ended all the same."""
+def _running(name: str) -> list[ActorHandle]:
+    """The actor of that name, if there is one."""
     try:
-        actor = ray.get_actor(name, namespace=NAMESPACE)
+        return [ray.get_actor(name, namespace=NAMESPACE)]
     except ValueError:
-        return
+        return []
+
+
+def _stop_actors(actors: list[ActorHandle], method: str) -> None:
+    """Have actors finish what they do, then end them; one that does not answer is ended all the same."""
     try:
-        ray.get(getattr(actor, method).remote(), timeout=STOP_SECONDS)
+        ray.get([getattr(actor, method).remote() for actor in actors], timeout=STOP_SECONDS)
     finally:
-        ray.kill(actor)
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _aggregators(count: int) -> str:
+    return "the aggregator" if count == 1 else f"{count} aggregators"
 
 
 @contextmanager
-def running_service(arguments: ServeArguments, port: int, learner: LearnerConfig | None = None) -> Iterator[Service]:
+def running_service(
+    arguments: ServeArguments, port: int, learner: LearnerConfig | None = None, learner_workers: int = 1
+) -> Iterator[Service]:
     """A service for the length of a block, with a Ray of its own if none runs."""
     with running_ray():
-        service = start_service(arguments, port, learner)
+        service = start_service(arguments, port, learner, learner_workers)
         try:
             yield service
         finally:
@@ -159,6 +182,9 @@ def serve_command(
     data: Annotated[Path | None, typer.Option(help="Ingested dataset whose users' histories to start with.")] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Inference replicas.")] = 2,
     most_replicas: Annotated[int | None, typer.Option(min=1, help="Up to so many as the load grows.")] = None,
+    aggregators: Annotated[int, typer.Option(min=1, help="Share the users out among so many, for good.")] = 1,
+    log: Annotated[str, typer.Option(help="Of feedback: sqlite, or kafka://host:port/topic.")] = SQLITE,
+    learner_workers: Annotated[int, typer.Option(min=1, help="Processes that learn together.")] = 1,
     port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP port on 127.0.0.1.")] = 8000,
     state: Annotated[Path | None, typer.Option(help="Where log and versions live; MODEL/live if absent.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of learner settings.")] = None,
@@ -179,6 +205,8 @@ def serve_command(
         data=str(data.absolute()) if data is not None else None,
         replicas=replicas,
         most_replicas=most_replicas,
+        aggregators=aggregators,
+        log=log,
         state=str(state.absolute()) if state is not None else None,
         cleaning=settings_from(CleaningRules, cleaning, []),
         ranking=RankingRules.of(yaml_of(ranking, "ranking")) if ranking is not None else RankingRules(),
@@ -190,8 +218,8 @@ def serve_command(
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    print(f"starting Ray, {replicas} replicas, the aggregator and the learner", flush=True)
-    with running_service(arguments, port, learner) as service:
+    print(f"starting Ray, {replicas} replicas, {_aggregators(aggregators)} and the learner", flush=True)
+    with running_service(arguments, port, learner, learner_workers) as service:
         print(f"serving at {service.url}  (page: {service.url}/, API: {service.url}/docs)  Ctrl-C stops it", flush=True)
         stop.wait()
         print("stopping", flush=True)

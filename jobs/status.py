@@ -30,9 +30,12 @@ def status_command(
         replicas.add_row(*(str(replica[name]) for name in columns))
     console.print(f"model version {status['model_version']}")
     console.print(replicas)
+    shards = status["aggregator"].pop("shards", [])
     for part in ("learner", "aggregator", "experiment"):
         if part in status:
             console.print(_facts(part, status[part]))
+    for shard in shards:
+        console.print(_facts(f"aggregator {shard['shard']}", shard))
 
 
 def _facts(title: str, facts: dict[str, Any]) -> Table:

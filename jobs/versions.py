@@ -47,17 +47,16 @@ def checked_ledger(state: str) -> "Ledger":
     Raises:
         InputError: there are no versions or no log, or they cannot be read.
     """
-    from lib.feedback_log import FeedbackLogReader
     from lib.ledger import check
     from lib.registry import Registry
-    from serving.aggregator import LOG_FILE
+    from lib.shards import read_log
 
     chain = Registry(state).ledger()  # before the log: what is learned meanwhile is in the log already
     if not chain:
         raise InputError(
             f"state: no versions are stored at {state}, so there is nothing to check; serve the model first"
         )
-    with FeedbackLogReader(Path(state) / LOG_FILE) as log:
+    with read_log(state) as log:
         return check(chain, log)
 
 

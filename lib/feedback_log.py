@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
@@ -91,11 +91,24 @@ class LogLocked(InputError):
     """Another live process writes to this log; the message names the path and the process."""
 
 
+class LoggedEvent(NamedTuple):
+    """An event with its place in the log and the time of its append (milliseconds since 1970, UTC)."""
+
+    offset: int
+    event: Event
+    received_at: int
+
+
 @dataclass(frozen=True, slots=True)
 class AppendResult:
-    """What became of a batch: one entry per event, its offset, or None where it was a duplicate."""
+    """What became of a batch: one entry per event, its offset, or None where it was a duplicate.
+
+    `others` came into the log unseen since the append before, in order: where a log is not written by one process
+    alone, or a write can succeed without being known to (lib/kafka_log.py).
+    """
 
     offsets: list[int | None]
+    others: list[LoggedEvent] = field(default_factory=list, compare=False)
 
     @property
     def accepted(self) -> int:
@@ -108,15 +121,9 @@ class AppendResult:
         return self.offsets.count(None)
 
 
-class LoggedEvent(NamedTuple):
-    """An event with its place in the log and the time of its append (milliseconds since 1970, UTC)."""
+class Append(NamedTuple):
+    """A batch that waits to be written, and who waits for it."""
 
-    offset: int
-    event: Event
-    received_at: int
-
-
-class _Append(NamedTuple):
     rows: list[tuple]  # (key, user_id, item_id, event, value, timestamp, event_id, request_id)
     future: Future[AppendResult]
 
@@ -138,6 +145,11 @@ class FeedbackLogReader:
             raise InputError(f"feedback log {self.path} does not exist")
         self._read_lock = threading.Lock()
         self._read_connection = _connect(self.path, "ro")
+
+    @property
+    def name(self) -> str:
+        """What the log is called in messages."""
+        return str(self.path)
 
     def read(self, after: int, limit: int) -> list[LoggedEvent]:
         """The first `limit` events whose offset is greater than `after`, in order of offset."""
@@ -170,7 +182,7 @@ class FeedbackLogReader:
     def last_offset(self) -> int:
         """The highest offset ever given, 0 for a log that never held an event; an erasure does not lower it."""
         with self._reading() as connection:
-            return _last_offset(connection)
+            return last_offset_of(connection)
 
     def count(self, after: int = 0, up_to: int | None = None) -> int:
         """Number of events in the log, of those with an offset greater than `after` and at most `up_to`."""
@@ -233,7 +245,7 @@ class FeedbackLog(FeedbackLogReader):
         except BaseException:
             os.close(self._lock_descriptor)
             raise
-        self._waiting: list[_Append | _Erase] = []
+        self._waiting: list[Append | _Erase] = []
         self._waiting_changed = threading.Condition()
         self._closed = False
         self._writer = threading.Thread(target=self._write_until_closed, name=f"feedback log {path.name}", daemon=True)
@@ -254,12 +266,12 @@ class FeedbackLog(FeedbackLogReader):
         Raises InputError, and writes nothing, when an event cannot be stored as it is. The future fails with
         LogWriteError when the write failed (disk full, I/O error); the log can be used again afterwards.
         """
-        rows = [_row(index, event) for index, event in enumerate(events)]
+        rows = [row_of(index, event) for index, event in enumerate(events)]
         future: Future[AppendResult] = Future()
         if not rows:
             future.set_result(AppendResult([]))
             return future
-        self._submit(_Append(rows, future))
+        self._submit(Append(rows, future))
         return future
 
     def erase(self, user_id: str) -> int:
@@ -284,14 +296,14 @@ class FeedbackLog(FeedbackLogReader):
         self._connection.close()
         os.close(self._lock_descriptor)
 
-    def _submit(self, request: _Append | _Erase) -> None:
+    def _submit(self, request: Append | _Erase) -> None:
         with self._waiting_changed:
             if self._closed:
-                raise LogWriteError(f"feedback log {self.path} is closed")
+                raise LogWriteError(f"feedback log {self.name} is closed")
             self._waiting.append(request)
             self._waiting_changed.notify()
 
-    def _take(self) -> list[_Append | _Erase]:
+    def _take(self) -> list[Append | _Erase]:
         """Everything that waits, as soon as something does; empty when the log is closed and drained."""
         with self._waiting_changed:
             while not self._waiting and not self._closed:
@@ -303,37 +315,37 @@ class FeedbackLog(FeedbackLogReader):
         while requests := self._take():
             running = [request for request in requests if request.future.set_running_or_notify_cancel()]
             for kind, group in groupby(running, key=type):  # neighbours of one kind, so that the order is kept
-                if kind is _Append:
+                if kind is Append:
                     self._settle(list(group), self._append_group)
                     continue
                 for erase in group:
                     self._settle([erase], self._erase_user)
 
     def _settle(self, group: list[Any], write: Any) -> None:
-        """Do the work of a group and resolve its futures, each with its result or with the one failure."""
+        """Do the work of a group and resolve its futures, each with its result or failure, or all with the one."""
         try:
             results = write(group)
         except Exception as error:  # whatever it was, those who wait must hear of it, and the thread must go on
             for request in group:
-                failure = write_error(f"feedback log {self.path}", error)
+                failure = write_error(f"feedback log {self.name}", error)
                 failure.__cause__ = error
                 request.future.set_exception(failure)
             return
         for request, result in zip(group, results, strict=True):
-            request.future.set_result(result)
+            if isinstance(result, Exception):
+                request.future.set_exception(result)
+            else:
+                request.future.set_result(result)
 
-    def _append_group(self, group: list[_Append]) -> list[AppendResult]:
+    def _append_group(self, group: list[Append]) -> Sequence[AppendResult | Exception]:
         received_at = time.time_ns() // 1_000_000
         results = []
         with self._transaction() as connection:
-            first = offset = _last_offset(connection)
+            first = offset = last_offset_of(connection)
             for append in group:
-                offsets: list[int | None] = []
-                for row in append.rows:
-                    new = connection.execute(INSERT, (offset + 1, *row, received_at)).rowcount == 1
-                    offset += new
-                    offsets.append(offset if new else None)
-                results.append(AppendResult(offsets))
+                result = AppendResult(insert_rows(connection, offset, append.rows, received_at))
+                offset += result.accepted
+                results.append(result)
             if offset > first:  # without a change there is nothing to sync
                 connection.execute("UPDATE given SET last_offset = ?", (offset,))
         self.commits += offset > first
@@ -367,7 +379,17 @@ class FeedbackLog(FeedbackLogReader):
             raise
 
 
-def _row(index: int, event: Event) -> tuple:
+def insert_rows(connection: sqlite3.Connection, after: int, rows: list[tuple], received_at: int) -> list[int | None]:
+    """Write rows at the offsets that follow `after`; the offset of each, None for a duplicate."""
+    offsets: list[int | None] = []
+    for row in rows:
+        new = connection.execute(INSERT, (after + 1, *row, received_at)).rowcount == 1
+        after += new
+        offsets.append(after if new else None)
+    return offsets
+
+
+def row_of(index: int, event: Event) -> tuple:
     """The columns of an event, checked here so that one bad event cannot fail the group that it would be written in."""
     for name in TEXT_FIELDS:
         text = getattr(event, name)
@@ -410,7 +432,8 @@ def _logged_event(row: tuple) -> LoggedEvent:
     return LoggedEvent(row[0], Event(*row[1:8]), row[8])
 
 
-def _last_offset(connection: sqlite3.Connection) -> int:
+def last_offset_of(connection: sqlite3.Connection) -> int:
+    """The highest offset ever given."""
     return connection.execute("SELECT last_offset FROM given").fetchone()[0]
 
 
@@ -533,7 +556,7 @@ def _check_schema(path: Path, connection: sqlite3.Connection) -> None:
         raise LogCorrupt(f"{path} is not a feedback log; name another file, or restore the log from a copy")
     if version != SCHEMA_VERSION:
         raise LogCorrupt(f"feedback log {path} has schema version {version}; this release reads {SCHEMA_VERSION}")
-    _last_offset(connection)
+    last_offset_of(connection)
 
 
 def _input_error(path: Path, error: sqlite3.DatabaseError) -> InputError:

@@ -26,12 +26,13 @@ from lib.encoder import BehaviourEncoder, BehaviourEncoderConfig
 from lib.evaluation import Cases, model_contender, rank
 from lib.event_pieces import COLUMNS
 from lib.events import EVENT_SCHEMA, InputError
-from lib.feedback_log import FeedbackLogReader, LoggedEvent
+from lib.feedback_log import LoggedEvent
 from lib.histories import Histories, histories_of
 from lib.learner import base_of
 from lib.popularity import event_counts
 from lib.registry import LoadedVersion, Registry, VersionInfo
 from lib.sequences import SequenceBatches, target_weights
+from lib.shards import LogReader
 from lib.source_files import parquet_file
 from lib.user_buckets import histories_in, table_of
 from lib.user_share import place_of
@@ -133,13 +134,13 @@ def _lineage(registry: Registry, live: LoadedVersion) -> Iterator[VersionInfo]:
         yield info
 
 
-def feedback(log: FeedbackLogReader, after: int, last: int) -> pa.Table:
+def feedback(log: LogReader, after: int, last: int) -> pa.Table:
     """The events between two log offsets, with a column `offset`, in its order."""
     tables = [_table(chunk) for chunk in _chunks(log, after, last)]
     return pa.concat_tables([_table([]), *tables])
 
 
-def _chunks(log: FeedbackLogReader, after: int, last: int) -> Iterator[list[LoggedEvent]]:
+def _chunks(log: LogReader, after: int, last: int) -> Iterator[list[LoggedEvent]]:
     while after < last:
         chunk = [logged for logged in log.read(after, CHUNK) if logged.offset <= last]
         if not chunk:
@@ -174,7 +175,7 @@ def dataset_size(data: str | Path) -> int:
 
 
 def older_events(
-    log: FeedbackLogReader, data: str | Path | None, cut: Cut, users: pa.Array, wanted: int, seed: int
+    log: LogReader, data: str | Path | None, cut: Cut, users: pa.Array, wanted: int, seed: int
 ) -> pa.Table:
     """What came before the version: all of the given users, and about `wanted` events of others, drawn by user."""
     there = cut.after + (dataset_size(data) if data is not None else 0)

@@ -191,6 +191,11 @@ class Gate:
         """The learner went back to the reference; it rests, twice as long each time until a version proves itself."""
         self.rest, self.next_rest = self.next_rest, min(2 * self.next_rest, LONGEST_REST)
 
+    def since_reference(self) -> tuple[int, int, int]:
+        """The reference's version and log offset, and the number of events that were learned since."""
+        assert self.reference is not None
+        return self.reference.version, self.reference.log_offset, self.reference.events
+
     def harm(self) -> str | None:
         """What the updates since the reference have done together, if it is harm: the learner is to go back to it."""
         if len(self.pairs) < FEWEST_PAIRS:

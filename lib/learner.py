@@ -26,7 +26,15 @@ from lib.popularity import event_counts, moved_reference
 from lib.registry import LoadedVersion, Registry
 from lib.rejections import Rejection, Rejections
 from lib.sequences import Batch, SequenceBatches
-from lib.training import Trainer, TrainingConfig, train_uppermost
+from lib.training import (
+    Trainer,
+    TrainingConfig,
+    is_first_worker,
+    part_of_worker,
+    require_equal,
+    train_uppermost,
+    word_of_first,
+)
 from lib.user_histories import History, MicroBatch, ReplaySample, SampleSizes, to_histories
 from lib.weights import ROW_TENSORS, Delta, Fingerprint, dense_state, difference, grow_items, state_of
 
@@ -100,6 +108,9 @@ class NearlineLearner:
 
     Where the newest versions are damaged it continues from the newest whole one, whose later events it is given again;
     `damage` says so. `when_storage_fails` hears of a version that could not be stored: it is stored once it returns.
+
+    Where torch.distributed workers each have one and do the same with it, they share every training step and stay equal
+    to the bit; the first worker alone judges and stores (jobs/learner_workers.py).
     """
 
     def __init__(
@@ -170,16 +181,17 @@ class NearlineLearner:
             facts = {"kind": "nearline", "events": 0, "loss": None, "ndcg": None}
             return self._publish(self._changes(journal, self._unpublished_rows()), batch.last_offset, facts)
         self._extend_catalog(batch)
-        if (rest := self.gate.resting()) is not None:
+        if (rest := word_of_first(self.gate.resting)) is not None:
             return self._reject(batch, rest)
         self.trainer.before_update = journal.record
-        self.gate.before(batch, self.version, self.log_offset)
-        if (harm := self.gate.harm()) is not None:
+        if is_first_worker():
+            self.gate.before(batch, self.version, self.log_offset)
+        if (harm := word_of_first(self.gate.harm)) is not None:
             return self._go_back(batch, harm)
         loss = self._train(batch)
         self._count_popularity(batch, journal)
         rows = torch.unique(torch.cat([journal.changed_rows(), self._unpublished_rows()]))
-        reason = self.gate.objection(loss, rows, journal.dense, self.influence.kept)
+        reason = word_of_first(lambda: self.gate.objection(loss, rows, journal.dense, self.influence.kept))
         if reason is not None:
             journal.undo()
             return self._reject(batch, reason)
@@ -188,7 +200,8 @@ class NearlineLearner:
         quality = self.gate.live.quality
         facts = {"kind": "nearline", "events": events, "loss": loss, "ndcg": None if np.isnan(quality) else quality}
         delta = self._publish(self._changes(journal, rows), batch.last_offset, facts)
-        self.gate.passed(events, delta.version, delta.log_offset, journal.embeddings())
+        if is_first_worker():
+            self.gate.passed(events, delta.version, delta.log_offset, journal.embeddings())
         return delta
 
     def _reject(self, batch: MicroBatch, reason: str) -> Rejection:
@@ -200,19 +213,19 @@ class NearlineLearner:
 
     def _go_back(self, batch: MicroBatch, reason: str) -> Rejection:
         """Publish the weights of the gate's reference anew: what was learned since did harm, a little each time."""
-        reference, events = self.gate.reference, sum(batch.new_counts)
-        assert reference is not None
+        version, log_offset, since = word_of_first(self.gate.since_reference)
+        events = sum(batch.new_counts)
         self.gate.went_back()
         try:
-            loaded = self.registry.load(reference.version)
+            loaded = self.registry.load(version)
         except InputError:  # it was pruned: what can be had is that it gets no worse
             self.gate.forget()
             return self._reject(batch, reason)
         self.events_rejected += events  # those before were trained on, and count as such
-        offsets = reference.log_offset, batch.last_offset
-        facts = {"kind": "rollback", "restored": reference.version, "reason": reason}
+        offsets = log_offset, batch.last_offset
+        facts = {"kind": "rollback", "restored": version, "reason": reason}
         delta = self._restore(loaded, batch.last_offset, facts)
-        events += reference.events
+        events += since
         return self._mark(Rejection(self.version, *offsets, events, self.events_rejected, reason, delta=delta))
 
     def _mark(self, rejection: Rejection) -> Rejection:
@@ -298,8 +311,9 @@ class NearlineLearner:
             facts=facts | self._lineage() | {"created": self.adopted},
         )
         optimizer = self.trainer.optimizer_state()
-        self._store(lambda: self.registry.publish_base(self.encoder, self.catalog, manifest, optimizer))
         self.fingerprint = Fingerprint(self.encoder)
+        require_equal(self.checksum)
+        self._store(lambda: self.registry.publish_base(self.encoder, self.catalog, manifest, optimizer))
 
     def join(self, catalog: Catalog) -> None:
         """Know the items of another catalog, too; what is new gets rows behind those that are there."""
@@ -381,7 +395,7 @@ class NearlineLearner:
                 if training is not None:
                     # as far as new events count, the weights may move
                     self.trainer.learning_rate = rate * self.influence.kept
-                    losses.append(self.trainer.step(training).loss)
+                    losses.append(self.trainer.step(part_of_worker(training)).loss)
         self.trainer.learning_rate = rate
         return losses[0] if losses else None
 
@@ -510,6 +524,7 @@ class NearlineLearner:
             new_items=self.catalog.item_ids[self.published_items + 1 :],
             facts=facts | self._lineage() | {"created": time.time_ns() // 1_000_000},
         )
+        require_equal(checksum)  # and what others may still read here is not pruned before
         optimizer = self.trainer.optimizer_state(delta.rows)
         self._store(lambda: self.registry.publish_delta(delta, optimizer))
         self.version = self.newest_number = delta.version
@@ -533,6 +548,8 @@ class NearlineLearner:
 
     def _store(self, write: Callable[[], Any]) -> None:
         """Write, and write again as often as it fails, where somebody waits for the storage."""
+        if not is_first_worker():
+            return
         while True:
             try:
                 write()

@@ -9,8 +9,9 @@ shard, and what is saved is whole.
 
 import ctypes
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from lib.encoder import BehaviourEncoder
 from lib.objective import next_item_losses, sampled_margins, uniform_negatives, unit_length
 from lib.sequences import Batch
 
+Said = TypeVar("Said")
 FADING_UPDATES = 20  # after so many the boost of a new row is half of what it was
 
 
@@ -378,6 +380,45 @@ def placed_like(tensor: Tensor, value: Tensor) -> Tensor:
 def worker_count() -> int:
     """How many workers train together."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def is_first_worker() -> bool:
+    """Whether this is the one that speaks for all."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def part_of_worker(batch: Batch) -> Batch:
+    """The histories of a batch that this worker trains on where all of them have the whole batch."""
+    if worker_count() == 1:
+        return batch
+    part = batch[slice(distributed.get_rank(), None, worker_count())]
+    if len(part.rows):
+        return part
+    return replace(batch[:1], target_weights=torch.zeros_like(batch.target_weights[:1]))  # it counts nothing
+
+
+def word_of_first(say: Callable[[], Said]) -> Said:
+    """What the first worker says, on all of them; the others are not asked."""
+    if worker_count() == 1:
+        return say()
+    said = [say() if is_first_worker() else None]
+    distributed.broadcast_object_list(said)
+    return cast("Said", said[0])
+
+
+def require_equal(checksum: str) -> None:
+    """Make sure that all workers have the same 64-bit checksum; nobody returns before all have called.
+
+    Raises:
+        RuntimeError: they have not, on each of them.
+    """
+    if worker_count() == 1:
+        return
+    own = torch.tensor([int(checksum, 16) - 2**63])
+    all_of_them = [torch.empty_like(own) for _ in range(worker_count())]
+    distributed.all_gather(all_of_them, own)
+    if any(not torch.equal(other, own) for other in all_of_them):
+        raise RuntimeError("the workers' weights differ; they must start again from one version")
 
 
 def summed_over_workers(value: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The feedback aggregator: events in, durable; histories out; micro-batches to the learner.
 
-One actor a cluster. An event's way: cleaning, log (fsync), history, acknowledgement; then it is pending until the
-trigger releases a micro-batch (64 events, or 200 ms after the first, whichever comes first). After a crash the
-histories are read again from the dataset and the log.
+One actor a cluster, or one for each shard of the users (lib/shards.py). An event's way: cleaning, log (fsync),
+history, acknowledgement; then it is pending until the trigger releases a micro-batch (64 events, or 200 ms after the
+first, whichever comes first). After a crash the histories are read again from the dataset and the log.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
+from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +24,13 @@ from lib.change_board import ONE_MACHINE, ChangeBoard
 from lib.cleaning import FeedbackGuard
 from lib.datasets import read_events
 from lib.events import CleaningRules, Event
-from lib.feedback_log import FeedbackLog, LoggedEvent, LogWriteError
+from lib.feedback_log import LoggedEvent, LogWriteError
 from lib.item_log import ItemChange, ItemLog
 from lib.micro_batches import micro_batch
+from lib.shards import ONLY, LogLayout, Shard
 from lib.user_histories import History, MicroBatch, SampleSizes, UserHistories
 from serving.names import AGGREGATOR, NAMESPACE
 
-LOG_FILE = "feedback.sqlite"
 ITEM_LOG_FILE = "items.sqlite"
 BOARD_FILE = "changes"
 DUPLICATE = "duplicate"
@@ -57,25 +58,36 @@ class Arrival(NamedTuple):
 
 
 class Aggregator:
-    """Owns the log and the histories. Elapsed time is monotonic: a clock that is set stalls and floods nobody."""
+    """Owns the log and the histories of its shard; the first one owns the changes of items, too.
 
-    def __init__(self, state: str, data: str | None = None, config: AggregatorConfig | None = None):
+    Elapsed time is monotonic: a clock that is set stalls and floods nobody.
+    """
+
+    def __init__(
+        self,
+        state: str,
+        data: str | None = None,
+        config: AggregatorConfig | None = None,
+        shard: Shard = ONLY,
+        layout: LogLayout | None = None,
+    ):
         self.config = config or AggregatorConfig()
         self.state = state
-        path = Path(state) / LOG_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self.shard = shard
+        folder = Path(state)
+        folder.mkdir(parents=True, exist_ok=True)
         self.histories = UserHistories(self.config.keep_events)
         if data is not None:
             self._read_dataset(data)
-        # a restarted aggregator can overlap for a moment with the one that is dying
-        self.log = FeedbackLog(path, wait_for_lock=30.0)
+        self.log = (layout or LogLayout()).open(folder, shard)
         for logged in self.log.replay():
             self.histories.append(logged.event, logged.offset)
         self.last_offset = self.log.last_offset()
-        self.items = ItemLog(path.with_name(ITEM_LOG_FILE))
-        self.damage = [TORN.format(log.path) for log in (self.log, self.items) if log.torn]
-        self.changes = ChangeBoard.create(path.with_name(BOARD_FILE)) if os.environ.get(ONE_MACHINE) else None
-        self.guard = FeedbackGuard(self.config.cleaning)
+        self.items = ItemLog(folder / ITEM_LOG_FILE) if shard.number == 0 else None
+        self.damage = [TORN.format(log.path) for log in (self.log, self.items) if log is not None and log.torn]
+        board = folder / shard.named(BOARD_FILE)  # its own, as counters have one writer
+        self.changes = ChangeBoard.create(board) if os.environ.get(ONE_MACHINE) else None
+        self.guard = FeedbackGuard(_rules_of(shard, self.config.cleaning))
         self.quarantined: set[int] = set()  # offsets of events that the learner has yet to pass by
         self.rejected: Counter[str] = Counter()
         self.accepted = 0
@@ -90,7 +102,8 @@ class Aggregator:
         table = read_events(data)
         columns = (table[name].to_pylist() for name in ("user_id", "item_id", "event", "value", "timestamp"))
         for values in sorted(zip(*columns, strict=True), key=lambda values: values[4]):
-            self.histories.append(Event(*values))
+            if self.shard.has(values[0]):
+                self.histories.append(Event(*values))
 
     async def append(
         self, events: Sequence[Event], named: Collection[str] = (), reject: Counter[str] | None = None
@@ -112,6 +125,7 @@ class Aggregator:
                 self.guard.take_back(event.user_id)
             raise
         offsets = iter(result.offsets if result is not None else ())
+        others = deque(result.others if result is not None else ())
         answers: list[str | None] = []
         for event, objection in zip(events, objections, strict=True):
             if objection is not None:
@@ -124,17 +138,26 @@ class Aggregator:
                 answers.append(None if repeated else DUPLICATE)
                 self.duplicates += not repeated
                 continue
+            while others and others[0].offset < offset:
+                other = others.popleft()
+                self._take(other.event, other.offset, now)
             self._notice(event, offset, int(now * 1000))
-            self.histories.append(event, offset)
-            if self.changes is not None:
-                self.changes.mark_user(event.user_id)
-            self.arrivals.append(Arrival(offset, now))
-            self.last_offset = offset
+            self._take(event, offset, now)
             self.accepted += 1
             answers.append(None)
+        for other in others:
+            self._take(other.event, other.offset, now)
         if self.arrivals:
             self.arrived.set()
         return answers
+
+    def _take(self, event: Event, offset: int, now: float) -> None:
+        """Have a durable event in its user's history, and wait for the learner."""
+        self.histories.append(event, offset)
+        if self.changes is not None:
+            self.changes.mark_user(event.user_id)
+        self.arrivals.append(Arrival(offset, now))
+        self.last_offset = offset
 
     def _notice(self, event: Event, offset: int, now: int) -> None:
         """Whether it is one of a crowd of newcomers, before its user's history grows."""
@@ -160,13 +183,14 @@ class Aggregator:
         return histories, self._item_changes(item_revision)
 
     def _item_changes(self, revision: int) -> list[ItemChange]:
-        return self.items.after(revision) if revision < self.items.revision else []
+        return self.items.after(revision) if self.items is not None and revision < self.items.revision else []
 
     async def change_items(self, items: Sequence[tuple[str, dict[str, Any] | None]]) -> int:
         """Make changed and deleted (None) items durable; they are in every answer that is asked for from then on.
 
         Returns their revision. A repeated call records the same again.
         """
+        assert self.items is not None, "items are changed at the first shard"
         revision = self.items.append(items)
         if self.changes is not None:
             self.changes.mark_items()
@@ -178,38 +202,44 @@ class Aggregator:
         return [(user_id, len(self.histories.get(user_id))) for user_id in self.histories.users(limit)]
 
     async def next_batch(
-        self, after: int, item_revision: int, sample: SampleSizes, wait_ms: int = 500
+        self, after: int, item_revision: int, sample: SampleSizes, wait_ms: int = 500, up_to: int | None = None
     ) -> MicroBatch | list[ItemChange] | None:
         """The next micro-batch beyond a log offset, when the trigger fires; None after `wait_ms` without it.
 
-        Items that changed after a revision come first, alone and at once.
+        Items that changed after a revision come first, alone and at once. With `up_to` no event beyond that offset, up
+        to which the log is known to have come, is in the batch; it is empty where all of them were erased.
         """
+        if not await self.wait_until_due(after, item_revision, wait_ms):
+            return None
+        if changes := self._item_changes(item_revision):
+            return changes
+        # the log can be ahead of the histories by what was committed a moment ago
+        read = self.log.read(after, self.config.largest_batch)
+        events = [logged for logged in read if logged.offset <= min(up_to or self.last_offset, self.last_offset)]
+        if not events:
+            return None if up_to is None else MicroBatch(up_to, [], [], [], [], [])
+        batch = micro_batch(events, after, self.histories, sample, self.generator)
+        self.quarantined = {offset for offset in self.quarantined if offset > after}
+        return replace(batch, received_at=self._received_at(events), quarantined=frozenset(self.quarantined))
+
+    async def wait_until_due(self, after: int, item_revision: int, wait_ms: int = 500) -> bool:
+        """Whether there is something for the learner, waiting up to `wait_ms` for it."""
         self.learned_offset = after
         deadline = time.monotonic() + wait_ms / 1000
         while True:
             while self.arrivals and self.arrivals[0].offset <= after:
                 self.arrivals.popleft()
-            if changes := self._item_changes(item_revision):
-                return changes
             due = self._due(after)
+            if due <= 0 or self._item_changes(item_revision):
+                return True
             remaining = deadline - time.monotonic()
-            if due <= 0:
-                break
             if remaining <= 0:
-                return None
+                return False
             self.arrived.clear()
             try:
                 await asyncio.wait_for(self.arrived.wait(), min(due, remaining))
             except TimeoutError:
                 continue
-        # the log can be ahead of the histories by what was committed a moment ago
-        read = self.log.read(after, self.config.largest_batch)
-        events = [logged for logged in read if logged.offset <= self.last_offset]
-        if not events:
-            return None
-        batch = micro_batch(events, after, self.histories, sample, self.generator)
-        self.quarantined = {offset for offset in self.quarantined if offset > after}
-        return replace(batch, received_at=self._received_at(events), quarantined=frozenset(self.quarantined))
 
     def _due(self, after: int) -> float:
         """Seconds until the trigger fires, 0 or less when it has; infinite without pending events."""
@@ -230,6 +260,7 @@ class Aggregator:
         """Counts since the start of this process, and the log's offsets."""
         return {
             "state": self.state,
+            "shard": self.shard.number,
             "process": os.getpid(),
             "log_offset": self.last_offset,
             "learned_offset": self.learned_offset,
@@ -240,29 +271,41 @@ class Aggregator:
             "noticed": dict(self.guard.noticed),
             "users": len(self.histories),
             "commits": self.log.commits,
-            "item_revision": self.items.revision,
+            "item_revision": self.items.revision if self.items is not None else 0,
             "damage": self.damage,
         }
 
     async def close(self) -> None:
         """Write what waits and close the log."""
         self.log.close()
-        self.items.close()
+        if self.items is not None:
+            self.items.close()
 
 
-def aggregator_handle() -> ActorHandle:
-    """The running aggregator.
+def _rules_of(shard: Shard, rules: CleaningRules) -> CleaningRules:
+    """What one shard goes by: it sees its part of a crowd."""
+    return replace(rules, crowd_users=ceil(rules.crowd_users / shard.count))
+
+
+def aggregator_handle(shard: Shard = ONLY) -> ActorHandle:
+    """The running aggregator, of a shard where there are several.
 
     Raises:
         ValueError: none is running.
     """
-    return ray.get_actor(AGGREGATOR, namespace=NAMESPACE)
+    return ray.get_actor(shard.named(AGGREGATOR), namespace=NAMESPACE)
 
 
-def start_aggregator(state: str, data: str | None, config: AggregatorConfig | None = None) -> ActorHandle:
+def start_aggregator(
+    state: str,
+    data: str | None,
+    config: AggregatorConfig | None = None,
+    shard: Shard = ONLY,
+    layout: LogLayout | None = None,
+) -> ActorHandle:
     """The running aggregator, started if need be; Ray restarts it whenever its process dies, and repeats calls."""
     actor: Any = ray.remote(Aggregator).options(
-        name=AGGREGATOR,
+        name=shard.named(AGGREGATOR),
         namespace=NAMESPACE,
         get_if_exists=True,
         lifetime="detached",
@@ -271,4 +314,4 @@ def start_aggregator(state: str, data: str | None, config: AggregatorConfig | No
         max_concurrency=10_000,
         num_cpus=0.5,
     )
-    return actor.remote(state, data, config)
+    return actor.remote(state, data, config, shard, layout)

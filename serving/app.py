@@ -1,17 +1,14 @@
 """build(arguments) -> the application, for `serve run serving.app:build`, `serve deploy` and `afterclick serve`."""
 
-from pathlib import Path
-
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
 from lib.events import CleaningRules, InputError
 from lib.experiment import ChallengerConfig
-from lib.feedback_log import FeedbackLogReader, last_commit_is_torn
 from lib.ranking_rules import RankingRules
 from lib.registry import Registry
-from serving.aggregator import LOG_FILE
+from lib.shards import SQLITE, LogLayout, check_log
 from serving.experiment import prepare_challenger
 from serving.names import DEPLOYMENT
 from serving.recommendations import Recommendations, ReplicaConfig
@@ -39,6 +36,8 @@ class ServeArguments(BaseModel):
     most_replicas: int | None = Field(
         default=None, ge=1, le=1000, description="with it, between `replicas` and so many run, as the load asks for"
     )
+    aggregators: int = Field(default=1, ge=1, le=1000, description="actors that share the users, for good")
+    log: str = Field(default=SQLITE, description="of feedback: sqlite (in the state folder) or kafka://host:port/topic")
     autoscaling: Autoscaling = Autoscaling()
     replica: ReplicaConfig = ReplicaConfig()
     ranking: RankingRules = RankingRules()
@@ -46,42 +45,33 @@ class ServeArguments(BaseModel):
     challenger: ChallengerConfig | None = Field(default=None, description="a second model to compare with the live one")
 
     def check(self) -> None:
-        """Refuse what contradicts itself.
+        """Refuse what contradicts itself, or the state folder.
 
         Raises:
             InputError: it names the argument.
         """
         if self.most_replicas is not None and self.most_replicas < self.replicas:
             raise InputError(f"most_replicas: {self.most_replicas} are fewer than the {self.replicas} of replicas")
+        self.layout.check(self.state_location)
 
     @property
     def state_location(self) -> str:
         """Folder or URI of log and versions."""
         return self.state or f"{self.model.rstrip('/')}/live"
 
+    @property
+    def layout(self) -> LogLayout:
+        """Where the feedback log is, and in how many shards."""
+        return LogLayout(self.aggregators, self.log)
+
 
 def check_state(state: str, pages: bool = False) -> None:
     """Refuse a feedback log that is damaged (`pages`: it is read whole), or ends before what versions learned of it.
 
-    What such a log is given from now on would get offsets that were learned already, and never be learned.
-
     Raises:
         InputError: it names the log, and the remedy.
     """
-    log, learned = Path(state) / LOG_FILE, Registry(state).log_offset()
-    if not log.exists():
-        end = 0
-    else:
-        last_commit_is_torn(log)  # before opening it drops anything
-        with FeedbackLogReader(log) as reader:
-            end = reader.last_offset()
-            if pages:
-                reader.check()
-    if end < learned:
-        raise InputError(
-            f"state: the feedback log {log} ends at offset {end}, but versions in {state} have learned up to {learned};"
-            f" restore its newest copy, or take away the versions beyond {end} (`afterclick versions` lists them)"
-        )
+    check_log(state, Registry(state).log_offset(), pages)
 
 
 def build(arguments: ServeArguments) -> Application:
@@ -93,6 +83,7 @@ def build(arguments: ServeArguments) -> Application:
     arguments.check()
     Registry(arguments.state_location).start_from(arguments.model)
     check_state(arguments.state_location)
+    arguments.layout.record(arguments.state_location)
     wanted = arguments.challenger
     challenger = None if wanted is None else prepare_challenger(wanted, arguments.state_location)
     scaled = {
@@ -112,5 +103,11 @@ def build(arguments: ServeArguments) -> Application:
         logging_config={"enable_access_log": False},  # a line a request costs more than reading the request
     )(serve.ingress()(Recommendations))
     return deployment.bind(
-        arguments.state_location, arguments.data, arguments.replica, arguments.ranking, arguments.cleaning, challenger
+        arguments.state_location,
+        arguments.data,
+        arguments.replica,
+        arguments.ranking,
+        arguments.cleaning,
+        arguments.layout,
+        challenger,
     )

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from lib.events import InputError
 from lib.feedback_log import LogFull, LogWriteError
+from lib.shards import PartlyWritten
 from serving.batches import Overloaded
 
 logger = logging.getLogger("ray.serve")
@@ -73,6 +74,12 @@ async def disk_full(request: Request, error: Exception) -> Response:
     return _error(507, "the disk of the log is full, so nothing of the request was taken; make room, and send it again")
 
 
+async def partly_taken(request: Request, error: Exception) -> Response:
+    """Of several logs one could not be written."""
+    logger.error("a part of a request was refused: %s", error)
+    return _error(503, "the log could not be written for all users of the request, only for some; send it again")
+
+
 async def overloaded(request: Request, error: Exception) -> Response:
     """Those who were taken are answered in time; the others hear so at once."""
     assert isinstance(error, Overloaded)
@@ -98,6 +105,7 @@ ERROR_ANSWERS: Mapping[type[Exception], ErrorAnswer] = {
     asyncio.TimeoutError: restarting,
     LogWriteError: not_durable,
     LogFull: disk_full,
+    PartlyWritten: partly_taken,
     Overloaded: overloaded,
     DeadlineMissed: deadline_missed,
     Exception: defect,

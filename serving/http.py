@@ -106,7 +106,7 @@ def http_application(replica: "Replica") -> FastPath:
         """
         items = {item.item_id: item.__pydantic_extra__ for item in request.items}
         await replica.check_items(items)
-        await replica.call_aggregator("change_items", list(items.items()))
+        await replica.aggregators.change_items(list(items.items()))
         return _json({"accepted": len(items)})
 
     @app.delete("/v1/items/{item_id:path}")
@@ -114,7 +114,7 @@ def http_application(replica: "Replica") -> FastPath:
         """Take an item out of every answer from the next one on, for good, or until it is put again."""
         if not await replica.has_item(item_id):
             raise HTTPException(404, f"item_id: the catalog has no item {item_id!r}")
-        await replica.call_aggregator("change_items", [(item_id, None)])
+        await replica.aggregators.change_items([(item_id, None)])
         return _json({"item_id": item_id, "deleted": True})
 
     @app.get("/v1/items/{item_id:path}/similar", response_model=Recommendations)
@@ -146,7 +146,7 @@ def http_application(replica: "Replica") -> FastPath:
                 named.add(name)
                 event = event._replace(event_id=name)
             valid.append((index, event))
-        outcomes = await replica.append(Feedback([event for _, event in valid], named, reasons))
+        outcomes = await replica.aggregators.append(Feedback([event for _, event in valid], named, reasons))
         for (index, _), outcome in zip(valid, outcomes, strict=True):
             if outcome is not None and outcome != DUPLICATE:
                 rejected.append({"index": index, "reason": outcome})
@@ -166,13 +166,13 @@ def http_application(replica: "Replica") -> FastPath:
     @app.get("/v1/users")
     async def get_users(limit: int = Query(50, ge=1, le=1000)) -> Response:
         """Some users and the number of their events."""
-        users = await replica.call_aggregator("users", limit)
+        users = await replica.aggregators.users(limit)
         return _json({"users": [{"user_id": user_id, "events": events} for user_id, events in users]})
 
     @app.get("/v1/users/{user_id:path}/export")
     async def get_export(user_id: str) -> Response:
         """The events of one user that the service keeps, oldest first."""
-        [history] = await replica.call_aggregator("get_histories", [user_id])
+        [history] = await replica.aggregators.get_histories([user_id])
         if len(history) == 0:
             raise HTTPException(404, f"user_id: there are no events of {user_id!r}")
         titles = replica.recommender.catalog.titles

@@ -11,11 +11,10 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,7 +23,6 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from lib.change_board import ChangeBoard
 from lib.events import CleaningRules, InputError
 from lib.item_log import ItemChange
 from lib.ranking import ItemFilter
@@ -32,16 +30,17 @@ from lib.ranking_rules import RankingRules
 from lib.recommender import Question, RankedItem, Recommender
 from lib.registry import Registry
 from lib.retrieval import use_threads
+from lib.shards import LogLayout
 from lib.user_histories import History
 from lib.weights import Delta, DeltaMismatch
-from serving.aggregator import AggregatorConfig, aggregator_handle, start_aggregator
+from serving.aggregator import AggregatorConfig
+from serving.aggregators import Aggregators
 from serving.batches import Batches, Overloaded
 from serving.challenger import Answer, Challenger, load_challenger
 from serving.decision_log import DecisionLog
 from serving.errors import DeadlineMissed
 from serving.experiment import PreparedChallenger, experiments_handle
 from serving.fast_path import FastPath
-from serving.feedback import MOST_REQUESTS, Feedback, append_together
 from serving.history_cache import HistoryCache, last_offsets
 from serving.http import http_application
 from serving.names import APPLICATION, DEPLOYMENT, LEARNER, NAMESPACE
@@ -73,6 +72,7 @@ class Recommendations:
         config: ReplicaConfig | None = None,
         rules: RankingRules | None = None,
         cleaning: CleaningRules | None = None,
+        layout: LogLayout | None = None,
         challenger: PreparedChallenger | None = None,
     ):
         self.config = config or ReplicaConfig()
@@ -83,16 +83,13 @@ class Recommendations:
         explores = self.rules.exploration_temperature > 0
         self.decisions = DecisionLog(state, self.replica_id) if explores else None
         self.cleaning = cleaning or CleaningRules()
-        self.aggregator = start_aggregator(state, data, AggregatorConfig(cleaning=self.cleaning))
+        aggregator = AggregatorConfig(cleaning=self.cleaning)
+        self.aggregators = Aggregators(state, data, aggregator, layout or LogLayout(), self.config.actor_timeout)
         self.cache = HistoryCache(self.config.cached_users, self.config.cached_events)
         self.item_changes: dict[str, dict[str, Any] | None] = {}  # that were made while live; None: deleted
         self.item_revision = 0  # the newest of them
-        self.board: ChangeBoard | None = None  # known once the aggregator has answered for the first time
-        self.items_counter: int | None = None  # of the board, before the catalog's changes were asked for
+        self.items_counter: int | None = None  # of changes, before those of the catalog were asked for
         self.answers: Batches[Asked, Answer] = Batches(self._answer, self.config.largest_batch)
-        self.feedback: Batches[Feedback, list[str | None]] = Batches(
-            partial(append_together, partial(self.call_aggregator, "append")), MOST_REQUESTS
-        )
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="changes")
         self.loader = ThreadPoolExecutor(1, thread_name_prefix="loading")
         self.loading = asyncio.Lock()  # held while a version is loaded beside the one that answers
@@ -110,7 +107,7 @@ class Recommendations:
         """Serve's health check, the first of which comes before the first request: catch up until then."""
         if not self.checked:
             await self.expect_version(self.registry.head() or 0)
-            self.board = open_board(await self.call_aggregator("board"))
+            await self.aggregators.open_boards()
             self.tasks = [asyncio.create_task(self.answers.watch())]
             if self.challenger is not None and not await self.challenger.tell():  # it was decided on before
                 self.challenger = None
@@ -172,16 +169,16 @@ class Recommendations:
             return [Answer(version, items) for items in self.recommender.recommend(questions)]
 
     async def _read(self, user_ids: Set[str]) -> dict[str, History]:
-        """These users' histories, and the changes of the catalog, as the aggregator has them now.
+        """These users' histories, and the changes of the catalog, as the aggregators have them now.
 
-        One call, or none where the board says that nothing has changed.
+        One call to each that is concerned, or none where the boards say that nothing has changed.
         """
-        counters = self.board.users(user_ids) if self.board else {}
-        items = self.board.items() if self.board else None
+        counters, items = self.aggregators.counters(user_ids), self.aggregators.items_counter()
         histories, lacking = self.cache.split(user_ids, counters)
-        if not lacking and items is not None and items == self.items_counter:
+        items_known = items is not None and items == self.items_counter
+        if not lacking and items_known:
             return histories
-        newer, changes = await self.call_aggregator("newer", last_offsets(lacking), self.item_revision)
+        newer, changes = await self.aggregators.newer(last_offsets(lacking), self.item_revision, not items_known)
         if changes:
             await self.on_thread(self._change_items, changes)
         self.items_counter = items
@@ -207,15 +204,6 @@ class Recommendations:
         """Run on the thread that may change the recommender, while nobody reads it."""
         async with self.unchanging:
             return await asyncio.get_running_loop().run_in_executor(self.executor, partial(function, *arguments))
-
-    async def call_aggregator(self, method: str, *arguments: Any) -> Any:
-        """Call the aggregator; while it restarts the call waits and is repeated."""
-        call: Awaitable = getattr(self.aggregator, method).remote(*arguments)
-        return await asyncio.wait_for(call, self.config.actor_timeout)
-
-    async def append(self, feedback: Feedback) -> list[str | None]:
-        """Make events durable and part of the histories; per event None, or why it was not taken."""
-        return await self.feedback.submit(feedback)
 
     async def similar(self, item_id: str, k: int) -> tuple[int, list[RankedItem]]:
         """The version, and the items nearest to an item; KeyError for one that the catalog does not have."""
@@ -281,7 +269,7 @@ class Recommendations:
         """Versions per replica, freshness, log offsets, pushes and rejected updates, asked of every part."""
         replicas, aggregator, learner, experiment = await asyncio.gather(
             self._replicas(),
-            _or_none(aggregator_handle, "status"),
+            self.aggregators.status(),
             _or_none(learner_handle, "status"),
             self._experiment_status(),
         )
@@ -291,7 +279,7 @@ class Recommendations:
             "model_version": max([*versions, learner.get("version", 0)]),
             "replicas": replicas,
             "learner": learner,
-            "aggregator": aggregator or {"state": "restarting"},
+            "aggregator": aggregator,
             "freshness": learner.get("freshness"),
             **experiment,
         }
@@ -392,11 +380,6 @@ class Recommendations:
         if revision != self.item_revision:  # items changed while it was loaded
             recommender.catalog_changed(self.item_changes)
         self.recommender = recommender
-
-
-def open_board(place: str | None) -> ChangeBoard | None:
-    """The aggregator's board, or None where it has none."""
-    return None if place is None else ChangeBoard.open(Path(place))
 
 
 def learner_handle() -> ActorHandle:

@@ -19,11 +19,10 @@ from typing import Any
 
 import aiohttp
 
-from lib.feedback_log import FeedbackLogReader
 from lib.ledger import check
 from lib.registry import Registry
+from lib.shards import LogReader, read_log
 from lib.weights import fingerprint
-from serving.aggregator import LOG_FILE
 
 SENDERS = 16
 LARGEST_REQUEST = 50  # events that waited meanwhile go out together
@@ -283,8 +282,13 @@ def _reason(content: bytes) -> str:
 
 def is_whole(status: dict[str, Any], replicas: int) -> bool:
     """Whether every part answers."""
-    present = "process" in status["learner"] and "process" in status["aggregator"]
+    present = "process" in status["learner"] and "log_offset" in status["aggregator"]
     return present and len(status["replicas"]) == replicas
+
+
+def aggregators_of(status: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each aggregator says of itself."""
+    return status["aggregator"].get("shards", [status["aggregator"]])
 
 
 def _is_learned(status: dict[str, Any]) -> bool:
@@ -334,7 +338,7 @@ async def recovered(load: Load, root: int, kill: Kill) -> None:
         running = processes_of(root)
         if not is_whole(status, load.replicas) or not all(running.values()):
             return False
-        answering = [part["process"] for part in (status["learner"], status["aggregator"], *status["replicas"])]
+        answering = [part["process"] for part in (status["learner"], *aggregators_of(status), *status["replicas"])]
         return not set(kill.processes) & {*answering, *itertools.chain(*running.values())}
 
     await load.wait_until(f"the {kill.part} is back", whole)
@@ -351,7 +355,7 @@ async def proofs(load: Load, state: Path) -> tuple[list[str], dict[str, Any]]:
     except TimeoutError as error:
         return [*sorted(set(load.faults)), str(error)], {}
     faults, registry, learner = sorted(set(load.faults)), Registry(state), status["learner"]
-    with FeedbackLogReader(state / LOG_FILE) as log:
+    with read_log(state) as log:
         ledger = check(registry.ledger(), log)
         faults += _log_faults(load, log) + await _history_faults(load, log) + ledger.faults
         if learner["events_trained"] + learner["events_rejected"] != log.count():
@@ -364,7 +368,7 @@ async def proofs(load: Load, state: Path) -> tuple[list[str], dict[str, Any]]:
     return faults + await _liveness_faults(load, status), asdict(ledger)
 
 
-def _log_faults(load: Load, log: FeedbackLogReader) -> list[str]:
+def _log_faults(load: Load, log: LogReader) -> list[str]:
     faults = []
     logged = Counter((entry.event.user_id, str(entry.event.event_id)) for entry in log.replay())
     acknowledged = set(load.acknowledged)
@@ -378,12 +382,16 @@ def _log_faults(load: Load, log: FeedbackLogReader) -> list[str]:
     return faults
 
 
-async def _history_faults(load: Load, log: FeedbackLogReader) -> list[str]:
-    faults = []
-    for user in sorted({user for user, _ in load.acknowledged})[:SAMPLED_USERS]:
+async def _history_faults(load: Load, log: LogReader) -> list[str]:
+    faults, users = [], sorted({user for user, _ in load.acknowledged})[:SAMPLED_USERS]
+    logged: dict[str, list[str]] = {user: [] for user in users}
+    for entry in log.replay():
+        if entry.event.user_id in logged:
+            logged[entry.event.user_id].append(entry.event.item_id)
+    for user in users:
         answer = await load.request("GET", f"/v1/users/{user}/export")
         history = [event["item_id"] for event in answer["events"]] if answer is not None else None
-        if history != [entry.event.item_id for entry in log.user_events(user)]:
+        if history != logged[user]:
             faults.append(f"the history of {user} is not what the log has of it: {history}")
     return faults
 

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,27 @@ def ray_session() -> Iterator[RaySession]:
         yield RaySession(f"http://{context.dashboard_url}")
     finally:
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def kafka_brokers() -> Iterator[str]:
+    """The address of Kafka brokers: librdkafka's own, which live as long as this client of theirs."""
+    from confluent_kafka import Producer
+
+    producer = Producer({"test.mock.num.brokers": 2, "log_level": 0})
+    brokers = producer.list_topics(timeout=PATIENCE).brokers.values()
+    yield ",".join(f"{broker.host}:{broker.port}" for broker in brokers)
+    producer.flush()
+
+
+@pytest.fixture
+def kafka_topic(kafka_brokers: str) -> str:
+    """A topic of its own for each test, with four partitions."""
+    from confluent_kafka import Producer
+
+    name = f"feedback-{uuid.uuid4().hex}"
+    Producer({"bootstrap.servers": kafka_brokers}).list_topics(name, timeout=PATIENCE)  # these brokers make it then
+    return f"kafka://{kafka_brokers}/{name}"
 
 
 @pytest.fixture(scope="session")

@@ -1,3 +1,5 @@
+"""The promises of the feedback log on SQLite and on Kafka; tests with `sqlite_log` or `path` are of SQLite alone."""
+
 import asyncio
 import os
 import random
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import pytest
 
 from lib.events import Event, InputError
 from lib.feedback_log import AppendResult, FeedbackLog, LogCorrupt, LoggedEvent, LogLocked, LogWriteError
+from lib.shards import LOG_FILE, ONLY, SQLITE, LogLayout
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,12 +29,29 @@ def make_event(number: int, user: str = "user", **changes) -> Event:
 
 @pytest.fixture
 def path(tmp_path):
-    return tmp_path / "feedback.db"
+    return tmp_path / LOG_FILE
 
 
 @pytest.fixture
-def log(path):
+def sqlite_log(path):
     with FeedbackLog(path) as log:
+        yield log
+
+
+@pytest.fixture(params=["sqlite", "kafka"])
+def location(request: pytest.FixtureRequest) -> str:
+    """Where a log is: in the state folder, or in a topic of its own."""
+    return SQLITE if request.param == "sqlite" else request.getfixturevalue("kafka_topic")
+
+
+@pytest.fixture
+def open_again(location: str, tmp_path: Path) -> Callable[[], FeedbackLog]:
+    return lambda: LogLayout(log=location).open(tmp_path, ONLY)
+
+
+@pytest.fixture
+def log(open_again: Callable[[], FeedbackLog]) -> Iterator[FeedbackLog]:
+    with open_again() as log:
         yield log
 
 
@@ -147,10 +168,10 @@ def test_keys_whose_fields_run_together_are_different_events(log):
     assert log.append(alike).result().offsets == list(range(1, 9))
 
 
-def test_duplicates_are_found_after_reopening(path):
-    with FeedbackLog(path) as log:
+def test_duplicates_are_found_after_reopening(open_again):
+    with open_again() as log:
         log.append([make_event(1), make_event(2, event_id="a")]).result()
-    with FeedbackLog(path) as log:
+    with open_again() as log:
         batch = [make_event(1), make_event(5, event_id="a"), make_event(3)]
         assert log.append(batch).result() == AppendResult([None, None, 3])
 
@@ -171,10 +192,10 @@ def test_duplicates_are_found_after_reopening(path):
         ({"value": "5"}, "value"),
     ],
 )
-def test_an_event_that_cannot_be_stored_is_refused_with_its_field(log, changes, field):
+def test_an_event_that_cannot_be_stored_is_refused_with_its_field(sqlite_log, changes, field):
     with pytest.raises(InputError, match=f"event 1: {field} "):
-        log.append([make_event(1), make_event(2, **changes)])
-    assert log.append([make_event(3)]).result() == AppendResult([1])
+        sqlite_log.append([make_event(1), make_event(2, **changes)])
+    assert sqlite_log.append([make_event(3)]).result() == AppendResult([1])
 
 
 def test_waiting_requests_share_one_commit(log):
@@ -247,39 +268,40 @@ def test_a_cancelled_append_is_not_written_and_harms_nobody(log):
     assert [entry.event.item_id for entry in log.read(0, 9)] == ["item-1", "item-3"]
 
 
-def test_a_full_disk_fails_the_group_and_leaves_the_log_usable(log):
-    log.append([make_event(1)]).result()
-    pages = log._connection.execute("PRAGMA page_count").fetchone()[0]
-    log._connection.execute(f"PRAGMA max_page_count = {pages}")
-    outside = hold_the_writer(log)
-    large = log.append([make_event(number, request_id="r" * 500) for number in range(2, 50)])
+def test_a_full_disk_fails_the_group_and_leaves_the_log_usable(sqlite_log):
+    sqlite_log.append([make_event(1)]).result()
+    pages = sqlite_log._connection.execute("PRAGMA page_count").fetchone()[0]
+    sqlite_log._connection.execute(f"PRAGMA max_page_count = {pages}")
+    outside = hold_the_writer(sqlite_log)
+    large = sqlite_log.append([make_event(number, request_id="r" * 500) for number in range(2, 50)])
     wait_until(large.running)
     outside.execute("ROLLBACK")
     outside.close()
-    with pytest.raises(LogWriteError, match=r"feedback\.db.*full") as failure:
+    with pytest.raises(LogWriteError, match=r"feedback\.sqlite.*full") as failure:
         large.result()
     assert isinstance(failure.value.__cause__, sqlite3.OperationalError)
-    assert (log.count(), log.last_offset(), log.commits) == (1, 1, 1)
-    log._connection.execute("PRAGMA max_page_count = 100000")
-    assert log.append([make_event(2), make_event(3)]).result() == AppendResult([2, 3])
+    assert (sqlite_log.count(), sqlite_log.last_offset(), sqlite_log.commits) == (1, 1, 1)
+    sqlite_log._connection.execute("PRAGMA max_page_count = 100000")
+    assert sqlite_log.append([make_event(2), make_event(3)]).result() == AppendResult([2, 3])
 
 
-def test_a_group_that_fails_midway_leaves_nothing_behind(log):
-    with sqlite3.connect(log.path) as outside:  # another program took the place of the third event
+def test_a_group_that_fails_midway_leaves_nothing_behind(sqlite_log):
+    with sqlite3.connect(sqlite_log.path) as outside:  # another program took the place of the third event
         outside.execute("INSERT INTO events VALUES(3, x'00', 'other', 'item', 'click', NULL, 1, NULL, NULL, 1)")
     outside.close()
     with pytest.raises(LogWriteError, match="UNIQUE constraint failed"):
-        log.append([make_event(number) for number in range(5)]).result()
-    assert (log.count(), log.last_offset()) == (1, 0)
-    assert log.append([make_event(1), make_event(2)]).result() == AppendResult([1, 2])
+        sqlite_log.append([make_event(number) for number in range(5)]).result()
+    assert (sqlite_log.count(), sqlite_log.last_offset()) == (1, 0)
+    assert sqlite_log.append([make_event(1), make_event(2)]).result() == AppendResult([1, 2])
 
 
-def test_every_request_of_a_failed_group_hears_of_it(log):
-    log._connection.execute(f"PRAGMA max_page_count = {log._connection.execute('PRAGMA page_count').fetchone()[0]}")
-    outside = hold_the_writer(log)
-    first = log.append([make_event(0)])
+def test_every_request_of_a_failed_group_hears_of_it(sqlite_log):
+    pages = sqlite_log._connection.execute("PRAGMA page_count").fetchone()[0]
+    sqlite_log._connection.execute(f"PRAGMA max_page_count = {pages}")
+    outside = hold_the_writer(sqlite_log)
+    first = sqlite_log.append([make_event(0)])
     wait_until(first.running)
-    group: list[Future] = [log.append([make_event(number, request_id="r" * 3000)]) for number in range(1, 9)]
+    group: list[Future] = [sqlite_log.append([make_event(number, request_id="r" * 3000)]) for number in range(1, 9)]
     outside.execute("ROLLBACK")
     outside.close()
     wait([first, *group])
@@ -287,7 +309,7 @@ def test_every_request_of_a_failed_group_hears_of_it(log):
     failures = [future.exception() for future in group]
     assert all(isinstance(failure, LogWriteError) for failure in failures)
     assert len({id(failure) for failure in failures}) == 8
-    assert log.count() == 1
+    assert sqlite_log.count() == 1
 
 
 LIMITED = """
@@ -322,13 +344,13 @@ def test_a_write_that_the_system_refuses_fails_and_leaves_the_log_usable(path, s
 STREAM = """
 import random, sys, threading
 from lib.events import Event
-from lib.feedback_log import FeedbackLog
-log = FeedbackLog(sys.argv[1], wait_for_lock=20)
+from lib.shards import ONLY, LogLayout
+log = LogLayout(log=sys.argv[1]).open(sys.argv[2], ONLY)
 printing = threading.Lock()
 def call(thread):
     number = 0
     while True:
-        events = [Event(f"user-{thread}", f"item-{number + n}", "click", None, n, f"{sys.argv[2]}-{number + n}")
+        events = [Event(f"user-{thread}", f"item-{number + n}", "click", None, n, f"{sys.argv[3]}-{number + n}")
                   for n in range(random.randint(1, 12))]
         number += len(events)
         result = log.append(events).result()
@@ -341,20 +363,20 @@ threading.Event().wait()
 """
 
 
-def test_every_acknowledged_event_survives_kill_9_exactly_once(path, start_process):
-    acknowledged = {}
+def test_every_acknowledged_event_survives_kill_9_exactly_once(location, open_again, tmp_path, start_process):
+    acknowledged, count = {}, 1500 if location == SQLITE else 500
     for life in range(3):
-        process = start_process(STREAM, path, f"life-{life}")
+        process = start_process(STREAM, location, tmp_path, f"life-{life}")
         assert process.stdout
-        lines = [process.stdout.readline() for _ in range(1500)]
+        lines = [process.stdout.readline() for _ in range(count)]
         os.kill(process.pid, signal.SIGKILL)
         lines += process.stdout.readlines()
         for line in lines:
             if line.endswith("\n") and len(line.split()) == 3:
                 offset, user, event_id = line.split()
                 assert acknowledged.setdefault(int(offset), (user, event_id)) == (user, event_id)
-    assert len(acknowledged) >= 4500
-    with FeedbackLog(path, wait_for_lock=20) as log:
+    assert len(acknowledged) >= 3 * count
+    with open_again() as log:
         logged = {entry.offset: (entry.event.user_id, entry.event.event_id) for entry in log.replay()}
         assert len(logged) == log.count() == log.last_offset()
         assert len(set(logged.values())) == len(logged)
@@ -397,36 +419,36 @@ def test_offsets_are_not_given_again_after_erasing(path):
         assert [entry.offset for entry in log.replay()] == [1, 4]
 
 
-def test_an_erasure_keeps_its_place_between_appends(log):
-    outside = hold_the_writer(log)
-    first = log.append([make_event(1)])
+def test_an_erasure_keeps_its_place_between_appends(sqlite_log):
+    outside = hold_the_writer(sqlite_log)
+    first = sqlite_log.append([make_event(1)])
     wait_until(first.running)
-    before = log.append([make_event(2)])
+    before = sqlite_log.append([make_event(2)])
     erased: list[int] = []
-    erasing = threading.Thread(target=lambda: erased.append(log.erase("user")))
+    erasing = threading.Thread(target=lambda: erased.append(sqlite_log.erase("user")))
     erasing.start()
-    wait_until(lambda: len(log._waiting) == 2)
-    after = log.append([make_event(3)])
+    wait_until(lambda: len(sqlite_log._waiting) == 2)
+    after = sqlite_log.append([make_event(3)])
     outside.execute("ROLLBACK")
     outside.close()
     erasing.join()
     assert erased == [2]
     assert [future.result().offsets for future in (first, before, after)] == [[1], [2], [3]]
-    assert [entry.offset for entry in log.replay()] == [3]
+    assert [entry.offset for entry in sqlite_log.replay()] == [3]
 
 
-def test_an_erasure_that_a_reader_keeps_from_finishing_says_so(log, path):
-    log.append([make_event(1), make_event(2, "other")]).result()
-    log._connection.execute("PRAGMA busy_timeout = 10")
+def test_an_erasure_that_a_reader_keeps_from_finishing_says_so(sqlite_log, path):
+    sqlite_log.append([make_event(1), make_event(2, "other")]).result()
+    sqlite_log._connection.execute("PRAGMA busy_timeout = 10")
     reader = sqlite3.connect(path, isolation_level=None)
     reader.execute("BEGIN")
     assert reader.execute("SELECT COUNT(*) FROM events").fetchone() == (2,)
     with pytest.raises(LogWriteError, match="end it and erase again"):
-        log.erase("user")
+        sqlite_log.erase("user")
     reader.close()
-    assert log.erase("user") == 0
+    assert sqlite_log.erase("user") == 0
     assert Path(f"{path}-wal").stat().st_size == 0
-    assert [entry.event.user_id for entry in log.replay()] == ["other"]
+    assert [entry.event.user_id for entry in sqlite_log.replay()] == ["other"]
 
 
 def test_close_writes_what_waits_and_then_refuses(path):
@@ -470,17 +492,17 @@ def test_a_second_writer_in_the_same_process_is_refused(path):
     FeedbackLog(path).close()
 
 
-def test_a_reader_sees_what_is_acknowledged_while_the_log_is_written(path, log):
+def test_a_reader_sees_what_is_acknowledged_while_the_log_is_written(path, sqlite_log):
     with FeedbackLog.reader(path) as reader:
         assert reader.read(0, 5) == []
-        log.append([make_event(1)]).result()
+        sqlite_log.append([make_event(1)]).result()
         assert [entry.event for entry in reader.read(0, 5)] == [make_event(1)]
         with pytest.raises(sqlite3.OperationalError, match="readonly"):
             reader._read_connection.execute("DELETE FROM events")
 
 
 def test_a_reader_opens_what_a_killed_writer_left(path, start_process):
-    process = start_process(STREAM, path, "life")
+    process = start_process(STREAM, SQLITE, path.parent, "life")
     assert process.stdout
     offsets = [int(process.stdout.readline().split()[0]) for _ in range(100)]
     process.kill()
@@ -533,9 +555,9 @@ def test_files_that_are_no_log_are_refused(path, tmp_path):
     with sqlite3.connect(other) as connection:
         connection.execute("CREATE TABLE events(offset INTEGER PRIMARY KEY)")
     connection.close()
-    for open_log in (FeedbackLog, FeedbackLog.reader):
+    for opened_by in (FeedbackLog, FeedbackLog.reader):
         with pytest.raises(LogCorrupt, match="not a feedback log"):
-            open_log(other)
+            opened_by(other)
     with pytest.raises(InputError, match="cannot be"):
         FeedbackLog(tmp_path)
 
@@ -550,7 +572,7 @@ def test_another_schema_version_is_refused(path):
 
 
 def test_a_log_that_vanished_beside_its_wal_is_not_replaced(path, start_process):
-    process = start_process(STREAM, path, "life")
+    process = start_process(STREAM, SQLITE, path.parent, "life")
     assert process.stdout
     process.stdout.readline()
     process.kill()
@@ -576,8 +598,9 @@ def test_an_interrupted_creation_is_started_anew(path):
     assert not Path(f"{path}.new").exists()
 
 
-def test_the_log_syncs_each_commit_and_uses_write_ahead_logging(log):
-    pragma = {name: log._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")}
+def test_the_log_syncs_each_commit_and_uses_write_ahead_logging(sqlite_log):
+    names = ("journal_mode", "synchronous")
+    pragma = {name: sqlite_log._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names}
     assert pragma == {"journal_mode": "wal", "synchronous": 2}
 
 

@@ -26,10 +26,11 @@ from lib.ledger import check
 from lib.model_folder import Manifest, save_model
 from lib.recommender import Question, RankedItem, Recommender
 from lib.registry import Registry
+from lib.shards import LOG_FILE
 from lib.user_histories import MicroBatch, ReplaySample, SampleSizes
 from lib.weights import Delta, DeltaMismatch
 from lib.write_ahead_log import Tail, read_tail
-from serving.aggregator import LOG_FILE, Aggregator, AggregatorConfig
+from serving.aggregator import Aggregator, AggregatorConfig
 from serving.app import check_state
 from serving.challenger import Answer
 from serving.decision_log import DecisionLog

@@ -13,8 +13,8 @@ from lib.learner import LearnerConfig, NearlineLearner, Rejection
 from lib.ledger import Account, Ledger, check, folded, lineage
 from lib.model_folder import Manifest, read_manifest, write_manifest
 from lib.registry import Registry, save_with_optimizer
+from lib.shards import LOG_FILE
 from lib.weights import Delta
-from serving.aggregator import LOG_FILE
 from tests.test_feedback_log import make_event
 from tests.tiny import history, micro_batch, started_registry
 

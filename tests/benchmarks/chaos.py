@@ -9,6 +9,7 @@ sent again until it is acknowledged. Exit status 1, with the proofs that failed,
 """
 
 import asyncio
+import os
 import random
 import shutil
 import subprocess
@@ -45,6 +46,7 @@ class Server:
     model: Path
     data: Path
     output: Path
+    options: tuple[str, ...] = ()  # of `afterclick serve`
     port: int = field(default_factory=free_port)
     process: subprocess.Popen | None = None
     failed_starts: int = 0  # that ended by themselves, as Ray's do on a machine that is too busy
@@ -58,10 +60,12 @@ class Server:
     def start(self) -> None:
         """Start it; it answers some seconds later."""
         command = [sys.executable, "-m", "jobs.serve", "--port", str(self.port)]
-        command += ["--model", str(self.model), "--data", str(self.data)]
+        command += ["--model", str(self.model), "--data", str(self.data), *self.options]
         self._said = self.output.stat().st_size if self.output.exists() else 0
+        # this process may have trained a model on a Ray of its own, and its HAProxy's files are named after it
+        environment = {name: value for name, value in os.environ.items() if "HAPROXY" not in name}
         with self.output.open("ab") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
     @property
     def root(self) -> int:
@@ -239,6 +243,8 @@ def chaos_command(
     kills: Annotated[int, typer.Option(min=1, help="At least so many.")] = 60,
     events: Annotated[float, typer.Option(help="Events per second.")] = 200.0,
     questions: Annotated[float, typer.Option(help="Recommendation requests per second.")] = 100.0,
+    aggregators: Annotated[int, typer.Option(min=1)] = 1,
+    learner_workers: Annotated[int, typer.Option(min=1)] = 1,
     model: Annotated[Path | None, typer.Option(help="Model folder; it is copied.")] = None,
     data: Annotated[Path | None, typer.Option(help="Its dataset.")] = None,
     json_: Annotated[Path | None, typer.Option("--json")] = None,
@@ -250,7 +256,8 @@ def chaos_command(
         model, data = synthetic(folder)
     shutil.copytree(model, folder / "model", ignore=shutil.ignore_patterns("live"))
     items = sorted(set(pq.read_table(data / "events.parquet", columns=["item_id"])["item_id"].to_pylist()))
-    server = Server(folder / "model", data, folder / "serve.out")
+    options = ("--aggregators", str(aggregators), "--learner-workers", str(learner_workers))
+    server = Server(folder / "model", data, folder / "serve.out", options)
     load = Load(server.url, "chaos", items, events_per_second=events, questions_per_second=questions)
     chaos = Chaos(server, load, random.Random(seed))
     try:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lib.events import Event
-from lib.feedback_log import INSERT, FeedbackLog, _row
+from lib.feedback_log import INSERT, FeedbackLog, row_of
 
 USERS, ITEMS = 50_000, 10_000
 WARM_UP = 10_000  # events; they fill more than the 16 MB at which the WAL is used again
@@ -96,7 +96,7 @@ def measure_plain(path: Path, batch: int, seconds: float, source: Iterator[Event
 
     def commit(events: list[Event]) -> None:
         nonlocal offset
-        rows = [_row(index, event) for index, event in enumerate(events)]
+        rows = [row_of(index, event) for index, event in enumerate(events)]
         start = time.perf_counter()
         connection.execute("BEGIN")
         for row in rows:

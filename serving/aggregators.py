@@ -1,0 +1,169 @@
+"""The aggregators of all shards as one: a call goes to the shards that it concerns, and to all of them at once.
+
+A user's events and history are at the user's shard, the changes of items at the first. Methods are those of an
+aggregator (serving/aggregator.py).
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+from ray.util import list_named_actors
+
+from lib.change_board import ChangeBoard
+from lib.feedback_log import LogWriteError
+from lib.item_log import ItemChange
+from lib.shards import LogLayout, PartlyWritten, shard_of
+from lib.user_histories import History
+from serving.aggregator import AggregatorConfig, start_aggregator
+from serving.batches import Batches
+from serving.feedback import MOST_REQUESTS, Feedback, append_together
+from serving.names import AGGREGATOR, NAMESPACE
+
+STATUS_SECONDS = 2.0
+Given = TypeVar("Given")
+
+
+class Aggregators:
+    """What a replica calls; each call waits, and is repeated, while an aggregator restarts."""
+
+    def __init__(self, state: str, data: str | None, config: AggregatorConfig, layout: LogLayout, timeout: float):
+        """Start those that do not run; `timeout` is how many seconds a call may take before it raises TimeoutError."""
+        self.handles = [start_aggregator(state, data, config, shard, layout) for shard in layout.shards()]
+        self.timeout = timeout
+        self.feedback: list[Batches[Feedback, list[str | None]]] = [
+            Batches(partial(append_together, partial(self._call, shard, "append")), MOST_REQUESTS)
+            for shard in range(len(self.handles))
+        ]
+        self.boards: list[ChangeBoard] = []  # known once the aggregators have answered for the first time
+
+    async def open_boards(self) -> None:
+        """Read from now on whose history may have changed, where that can be read."""
+        places = await asyncio.gather(*[self._call(shard, "board") for shard in range(len(self.handles))])
+        self.boards = [ChangeBoard.open(Path(place)) for place in places if place is not None]
+
+    def counters(self, user_ids: Iterable[str]) -> dict[str, int]:
+        """The counter of changes of each user; empty where nobody counts."""
+        if not self.boards:
+            return {}
+        counters: dict[str, int] = {}
+        for shard, mine in self._split(user_ids, lambda user_id: user_id).items():
+            counters |= self.boards[shard].users(user_id for _, user_id in mine)
+        return counters
+
+    def items_counter(self) -> int | None:
+        """The counter of changes of the catalog; None where nobody counts."""
+        return self.boards[0].items() if self.boards else None
+
+    async def append(self, feedback: Feedback) -> list[str | None]:
+        """Make events durable and part of the histories; per event None, or why it was not taken.
+
+        Raises:
+            LogWriteError: nothing of it could be written; PartlyWritten where some of it was.
+        """
+        shards = self._split(feedback.events, lambda event: event.user_id) or {0: []}
+        calls = []
+        for shard, mine in shards.items():
+            events, rejected = [event for _, event in mine], Counter() if calls else feedback.rejected
+            calls.append(self.feedback[shard].submit(Feedback(events, feedback.named, rejected)))
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        if failures and len(failures) < len(calls) and isinstance(failures[0], LogWriteError):
+            raise PartlyWritten(str(failures[0])) from failures[0]
+        if failures:
+            raise failures[0]
+        return _in_order(shards.values(), cast("list[list[str | None]]", outcomes), len(feedback.events))
+
+    async def newer(
+        self, users: Sequence[tuple[str, int | None]], item_revision: int, ask_for_items: bool = True
+    ) -> tuple[list[History | None], list[ItemChange]]:
+        """What a replica lacks of users' histories and of the items (Aggregator.newer)."""
+        shards = self._split(users, lambda user: user[0])
+        if ask_for_items:
+            shards.setdefault(0, [])
+        calls = [
+            self._call(shard, "newer", [user for _, user in mine], item_revision) for shard, mine in shards.items()
+        ]
+        answers = await asyncio.gather(*calls)
+        changes = [change for _, changed in answers for change in changed]
+        return _in_order(shards.values(), [histories for histories, _ in answers], len(users)), changes
+
+    async def get_histories(self, user_ids: Sequence[str]) -> list[History]:
+        """The events of some users that are kept."""
+        shards = self._split(user_ids, lambda user_id: user_id)
+        calls = [self._call(shard, "get_histories", [user for _, user in mine]) for shard, mine in shards.items()]
+        return _in_order(shards.values(), await asyncio.gather(*calls), len(user_ids))
+
+    async def change_items(self, items: Sequence[tuple[str, dict[str, Any] | None]]) -> int:
+        """Make changed and deleted (None) items durable; returns their revision."""
+        return await self._call(0, "change_items", items)
+
+    async def users(self, limit: int) -> list[tuple[str, int]]:
+        """Some users with the number of their events."""
+        found = await asyncio.gather(*[self._call(shard, "users", limit) for shard in range(len(self.handles))])
+        return [user for users in found for user in users][:limit]
+
+    async def status(self) -> dict[str, Any]:
+        """The sum of all shards, and each beside it where there are several; `restarting` while one is away."""
+        answers = await asyncio.gather(*[_status_or_none(handle) for handle in self.handles])
+        return _sum_of([answer for answer in answers if answer is not None], len(self.handles))
+
+    def _split(self, values: Iterable[Given], user_of: Callable[[Given], str]) -> dict[int, list[tuple[int, Given]]]:
+        """Shard -> its values, each with its place."""
+        shards: dict[int, list[tuple[int, Given]]] = {}
+        for place, value in enumerate(values):
+            shards.setdefault(shard_of(user_of(value), len(self.handles)), []).append((place, value))
+        return shards
+
+    async def _call(self, shard: int, method: str, *arguments: Any) -> Any:
+        call: Awaitable = getattr(self.handles[shard], method).remote(*arguments)
+        return await asyncio.wait_for(call, self.timeout)
+
+
+def _in_order(shards: Iterable[list[tuple[int, Any]]], answers: Iterable[list], count: int) -> list:
+    """The answers for the values of each shard, in the order that the values had before they were split."""
+    ordered: list = [None] * count
+    for mine, given in zip(shards, answers, strict=True):
+        for (place, _), answer in zip(mine, given, strict=True):
+            ordered[place] = answer
+    return ordered
+
+
+async def _status_or_none(handle: ActorHandle) -> dict[str, Any] | None:
+    try:
+        return await asyncio.wait_for(handle.status.remote(), STATUS_SECONDS)
+    except (TimeoutError, RayActorError):
+        return None
+
+
+def _sum_of(shards: list[dict[str, Any]], count: int) -> dict[str, Any]:
+    if len(shards) < count:
+        return {"state": "restarting"} if count == 1 else {"state": "restarting", "shards": shards}
+    if count == 1:
+        return shards[0]
+    total: dict[str, Any] = {}
+    for name, value in shards[0].items():
+        values = [shard[name] for shard in shards]
+        if name in ("shard", "process"):
+            continue
+        if isinstance(value, dict):
+            total[name] = dict(sum(map(Counter, values), Counter()))
+        elif isinstance(value, list):
+            total[name] = [each for own in values for each in own]
+        else:
+            total[name] = sum(values) if isinstance(value, int) else value
+    return total | {"shards": shards}
+
+
+def running_aggregators() -> list[ActorHandle]:
+    """All that run on this cluster."""
+    actors = cast("list[dict[str, str]]", list_named_actors(all_namespaces=True))
+    names = sorted(actor["name"] for actor in actors if actor["namespace"] == NAMESPACE)
+    names = [name for name in names if name.startswith(AGGREGATOR)]
+    return [ray.get_actor(name, namespace=NAMESPACE) for name in names]
