@@ -155,7 +155,7 @@ class Aggregator:
         """Have a durable event in its user's history, and wait for the learner."""
         self.histories.append(event, offset)
         if self.changes is not None:
-            self.changes.mark_user(event.user_id)
+            self.changes.add(event, offset)
         self.arrivals.append(Arrival(offset, now))
         self.last_offset = offset
 
@@ -170,7 +170,7 @@ class Aggregator:
         return [self.histories.get(user_id) for user_id in user_ids]
 
     async def board(self) -> str | None:
-        """Where the counters of changes are, which replicas on this machine may read; None on a cluster of several."""
+        """Where the board is, which replicas on this machine may read; None on a cluster of several."""
         return None if self.changes is None else str(self.changes.path.absolute())
 
     async def newer(

@@ -6,7 +6,7 @@ aggregator (serving/aggregator.py).
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -16,7 +16,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.util import list_named_actors
 
-from lib.change_board import ChangeBoard
+from lib.change_board import ChangeBoard, News
 from lib.feedback_log import LogWriteError
 from lib.item_log import ItemChange
 from lib.shards import LogLayout, PartlyWritten, shard_of
@@ -47,6 +47,10 @@ class Aggregators:
         """Read from now on whose history may have changed, where that can be read."""
         places = await asyncio.gather(*[self._call(shard, "board") for shard in range(len(self.handles))])
         self.boards = [ChangeBoard.open(Path(place)) for place in places if place is not None]
+
+    def news(self) -> Iterator[News]:
+        """The events that were added to histories since this was last asked for, as far as they can be read here."""
+        return (news for board in self.boards for news in board.news())
 
     def counters(self, user_ids: Iterable[str]) -> dict[str, int]:
         """The counter of changes of each user; empty where nobody counts."""

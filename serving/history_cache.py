@@ -1,15 +1,16 @@
 """A replica's copies of the histories of users who asked lately.
 
 Before every batch the replica asks the aggregator, in one call, what its copies lack, so that an acknowledged event is
-always behind the next answer. Where both are on one machine, it asks for nobody whose copy is known to be whole
-(lib/change_board.py). A copy also keeps what the encoder reads of it (History.encoded), so it is never changed: a newer
-one takes its place.
+always behind the next answer. Where both are on one machine, it takes the newest events from shared memory, and asks
+for nobody whose copy is known to be whole (lib/change_board.py). A copy also keeps what the encoder reads of it
+(History.encoded), so it is never changed: a newer one takes its place.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from lib.change_board import News
 from lib.user_histories import History
 
 
@@ -47,6 +48,15 @@ class HistoryCache:
             else:
                 others[user_id] = copy.history
         return whole, others
+
+    def take(self, news: Iterable[News]) -> None:
+        """Add events to those copies that lack nothing else."""
+        for counter, offset, event in news:
+            copy = self._copies.get(event.user_id)
+            if copy is not None and copy.counter == counter - 1:
+                history = copy.history.newest(self.keep - 1)
+                history.append(event, offset)
+                self._copies[event.user_id] = Copy(history, counter)
 
     def update(
         self, copies: Mapping[str, History | None], newer: Sequence[History | None], counters: Mapping[str, int]

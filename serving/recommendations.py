@@ -173,6 +173,7 @@ class Recommendations:
 
         One call to each that is concerned, or none where the boards say that nothing has changed.
         """
+        self.cache.take(self.aggregators.news())
         counters, items = self.aggregators.counters(user_ids), self.aggregators.items_counter()
         histories, lacking = self.cache.split(user_ids, counters)
         items_known = items is not None and items == self.items_counter

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lib.change_board import ChangeBoard
+from lib.change_board import LARGEST, RING, ChangeBoard
 from lib.events import Event
 from lib.user_histories import History, UserHistories
 from serving.history_cache import HistoryCache, last_offsets
@@ -106,7 +106,7 @@ def test_a_copy_is_whole_as_long_as_its_counter_stays(histories, tmp_path):
     assert split("logged", "both") == ({"logged": histories.get("logged"), "both": histories.get("both")}, {})
     before = histories.get("both")
     add(histories, "both", "late", 50)
-    written.mark_user("both")
+    written.add(Event("both", "late", "click", None, 1050), 50)
     assert split("logged", "both") == ({"logged": histories.get("logged")}, {"both": before})
     read("both")
     assert split("both") == ({"both": histories.get("both")}, {})
@@ -115,7 +115,9 @@ def test_a_copy_is_whole_as_long_as_its_counter_stays(histories, tmp_path):
 def test_a_change_between_the_counter_and_the_copy_makes_it_ask_again(histories, tmp_path):
     board, cache = ChangeBoard.create(tmp_path / "changes"), HistoryCache(users=10, keep=KEEP)
     counters, copies = board.users(["logged"]), {"logged": None}
-    board.mark_user("logged")  # acknowledged after the counter was read; the copy may or may not have it
+    board.add(
+        Event("logged", "late", "click", None, 1050), 50
+    )  # acknowledged after the counter was read; the copy may or may not have it
     cache.update(copies, [histories.get("logged")], counters)
     assert cache.split(["logged"], board.users(["logged"]))[0] == {}
 
@@ -130,3 +132,49 @@ def test_a_restarted_writer_makes_every_copy_ask_again(histories, tmp_path):
     ChangeBoard.create(path)
     assert all(reader.users([user]) != {user: counter} for user, counter in users.items())
     assert reader.items() == items + 2
+
+
+def test_the_newest_events_make_copies_whole_without_a_question(histories, tmp_path):
+    written = ChangeBoard.create(tmp_path / "changes")
+    board, cache = ChangeBoard.open(tmp_path / "changes"), HistoryCache(users=10, keep=KEEP)
+    users = ["dataset", "both", "nobody"]
+    cache.update(dict.fromkeys(users), [histories.newer(user, None) for user in users], board.users(users))
+    for offset in range(10, 40):
+        event = Event(users[offset % 3], f"live-{offset}", "click", None, 1000 + offset, "id")
+        histories.append(event, offset)
+        written.add(event, offset)
+        cache.take(board.news())
+        whole, lacking = cache.split(users, board.users(users))
+        assert (whole, lacking) == ({user: histories.get(user) for user in users}, {})
+    assert board.news() == []
+
+
+def test_a_copy_that_lacks_something_else_is_asked_for(histories, tmp_path):
+    board, cache = ChangeBoard.create(tmp_path / "changes"), HistoryCache(users=10, keep=KEEP)
+    counters, before = board.users(["logged"]), histories.get("logged")
+    for offset in (50, 51):
+        add(histories, "logged", f"late-{offset}", offset)
+        board.add(Event("logged", f"late-{offset}", "click", None, 1000 + offset), offset)
+        if offset == 50:
+            board.news()  # read by a batch while the copy was on its way, which does not have it
+            cache.update({"logged": None}, [before], counters)
+    cache.take(board.news())
+    assert cache.split(["logged"], board.users(["logged"])) == ({}, {"logged": before})
+
+
+@pytest.mark.parametrize("how", ["overwritten", "half overwritten", "too large"])
+def test_an_event_that_cannot_be_read_is_asked_for(histories, tmp_path, how):
+    written = ChangeBoard.create(tmp_path / "changes")
+    board, cache = ChangeBoard.open(tmp_path / "changes"), HistoryCache(users=10, keep=KEEP)
+    cache.update({"both": None}, [histories.get("both")], board.users(["both"]))
+    add(histories, "both", "late", 50)
+    written.add(Event("both", "x" * LARGEST if how == "too large" else "late", "click", None, 1050), 50)
+    if how == "overwritten":
+        for number in range(RING // 4096 + 1):
+            written.add(Event("other", "x" * 4096, "click", None, 2000 + number), 100 + number)
+    if how == "half overwritten":
+        written._ring[20] ^= 1
+    assert board.news() == []
+    assert cache.split(["both"], board.users(["both"]))[0] == {}
+    written.add(Event("other", "after", "click", None, 3000), 1000)
+    assert [news.event.item_id for news in board.news()] == ["after"]
