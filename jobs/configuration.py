@@ -22,14 +22,21 @@ def settings_from(kind: type[Settings], config: Path | None, assignments: Sequen
         InputError: a file that is no mapping, an unknown key, or a value of another type or out of its range.
     """
     values = yaml_of(config) if config is not None else {}
-    for assignment in assignments:
-        name, value = _assigned(assignment)
-        values[name] = value
+    values |= values_of(assignments)
     _refuse_unknown(kind, values)
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         raise InputError(_objection(error)) from error
+
+
+def values_of(assignments: Sequence[str]) -> dict[str, Any]:
+    """What key=value assignments say, the last of a key; each value is read as YAML.
+
+    Raises:
+        InputError: one is no assignment.
+    """
+    return dict(_assigned(assignment) for assignment in assignments)
 
 
 def yaml_of(path: Path, option: str = "config") -> dict[str, Any]:

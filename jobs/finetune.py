@@ -142,7 +142,11 @@ def finetune(
             trained, storage, storage, _pretrain_settings(storage, settings), workers, gpu,
             start=storage / START, older_weight=settings.older_weight,
         )  # fmt: skip
-    metrics = _judge(registry, storage, plan)
+    try:
+        metrics = _judge(registry, storage, plan)
+    except InputError:
+        shutil.rmtree(storage)
+        raise
     accepted = metrics["difference"][METRIC]["value"] >= -settings.tolerance
     if accepted:
         _offer(registry, storage, plan, metrics)
@@ -228,7 +232,7 @@ def _write_material(
     import pyarrow as pa
 
     from lib.catalog import Catalog
-    from lib.finetuning import count_popularity, histories_around, of_users
+    from lib.finetuning import TooFewEvents, count_popularity, histories_around, of_users
     from lib.model_folder import Manifest
     from lib.registry import save_with_optimizer
 
@@ -238,6 +242,8 @@ def _write_material(
     held_out = events["offset"].to_numpy() > cut.until
     trained = histories_around(events.filter(pa.array(~held_out)), cut.after, catalog, kinds, config.max_length)
     judges = events.filter(pa.array(held_out))["user_id"].unique()
+    if not trained.targets.any():
+        raise TooFewEvents("since: no event follows another one of its user; wait for more feedback")
     count_popularity(encoder, catalog, events, cut, learner.popularity_half_life)
     trained.save(storage / TRAINED_FILE)
     histories_around(of_users(events, judges), cut.until, catalog, kinds).save(storage / HELD_OUT_FILE)
@@ -346,12 +352,14 @@ def _tell(outcome: Outcome, json_: Path | None) -> None:
 
 
 def _repeat(run: tuple[Any, ...], seconds: float, json_: Path | None) -> None:
-    """Fine-tune again and again; a run that fails is told of, and the next one is not given up for it."""
+    """Fine-tune again and again; a run that fails, or has too little feedback, does not keep the next from its turn."""
+    from lib.finetuning import TooFewEvents
+
     while True:
         start = time.monotonic()
         try:
             _tell(finetune(*run), json_)
-        except (InputError, RuntimeError) as error:
+        except (TooFewEvents, RuntimeError) as error:
             print(f"failed: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         time.sleep(max(0.0, start + seconds - time.monotonic()))
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -27,6 +27,7 @@ from cluster.local import HOST, require_free_port, running_ray
 from jobs.nearline import start_learner
 from lib.datasets import read_events
 from lib.events import CleaningRules, InputError
+from lib.experiment import ChallengerConfig
 from lib.learner import LearnerConfig
 from lib.model_folder import load_model
 from lib.ranking_rules import BoundRules, RankingRules
@@ -35,7 +36,8 @@ from lib.shards import SQLITE, check_ends
 from serving.aggregator import AggregatorConfig, start_aggregator
 from serving.aggregators import running_aggregators
 from serving.app import ServeArguments, build, check_state
-from serving.names import APPLICATION, LEARNER, NAMESPACE
+from serving.experiment import check_challenger
+from serving.names import APPLICATION, EXPERIMENTS, LEARNER, NAMESPACE
 
 START_SECONDS = 60.0  # for HAProxy to know the replicas
 STOP_SECONDS = 30.0
@@ -111,6 +113,8 @@ def check_model(arguments: ServeArguments) -> None:
     arguments.check()
     _, catalog, _ = load_model(arguments.model)
     BoundRules.of(arguments.ranking, catalog)
+    if arguments.challenger is not None:
+        check_challenger(arguments.challenger, arguments.state_location)
 
 
 def _wait_until_answering(url: str) -> None:
@@ -132,14 +136,19 @@ def _wait_until_answering(url: str) -> None:
 
 def stop_service() -> None:
     """Stop learner, replicas and aggregators, in this order, so that nothing that was acknowledged waits unwritten."""
+    with ExitStack() as stops:  # the last one first, each of them whatever becomes of the others
+        stops.callback(lambda: _stop_actors(running_aggregators(), "close"))
+        stops.callback(lambda: _stop_actors(_running(EXPERIMENTS), "close"))
+        stops.callback(serve.shutdown)
+        stops.callback(lambda: _stop_actors(_running(LEARNER), "stop"))
+
+
+def _running(name: str) -> list[ActorHandle]:
+    """The actor of that name, if there is one."""
     try:
-        with suppress(ValueError):  # none runs
-            _stop_actors([ray.get_actor(LEARNER, namespace=NAMESPACE)], "stop")
-    finally:
-        try:
-            serve.shutdown()
-        finally:
-            _stop_actors(running_aggregators(), "close")
+        return [ray.get_actor(name, namespace=NAMESPACE)]
+    except ValueError:
+        return []
 
 
 def _stop_actors(actors: list[ActorHandle], method: str) -> None:
@@ -182,9 +191,13 @@ def serve_command(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Learner setting key=value; repeatable.")] = None,
     ranking: Annotated[Path | None, typer.Option(help="YAML file of ranking rules.")] = None,
     cleaning: Annotated[Path | None, typer.Option(help="YAML file of what feedback is refused.")] = None,
+    challenger: Annotated[str | None, typer.Option(help="Second model, or stored version, to compare with.")] = None,
+    challenger_share: Annotated[float | None, typer.Option(help="Share of the users that it answers; 0.1.")] = None,
+    shadow: Annotated[bool, typer.Option(help="Ask the challenger, and show nothing of it.")] = False,
+    challenger_set: Annotated[list[str] | None, typer.Option(help="Test setting key=value; repeatable.")] = None,
 ) -> None:
     """Serve a model, learn from feedback, push the weights; Ctrl-C stops it cleanly."""
-    from jobs.configuration import settings_from, yaml_of
+    from jobs.configuration import settings_from, values_of, yaml_of
 
     learner = settings_from(LearnerConfig, config, set_ or [])
     arguments = ServeArguments(
@@ -197,6 +210,7 @@ def serve_command(
         state=str(state.absolute()) if state is not None else None,
         cleaning=settings_from(CleaningRules, cleaning, []),
         ranking=RankingRules.of(yaml_of(ranking, "ranking")) if ranking is not None else RankingRules(),
+        challenger=_challenger(challenger, challenger_share, shadow, values_of(challenger_set or [])),
     )
     require_free_port(port)  # here and of the model, too: what can be known before Ray is started
     check_model(arguments)
@@ -210,6 +224,18 @@ def serve_command(
         stop.wait()
         print("stopping", flush=True)
     print("stopped", flush=True)
+
+
+def _challenger(
+    model: str | None, share: float | None, shadow: bool, settings: dict[str, Any]
+) -> ChallengerConfig | None:
+    given = {} if share is None else {"share": share}
+    if model is None:
+        if given or shadow or settings:
+            raise InputError("challenger: name the second model with --challenger, or leave out what is said of it")
+        return None
+    named = model if model.isdecimal() else str(Path(model).absolute())
+    return ChallengerConfig.of({"model": named, "shadow": shadow} | given | settings)
 
 
 if __name__ == "__main__":

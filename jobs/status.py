@@ -3,6 +3,7 @@
 python -m jobs.status [--url URL] [--json FILE]
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,17 +31,27 @@ def status_command(
     console.print(f"model version {status['model_version']}")
     console.print(replicas)
     shards = status["aggregator"].pop("shards", [])
-    for part in ("learner", "aggregator"):
-        console.print(_facts(part, status[part]))
+    for part in ("learner", "aggregator", "experiment"):
+        if part in status:
+            console.print(_facts(part, status[part]))
     for shard in shards:
         console.print(_facts(f"aggregator {shard['shard']}", shard))
 
 
 def _facts(title: str, facts: dict[str, Any]) -> Table:
     table = Table("fact", "value", title=title)
-    for name, value in facts.items():
-        table.add_row(name, f"{value:.1f}" if isinstance(value, float) else str(value))
+    for name, value in _flat(facts):
+        table.add_row(name, str(round(value, 4) if isinstance(value, float) else value))
     return table
+
+
+def _flat(facts: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Facts one by one, those of a part of a part under both names."""
+    for name, value in facts.items():
+        if isinstance(value, dict) and value:
+            yield from ((f"{name}.{part}", own) for part, own in _flat(value))
+        else:
+            yield name, value
 
 
 if __name__ == "__main__":

@@ -70,6 +70,12 @@ class MarkedHistories:
         from_end = np.repeat(self.histories.offsets[1:], self.histories.lengths) - np.arange(len(self.histories.rows))
         return from_end <= np.repeat(self.counts, self.histories.lengths)
 
+    @property
+    def targets(self) -> np.ndarray:
+        """(E,) bool: the marked events that follow another one of their user."""
+        places = np.arange(len(self.histories.rows)) - np.repeat(self.histories.offsets[:-1], self.histories.lengths)
+        return self.marked & (places > 0)
+
     def save(self, path: Path) -> None:
         """Write a Parquet file, one line a user."""
         pq.write_table(table_of(self.histories).append_column("marked", pa.array(self.counts)), path)
@@ -249,13 +255,12 @@ def judge(
     encoder, catalog = result
     histories, kinds = held_out.histories, encoder.config.event_kinds
     assert kinds is not None
-    owners = np.repeat(np.arange(len(histories)), histories.lengths)
-    places = np.arange(len(histories.rows)) - histories.offsets[owners]
     aimed_at = target_weights(histories.kinds, histories.values, kinds) > 0
-    tested = held_out.marked & (places > 0) & aimed_at
-    if not tested.any():
+    tested = np.flatnonzero(held_out.targets & aimed_at)
+    if len(tested) == 0:
         raise TooFewEvents("since: no held-out event follows another one of its user; wait for more feedback")
-    cases = Cases(histories, owners[tested], places[tested])
+    users = np.searchsorted(histories.offsets, tested, side="right") - 1
+    cases = Cases(histories, users, tested - histories.offsets[users])
     contenders = [model_contender("live", *rival, catalog), model_contender("base", *result, catalog)]
     rankings = [(contender.name, rank(contender, cases)) for contender in contenders]
     return compare(rankings, cases, [], np.bincount(histories.rows, minlength=len(catalog) + 1))

@@ -33,7 +33,7 @@ from lib.histories import Histories
 from lib.metrics import ndcg_at
 from lib.sequences import SequenceBatches, target_weights
 from lib.user_histories import History, MicroBatch, to_histories
-from lib.weights import ROW_TENSORS, state_of
+from lib.weights import ROW_TENSORS, dense_state, state_of
 
 TABLE = ROW_TENSORS[0]
 TO_SIGMA = 1.4826  # of a median absolute deviation, where what deviates is normal
@@ -100,7 +100,7 @@ class Reference:
         self.log_offset = log_offset
         self.updates = 0
         self.events = 0  # learned since
-        self.dense = {name: tensor.clone() for name, tensor in state_of(encoder).items() if name not in ROW_TENSORS}
+        self.dense = {name: tensor.clone() for name, tensor in dense_state(encoder).items()}
         self.places = torch.full((encoder.config.item_rows,), -1)  # of a row in `values`, -1 where it has not changed
         self.values = encoder.item_embeddings.weight.new_zeros(0, encoder.config.hidden_size)
         self.count = 0
@@ -258,10 +258,9 @@ class Gate:
         return bool(quality.mean() >= earlier_quality.mean())
 
     def _finite(self, rows: Tensor) -> bool:
-        return all(
-            bool(torch.isfinite(tensor[rows] if name in ROW_TENSORS else tensor).all())
-            for name, tensor in state_of(self.encoder).items()
-        )
+        state = state_of(self.encoder)
+        changed = [*dense_state(self.encoder).values(), *(state[name][rows] for name in ROW_TENSORS)]
+        return all(bool(torch.isfinite(tensor).all()) for tensor in changed)
 
     def _too_far(self, dense: Mapping[str, Tensor], counted: float) -> str | None:
         """How much farther than usual the weights have moved, if that is too far."""

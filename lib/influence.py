@@ -1,8 +1,9 @@
 """How much any one user, or a crowd of newcomers, may move the weights: limits on what a micro-batch's targets count.
 
 The gate tells whether an update did harm; these limits keep small what a flood of feedback can do before harm can be
-measured. Honest feedback they leave nearly as it is: most users have a few events in a micro-batch, and what many
-newcomers do at once is held against what newcomers usually do here.
+measured. Honest feedback they leave nearly as it is: most users have a few events in a micro-batch, what many newcomers
+do at once is held against what newcomers usually do here, and what they do to one item, update after update, against
+how popular it is.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,6 @@ OPINIONS = ("like", "dislike", "rating")  # of the same item, only a user's last
 LEAST_CROWD = 4.0  # that newcomers may weigh however few others act; a micro-batch may hold nobody else
 LEAST_SHARE = 0.1
 MEMORY = 512  # updates that make up what is usual
-FEWEST_UPDATES = 32  # before anything is usual
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,12 @@ class InfluenceLimits:
     user_limit: float = 64.0  # of one user's new events in a micro-batch, where a click counts 1
     newcomer_events: int = 100_000  # a newcomer's first event is among so many latest ones of the log
     newcomer_share: float = 2.0  # newcomers may weigh so many times what they usually do,
-    item_limit: float = 4.0  # and on one item so much,
+    item_limit: float = 4.0  # and so many of their clicks on one item may count,
+    item_refill: float = 0.2  # with so many more after each update,
     item_share: float = 4.0  # or so many times what the item's share of all events makes likely
 
     def __post_init__(self) -> None:
-        for name in ("user_limit", "newcomer_events", "newcomer_share", "item_limit", "item_share"):
+        for name in ("user_limit", "newcomer_events", "newcomer_share", "item_limit", "item_refill", "item_share"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name}: {getattr(self, name)} is too small; give more than 0")
 
@@ -57,6 +58,8 @@ class Influence:
         self.updates = updates  # that it was taken over, up to MEMORY
         self.kept = 1.0  # of the weight of the new events at hand
         self._share: float | None = None  # of newcomers in it
+        self.taken: dict[int, float] = {}  # by row, what newcomers weighed on an item of late
+        self._taking: dict[int, float] = {}  # in the update at hand
 
     def limited(self, targets: Targets, popularity: np.ndarray) -> np.ndarray:
         """(E,) the weights of the targets of an update within the limits; popularity (R,) of each item row."""
@@ -64,11 +67,19 @@ class Influence:
         new = np.abs(targets.weights) * targets.new
         total = float(new.sum())
         self.kept = float((new * left).sum()) / total if total else 1.0
-        self._share = float(new[targets.newcomers[targets.owners]].sum()) / total if total else None
+        crowd = targets.newcomers[targets.owners]
+        self._share = float(new[crowd].sum()) / total if total else None
+        rows, places = np.unique(targets.rows[crowd], return_inverse=True)
+        weights = np.bincount(places, (new * left)[crowd], minlength=len(rows))
+        self._taking = dict(zip(rows.tolist(), weights.tolist(), strict=True))
         return targets.weights * left
 
     def passed(self) -> None:
         """The update at hand was published: its newcomers are part of what is usual, as far as within the limit."""
+        refill = self.limits.item_refill
+        self.taken = {row: weight - refill for row, weight in self.taken.items() if weight > refill}
+        self.taken |= {row: self.taken.get(row, 0.0) + weight for row, weight in self._taking.items() if weight > 0}
+        self._taking = {}
         if self._share is None:
             return
         if self._share > self._most():  # a crowd; one that stays is usual in the end
@@ -88,16 +99,25 @@ class Influence:
             rows = targets.rows[part]
             of_item = np.bincount(rows, weights[part] * left[part], minlength=len(popularity))
             likely = popularity * (of_item.sum() / max(float(popularity.sum()), 1e-9))
-            most = np.maximum(self.limits.item_limit, self.limits.item_share * likely)
+            most = np.maximum(self._room(weights[part], len(popularity)), self.limits.item_share * likely)
             left[part] *= _part(most, of_item)[rows]
         for both in (targets.new, ~targets.new):
             crowd = both & newcomers
             left[crowd] *= self._crowd(weights * left, crowd, both & ~newcomers)
         return left.astype(np.float32)
 
+    def _room(self, weights: np.ndarray, rows: int) -> np.ndarray:
+        """(R,) what newcomers may still weigh on each item, where it is as many of events of these weights (E,)."""
+        counted = weights[weights > 0]
+        room = np.full(rows, self.limits.item_limit * min(float(counted.mean()) if len(counted) else 1.0, 1.0))
+        if self.taken:
+            taken = np.fromiter(self.taken, int, len(self.taken))
+            room[taken] = np.maximum(room[taken] - np.fromiter(self.taken.values(), float, len(self.taken)), 0.0)
+        return room
+
     def _most(self) -> float:
-        """The share of newcomers that is within the limit."""
-        if self.updates < FEWEST_UPDATES:
+        """The share of newcomers that is within the limit; the first update says what is usual."""
+        if self.updates == 0:
             return 1.0
         return min(max(self.limits.newcomer_share * self.usual, LEAST_SHARE), 1.0)
 

@@ -26,10 +26,19 @@ from lib.popularity import event_counts, moved_reference
 from lib.registry import LoadedVersion, Registry
 from lib.rejections import Rejection, Rejections
 from lib.sequences import Batch, SequenceBatches
-from lib.training import Trainer, TrainingConfig, is_first_worker, part_of_worker, require_equal, word_of_first
+from lib.training import (
+    Trainer,
+    TrainingConfig,
+    is_first_worker,
+    part_of_worker,
+    require_equal,
+    train_uppermost,
+    word_of_first,
+)
 from lib.user_histories import History, MicroBatch, ReplaySample, SampleSizes, to_histories
-from lib.weights import ROW_TENSORS, Delta, Fingerprint, difference, grow_items, state_of
+from lib.weights import ROW_TENSORS, Delta, Fingerprint, dense_state, difference, grow_items, state_of
 
+LEAST_CONTEXT = 8  # events before a user's new ones
 LEAST_HALF_LIFE = 1000.0  # events: of fewer, chance decides what is popular
 
 
@@ -37,15 +46,17 @@ LEAST_HALF_LIFE = 1000.0  # events: of fewer, chance decides what is popular
 class LearnerConfig(GateConfig, InfluenceLimits):
     """How the weights follow the feedback; what an update must pass is the gate's (lib/gate.py)."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None  # None: 1e-3, and of a model wider than 128 as much less as it is wider
     new_row_boost: float = 20.0  # times the learning rate that a new item's row moves faster, fading with its updates
     steps: int = 1  # of training with every update, each with the new events and its own part of the replayed windows
     context_length: int = 50  # events read before a user's new ones, and of a replayed window; never over max_length
-    replay_events: int = 2000  # in windows of earlier histories, learned again with every update
+    context_events: int = 1000  # read before new ones altogether: fewer of each where many users act at once
+    replay_events: int = 1000  # in windows of earlier histories, learned again with every update
     replay_recent_share: float = 0.3  # of the windows around the latest events; the others are around any
     replay_recent_events: int = 2000  # so many are the latest
     replay_weight: float = 0.2  # of a replayed target, where a new event's is 1
     negatives: int = 512
+    trained_bytes: int = 14_000_000  # the uppermost dense weights are trained, and pushed: as many as this holds
     popularity_half_life: float | None = None  # events; None: as many as the catalog has items
     snapshot_every: int = 200  # versions
     keep_snapshots: int = 10
@@ -57,7 +68,7 @@ class UndoJournal:
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
-        self.dense = {name: t.clone() for name, t in state_of(trainer.encoder).items() if name not in ROW_TENSORS}
+        self.dense = {name: tensor.clone() for name, tensor in dense_state(trainer.encoder).items()}
         self.optimizer = {n: v.copy() for n, v in trainer.optimizer_state(np.zeros(0, dtype=np.int64)).items()}
         self.rows: list[Tensor] = []
         self.saved: list[tuple[Tensor, ...]] = []
@@ -138,11 +149,12 @@ class NearlineLearner:
         self.offer: str | None = loaded.facts.get("offer")  # the name of the base, as long as nothing follows from it
         self.item_revision = 0  # of changed items: deltas do not hold their attributes, so all of them are asked for
         training = TrainingConfig(
-            learning_rate=self.config.learning_rate,
+            learning_rate=self.config.learning_rate or 1e-3 * min(1.0, 128 / self.encoder.config.hidden_size),
             new_row_boost=self.config.new_row_boost,
             negatives=self.config.negatives,
             seed=self.config.seed,
         )
+        train_uppermost(self.encoder, self.config.trained_bytes)
         self.trainer = _trainer_of(loaded, training)
         self.fingerprint = Fingerprint(self.encoder)
         self.kind_codes = self.encoder.config.kind_codes
@@ -336,6 +348,7 @@ class NearlineLearner:
             target[name][later] = state_of(self.encoder)[name][later]
         references = np.array([int(self.encoder.popularity_reference)]), int(loaded.encoder.popularity_reference)
         target["item_popularity"][later] *= float(event_counts(*references, self.popularity_half_life)[0])
+        train_uppermost(loaded.encoder, self.config.trained_bytes)
         trainer = _trainer_of(loaded, self.trainer.config)
         rows = self._rows_that_differ(target, trainer)
         _, tensors = difference(self.encoder, target, rows)
@@ -423,7 +436,8 @@ class NearlineLearner:
     def _training_batch(self, batch: MicroBatch) -> Batch | None:
         """New events as targets with their context, and the replayed histories at a lower weight."""
         length = self.sample_sizes.history_length
-        histories = [h.newest(length + n) for h, n in zip(batch.histories, batch.new_counts, strict=True)]
+        context = min(length, max(self.config.context_events // max(len(batch.histories), 1), LEAST_CONTEXT))
+        histories = [h.newest(context + n) for h, n in zip(batch.histories, batch.new_counts, strict=True)]
         replay = [history.newest(length + 1) for history in batch.replay]
         flat = to_histories([*histories, *replay], self.catalog, self.kind_codes)
         sequences = SequenceBatches(flat, self.encoder.config)
@@ -491,13 +505,10 @@ class NearlineLearner:
 
     def _changes(self, journal: UndoJournal, rows: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:
         """The changed rows of the row tensors, and of the other tensors those that differ."""
-        tensors = {}
-        for name, tensor in state_of(self.encoder).items():
-            if name in ROW_TENSORS:
-                tensors[name] = tensor[rows].numpy()
-            elif not torch.equal(tensor, journal.dense[name]):
-                tensors[name] = tensor.numpy().copy()
-        return rows, tensors
+        state = state_of(self.encoder)
+        tensors = {name: state[name][rows].numpy() for name in ROW_TENSORS}
+        changed = (name for name, before in journal.dense.items() if not torch.equal(state[name], before))
+        return rows, tensors | {name: state[name].numpy().copy() for name in changed}
 
     def _publish(self, changes: tuple[Tensor, dict[str, np.ndarray]], last_offset: int, facts: dict) -> Delta:
         rows, tensors = changes

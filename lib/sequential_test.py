@@ -2,7 +2,8 @@
 
 Each arm counts answers and how many of them were rewarded. A person's answers are not independent, and people, not
 answers, are divided among the arms; so the variance of an arm's rate is that of its people (the linearised ratio), and
-what is known of the difference D of the rates is its inverse, I = 1 / (variance + variance). Where there is no
+never less than p (1 - p) / answers with the rate p of both arms together: an arm without a reward shows no variance of
+its own. What is known of the difference D of the rates is the inverse, I = 1 / (variance + variance). Where there is no
 difference, D I moves like a Brownian motion with clock I, and
 
     evidence = sqrt(1 / (1 + I e^2)) exp(e^2 (D I)^2 / (2 (1 + I e^2)))
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 LEAST_USERS = 100  # of an arm, before its variance is believed
-LEAST_OUTCOMES = 30  # answers of each kind, rewarded or not, for the same reason
+LEAST_OUTCOMES = 30  # answers of each kind, rewarded or not, that an arm should have had, for the same reason
 
 # A float, or a numpy array of one value for each look.
 Number = Any
@@ -63,17 +64,19 @@ class ArmTotals:
         unbiased = self.users / np.maximum(self.users - 1, 1)
         return unbiased * np.maximum(residual, 0) / np.maximum(self.answers, 1) ** 2
 
-    @property
-    def enough(self) -> Number:
-        """Whether the variance may be believed."""
-        failures = self.answers - self.rewarded
-        return (self.users >= LEAST_USERS) & (np.minimum(self.rewarded, failures) >= LEAST_OUTCOMES)
+    def is_enough(self, rate: Number) -> Number:
+        """Whether so many answers would tell a rate."""
+        outcomes = self.answers * np.minimum(rate, 1 - rate)
+        return (self.users >= LEAST_USERS) & (outcomes >= LEAST_OUTCOMES)
 
 
 def difference(live: ArmTotals, challenger: ArmTotals) -> tuple[Number, Number]:
     """The challenger's rate less the live one, and how much is known of it (the inverse of its variance)."""
-    variance = live.variance + challenger.variance
-    known = live.enough & challenger.enough & (variance > 0)
+    rate = (live.rewarded + challenger.rewarded) / np.maximum(live.answers + challenger.answers, 1)
+    variance = sum(
+        np.maximum(arm.variance, rate * (1 - rate) / np.maximum(arm.answers, 1)) for arm in (live, challenger)
+    )
+    known = live.is_enough(rate) & challenger.is_enough(rate)
     return challenger.rate - live.rate, np.where(known, 1 / np.where(known, variance, 1.0), 0.0)
 
 

@@ -238,7 +238,8 @@ class Trainer:
         shrink = min(1.0, self.config.clip_norm / (float(norm) + 1e-6))
         if shrink < 1.0:
             torch._foreach_mul_([*dense_gradients, gradient], shrink)  # pyright: ignore[reportPrivateImportUsage]
-        rows, gradient = rows[rows > 0], gradient[rows > 0]  # the padding row stays zero
+        moved = (rows > 0) & gradient.any(dim=1)  # the padding row stays zero, and what only frozen blocks read
+        rows, gradient = rows[moved], gradient[moved]
         if self.before_update is not None:
             self.before_update(rows)
         for group in self.optimizer.param_groups:
@@ -284,6 +285,8 @@ class SequenceLoss(nn.Module):
         """
         vectors = self.encoder.described(table, rows)
         item_vectors = vectors.index_select(0, inputs.flatten()).view(*inputs.shape, -1)
+        if not any(parameter.requires_grad for parameter in self.encoder.blocks[0].parameters()):
+            item_vectors = item_vectors.detach()  # no way back through frozen blocks: a step costs a third
         with torch.autocast(table.device.type, dtype=torch.bfloat16, enabled=self.in_half_precision):
             hidden = self.encoder(batch.kinds, batch.gaps, batch.values, batch.lengths, item_vectors=item_vectors)
         has_target = weights.flatten().nonzero().flatten()  # (M,)
@@ -299,6 +302,23 @@ class SequenceLoss(nn.Module):
             self.encoder.config.temperature,
         )
         return (next_item_losses(margins, weights.sign()) * weights.abs()).sum()
+
+
+def train_uppermost(encoder: BehaviourEncoder, most_bytes: int) -> None:
+    """Freeze the dense weights except the uppermost: A and the final norm, then whole blocks, then what these read.
+
+    Of them no more than `most_bytes` bytes are trained. The first that would be too much is frozen with all below it.
+    """
+    below = [encoder.position_embeddings, encoder.kind_embeddings, encoder.gap_embeddings, encoder.value_embeddings]
+    levels: list[list[nn.Parameter]] = [[encoder.interest_to_item, *encoder.final_norm.parameters()]]
+    levels += [list(block.parameters()) for block in reversed(encoder.blocks)]
+    levels += [[embedding.weight for embedding in below]]
+    room = most_bytes
+    for level in levels:
+        room -= sum(parameter.nbytes for parameter in level if parameter.requires_grad)
+        if room < 0:
+            for parameter in level:
+                parameter.requires_grad_(False)
 
 
 def keep_freed_memory() -> None:

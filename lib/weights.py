@@ -33,6 +33,12 @@ def state_of(encoder: BehaviourEncoder) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in encoder.state_dict().items()}
 
 
+def dense_state(encoder: BehaviourEncoder) -> dict[str, Tensor]:
+    """Of the tensors that are no row tensors, those that training may change: what it freezes stays as it is."""
+    frozen = {name for name, parameter in encoder.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in state_of(encoder).items() if name not in frozen | set(ROW_TENSORS)}
+
+
 @dataclass
 class Delta:
     """What changed from version `parent` to `version`."""

@@ -5,9 +5,11 @@ from ray import serve
 from ray.serve import Application
 
 from lib.events import CleaningRules, InputError
+from lib.experiment import ChallengerConfig
 from lib.ranking_rules import RankingRules
 from lib.registry import Registry
 from lib.shards import SQLITE, LogLayout, check_log
+from serving.experiment import prepare_challenger
 from serving.names import DEPLOYMENT
 from serving.recommendations import Recommendations, ReplicaConfig
 
@@ -40,6 +42,7 @@ class ServeArguments(BaseModel):
     replica: ReplicaConfig = ReplicaConfig()
     ranking: RankingRules = RankingRules()
     cleaning: CleaningRules = CleaningRules()
+    challenger: ChallengerConfig | None = Field(default=None, description="a second model to compare with the live one")
 
     def check(self) -> None:
         """Refuse what contradicts itself, or the state folder.
@@ -81,6 +84,8 @@ def build(arguments: ServeArguments) -> Application:
     Registry(arguments.state_location).start_from(arguments.model)
     check_state(arguments.state_location)
     arguments.layout.record(arguments.state_location)
+    wanted = arguments.challenger
+    challenger = None if wanted is None else prepare_challenger(wanted, arguments.state_location)
     scaled = {
         "min_replicas": arguments.replicas,
         "max_replicas": arguments.most_replicas,
@@ -104,4 +109,5 @@ def build(arguments: ServeArguments) -> Application:
         arguments.ranking,
         arguments.cleaning,
         arguments.layout,
+        challenger,
     )

@@ -30,8 +30,10 @@ class DecisionLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", buffering=1)
 
-    def append(self, request_id: str, user_id: str | None, version: int, items: Sequence[RankedItem]) -> None:
-        """Record one answer whose items have propensities.
+    def append(
+        self, request_id: str, user_id: str | None, version: int, items: Sequence[RankedItem], arm: str | None = None
+    ) -> None:
+        """Record one answer whose items have propensities; `arm` is that of two models side by side.
 
         Raises:
             OSError: it could not be written.
@@ -40,6 +42,7 @@ class DecisionLog:
             "request_id": request_id,
             "user_id": user_id,
             "model_version": version,
+            "arm": arm,
             "time": time.time_ns() // 1_000_000,
             "items": [item.item_id for item in items],
             "scores": [item.score for item in items],

@@ -53,13 +53,15 @@ def http_application(replica: "Replica") -> FastPath:
 
     async def recommend(question: Question, user_id: str | None, deadline: float | None) -> Response:
         start = time.perf_counter()
-        version, items = await replica.ask(question, user_id, deadline)
+        answered = await replica.ask(question, user_id, deadline)
         replica.count_answer(time.perf_counter() - start)
         request_id = uuid.uuid4().hex
-        replica.record(request_id, user_id, version, items)
-        return answer(request_id, version, items)
+        if answered.arm is not None and user_id is not None and replica.challenger is not None:
+            request_id = replica.challenger.note(request_id, user_id, answered)
+        replica.record(request_id, user_id, answered)
+        return answer(request_id, answered.version, answered.items, answered.arm)
 
-    def answer(request_id: str, version: int, items: list[RankedItem]) -> Response:
+    def answer(request_id: str, version: int, items: list[RankedItem], arm: str | None = None) -> Response:
         titles = replica.recommender.catalog.titles
         listed = []
         for item_id, score, reason, propensity in items:
@@ -71,7 +73,8 @@ def http_application(replica: "Replica") -> FastPath:
             if propensity is not None:
                 fields["propensity"] = propensity
             listed.append(fields)
-        return _json({"request_id": request_id, "model_version": version, "items": listed})
+        shown = {} if arm is None else {"arm": arm}
+        return _json({"request_id": request_id, "model_version": version, **shown, "items": listed})
 
     async def answer_request(request: RecommendationRequest, deadline: float | None) -> Response:
         history = _history(request, rules)
@@ -147,6 +150,8 @@ def http_application(replica: "Replica") -> FastPath:
         for (index, _), outcome in zip(valid, outcomes, strict=True):
             if outcome is not None and outcome != DUPLICATE:
                 rejected.append({"index": index, "reason": outcome})
+        if replica.challenger is not None:
+            replica.challenger.react([e for (_, e), outcome in zip(valid, outcomes, strict=True) if outcome is None])
         duplicates = outcomes.count(DUPLICATE)
         replica.counts["events"] += len(events)
         accepted = len(events) - duplicates - len(rejected)

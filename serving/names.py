@@ -5,3 +5,4 @@ DEPLOYMENT = "Recommendations"
 NAMESPACE = "afterclick"  # of the actors
 AGGREGATOR = "aggregator"
 LEARNER = "learner"
+EXPERIMENTS = "experiments"

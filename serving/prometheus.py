@@ -34,6 +34,7 @@ class StatusCollector(Collector):
         yield from self._replicas()
         yield from self._learner()
         yield from self._aggregator()
+        yield from self._experiment()
 
     def _replicas(self) -> Iterator[Metric]:
         replicas = self.status["replicas"]
@@ -94,6 +95,27 @@ class StatusCollector(Collector):
         for reason, count in aggregator["noticed"].items():
             noticed.add_metric([reason], count)
         yield noticed
+
+    def _experiment(self) -> Iterator[Metric]:
+        """Of two models side by side, where both are shown."""
+        experiment = self.status.get("experiment", {})
+        if "difference" not in experiment:
+            return
+        answers = CounterMetricFamily("afterclick_arm_answers", "Answers of an arm.", labels=["arm"])
+        rewards = CounterMetricFamily("afterclick_arm_rewards", "Answers with such an event.", labels=["arm", "kind"])
+        rates = GaugeMetricFamily("afterclick_arm_rate", "Share of rewarded answers.", labels=["arm", "reward"])
+        for arm, results in experiment["arms"].items():
+            answers.add_metric([arm], results["answers"])
+            for kind, count in results["rewards"].items():
+                rewards.add_metric([arm, kind], count)
+            for reward in experiment["difference"]:
+                rates.add_metric([arm, reward], results[reward]["rate"])
+        evidence = GaugeMetricFamily(
+            "afterclick_experiment_evidence", "Of a difference; 1 / alpha decides.", labels=["reward"]
+        )
+        for reward, compared in experiment["difference"].items():
+            evidence.add_metric([reward], compared["evidence"])
+        yield from (answers, rewards, rates, evidence)
 
 
 def render(status: dict[str, Any]) -> bytes:

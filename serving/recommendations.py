@@ -23,7 +23,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from lib.events import CleaningRules
+from lib.events import CleaningRules, InputError
 from lib.item_log import ItemChange
 from lib.ranking import ItemFilter
 from lib.ranking_rules import RankingRules
@@ -36,8 +36,10 @@ from lib.weights import Delta, DeltaMismatch
 from serving.aggregator import AggregatorConfig
 from serving.aggregators import Aggregators
 from serving.batches import Batches, Overloaded
+from serving.challenger import Answer, Challenger, load_challenger
 from serving.decision_log import DecisionLog
 from serving.errors import DeadlineMissed
+from serving.experiment import PreparedChallenger, experiments_handle
 from serving.fast_path import FastPath
 from serving.history_cache import HistoryCache, last_offsets
 from serving.http import http_application
@@ -71,6 +73,7 @@ class Recommendations:
         rules: RankingRules | None = None,
         cleaning: CleaningRules | None = None,
         layout: LogLayout | None = None,
+        challenger: PreparedChallenger | None = None,
     ):
         self.config = config or ReplicaConfig()
         self.rules = rules or RankingRules()
@@ -86,7 +89,7 @@ class Recommendations:
         self.item_changes: dict[str, dict[str, Any] | None] = {}  # that were made while live; None: deleted
         self.item_revision = 0  # the newest of them
         self.items_counter: int | None = None  # of changes, before those of the catalog were asked for
-        self.answers: Batches[Asked, tuple[int, list[RankedItem]]] = Batches(self._answer, self.config.largest_batch)
+        self.answers: Batches[Asked, Answer] = Batches(self._answer, self.config.largest_batch)
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="changes")
         self.loader = ThreadPoolExecutor(1, thread_name_prefix="loading")
         self.loading = asyncio.Lock()  # held while a version is loaded beside the one that answers
@@ -95,15 +98,21 @@ class Recommendations:
         self.latency: Counter[float] = Counter()
         self.latency_sum = 0.0
         self.recommender = self._load({})
+        self.experiment = None if challenger is None else challenger.name
+        self.challenger = None if challenger is None else self._load_challenger(state, challenger)
         self.checked = False
-        self.watching: asyncio.Task | None = None
+        self.tasks: list[asyncio.Task] = []
 
     async def check_health(self) -> None:
         """Serve's health check, the first of which comes before the first request: catch up until then."""
         if not self.checked:
             await self.expect_version(self.registry.head() or 0)
             await self.aggregators.open_boards()
-            self.watching = asyncio.create_task(self.answers.watch())
+            self.tasks = [asyncio.create_task(self.answers.watch())]
+            if self.challenger is not None and not await self.challenger.tell():  # it was decided on before
+                self.challenger = None
+            if self.challenger is not None:
+                self.tasks.append(asyncio.create_task(self._run_challenger(self.challenger)))
             self.checked = True
 
     def __serve_build_asgi_app__(self) -> FastPath:
@@ -118,11 +127,17 @@ class Recommendations:
         recommender.catalog_changed(item_changes)
         return recommender
 
+    def _load_challenger(self, state: str, prepared: PreparedChallenger) -> Challenger | None:
+        """A challenger whose files were damaged meanwhile takes no replica with it."""
+        try:
+            return load_challenger(state, prepared, self.rules)
+        except InputError as error:
+            logger.error("the challenger cannot be loaded, so the live model answers its users, too: %s", error)
+            return None
+
     # ------------------------------------------------------------------------------------------- the batched answer
 
-    async def ask(
-        self, question: Question, user_id: str | None = None, deadline: float | None = None
-    ) -> tuple[int, list[RankedItem]]:
+    async def ask(self, question: Question, user_id: str | None = None, deadline: float | None = None) -> Answer:
         """The version and the ranked items for one person, within `deadline` seconds if there is one.
 
         Raises:
@@ -140,7 +155,7 @@ class Recommendations:
                 raise DeadlineMissed(deadline) from error
             raise
 
-    async def _answer(self, asked: list[Asked]) -> list[tuple[int, list[RankedItem]]]:
+    async def _answer(self, asked: list[Asked]) -> list[Answer]:
         """One batch: read what is new, then encode, retrieve and rank."""
         histories = await self._read({user_id for _, user_id in asked if user_id is not None})
         questions = [
@@ -148,8 +163,10 @@ class Recommendations:
             for question, user_id in asked
         ]
         async with self.unchanging:
+            if self.challenger is not None:
+                return self.challenger.answer(self.recommender, questions, [user_id for _, user_id in asked])
             version = self.recommender.version
-            return [(version, items) for items in self.recommender.recommend(questions)]
+            return [Answer(version, items) for items in self.recommender.recommend(questions)]
 
     async def _read(self, user_ids: Set[str]) -> dict[str, History]:
         """These users' histories, and the changes of the catalog, as the aggregators have them now.
@@ -167,9 +184,20 @@ class Recommendations:
         self.items_counter = items
         return histories | self.cache.update(lacking, newer, counters)
 
+    async def _run_challenger(self, challenger: Challenger) -> None:
+        """Let an experiment run to its end, after which there is one model again."""
+        try:
+            await challenger.run()
+        except Exception:
+            logger.exception("a challenger failed, so the live model answers its users, too")
+        self.challenger = None
+
     def _change_items(self, changes: list[ItemChange]) -> None:
-        self.recommender.catalog_changed({change.item_id: change.attributes for change in changes})
-        self.item_changes |= {change.item_id: change.attributes for change in changes}
+        items = {change.item_id: change.attributes for change in changes}
+        self.recommender.catalog_changed(items)
+        if self.challenger is not None:
+            self.challenger.catalog_changed(items)
+        self.item_changes |= items
         self.item_revision = max(self.item_revision, changes[-1].revision)
 
     async def on_thread(self, function: Callable, *arguments: Any) -> Any:
@@ -186,9 +214,11 @@ class Recommendations:
     async def has_item(self, item_id: str) -> bool:
         """Whether the catalog has an item now, with or without a row."""
         await self._read(set())
-        catalog = self.recommender.catalog
         put = self.item_changes.get(item_id) is not None
-        return put or (item_id in catalog.row_of and item_id not in catalog.removed)
+        catalogs = [self.recommender.catalog]
+        if self.challenger is not None:
+            catalogs.append(self.challenger.recommender.catalog)
+        return put or any(item_id in known.row_of and item_id not in known.removed for known in catalogs)
 
     async def check_items(self, items: Mapping[str, Mapping[str, Any]]) -> None:
         """Refuse attributes that the catalog cannot take.
@@ -225,20 +255,23 @@ class Recommendations:
         self.latency_sum += seconds
         self.latency[next((bound for bound in LATENCY_BUCKETS if seconds <= bound), float("inf"))] += 1
 
-    def record(self, request_id: str, user_id: str | None, version: int, items: list[RankedItem]) -> None:
+    def record(self, request_id: str, user_id: str | None, answer: Answer) -> None:
         """Keep an explored answer; one that a full disk does not take is given all the same, and counted."""
         if self.decisions is None:
             return
         try:
-            self.decisions.append(request_id, user_id, version, items)
+            self.decisions.append(request_id, user_id, answer.version, answer.items, answer.arm)
         except OSError as error:
             self.counts["unrecorded"] += 1
             logger.error("an explored answer could not be recorded: %s", error)
 
     async def status(self) -> dict[str, Any]:
         """Versions per replica, freshness, log offsets, pushes and rejected updates, asked of every part."""
-        replicas, aggregator, learner = await asyncio.gather(
-            self._replicas(), self.aggregators.status(), _or_none(learner_handle, "status")
+        replicas, aggregator, learner, experiment = await asyncio.gather(
+            self._replicas(),
+            self.aggregators.status(),
+            _or_none(learner_handle, "status"),
+            self._experiment_status(),
         )
         learner = learner or {"state": "restarting or not started"}
         versions = [replica["version"] for replica in replicas]
@@ -248,7 +281,14 @@ class Recommendations:
             "learner": learner,
             "aggregator": aggregator,
             "freshness": learner.get("freshness"),
+            **experiment,
         }
+
+    async def _experiment_status(self) -> dict[str, Any]:
+        """What the status has besides where there is, or was, a challenger."""
+        if self.experiment is None:
+            return {}
+        return {"experiment": await _or_none(experiments_handle, "status", self.experiment) or {"state": "restarting"}}
 
     async def _replicas(self) -> list[dict[str, Any]]:
         """What every live replica says of itself; one that is dying says nothing."""
@@ -351,9 +391,9 @@ def learner_handle() -> ActorHandle:
     return ray.get_actor(LEARNER, namespace=NAMESPACE)
 
 
-async def _or_none(handle: Callable[[], ActorHandle], method: str) -> dict[str, Any] | None:
+async def _or_none(handle: Callable[[], ActorHandle], method: str, *arguments: Any) -> dict[str, Any] | None:
     """An actor's answer for the status, or None while it is away: that is what the status then says."""
     try:
-        return await asyncio.wait_for(getattr(handle(), method).remote(), 2.0)
+        return await asyncio.wait_for(getattr(handle(), method).remote(*arguments), 2.0)
     except (ValueError, TimeoutError, RayActorError):
         return None

@@ -67,6 +67,10 @@ class Recommendations(BaseModel):
 
     request_id: str
     model_version: int
+    arm: str | None = Field(
+        default=None,
+        description="of two models side by side: live, challenger, or shadow (answered by the live one)",
+    )
     items: list[RecommendedItem]
 
 

@@ -33,6 +33,14 @@ PATIENCE = 60.0  # seconds until a wait is given up; nothing is judged by how lo
 Found = TypeVar("Found")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run all tests that need Ray in one process, where there are several: they share one Ray and its cores."""
+    for item in items:
+        if "ray_session" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @dataclass(frozen=True)
 class RaySession:
     """The one Ray of the session; `address` is what `ray job submit --address` takes."""
@@ -140,11 +148,11 @@ class LiveService:
         """The feedback log's file."""
         return self.state / "feedback.sqlite"
 
-    def start(self, learner: LearnerConfig | None = None) -> None:
-        """Start everything, on whatever the state folder holds."""
+    def start(self, **arguments: Any) -> None:
+        """Start everything, on whatever the state folder holds, with other arguments for this time."""
         from jobs.serve import start_service
 
-        start_service(self.arguments, self.port, learner or learner_config())
+        start_service(self.arguments.model_copy(update=arguments), self.port, learner_config())
 
     def stop(self) -> None:
         """Stop everything, cleanly."""

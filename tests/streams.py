@@ -182,7 +182,7 @@ class LiveStream:
     def run(self, world: World, attack: str | None) -> Outcome:
         """Take every arrival of the stream, attacked or not."""
         first, last, factor = ADVERSARIAL
-        updates, rate = len(world.live) // BATCH_EVENTS, self.learner.config.learning_rate
+        updates, rate = len(world.live) // BATCH_EVENTS, self.learner.trainer.learning_rate
         for time, event in arrivals_of(world, attack):
             objection = self.guard.objection(event, time)
             if objection is not None:

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from jobs.nearline import OFFER_SECONDS, Learner, Progress
 from lib.catalog import Catalog
 from lib.events import InputError
 from lib.learner import LearnerConfig, NearlineLearner
 from lib.model_folder import Manifest
 from lib.registry import LoadedVersion, Registry, load_folder, save_with_optimizer
 from lib.weights import Delta
+from serving.rollout import Acknowledgements
 from tests.test_learner import CONFIG, assert_same_learners, assert_same_optimizer, optimizer_of, recommender_of, update
 from tests.tiny import (
     assert_same_state,
@@ -181,3 +183,76 @@ def test_learning_from_an_empty_batch_after_a_base(registry, learner, tmp_path):
     delta = learner.learn(micro_batch(1, []))
     assert isinstance(delta, Delta)
     assert torch.equal(learner.encoder.item_popularity, registry.load().encoder.item_popularity)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the actor does with an offer, whatever is killed when
+
+
+class Nobody:
+    """A rollout where no replica is alive."""
+
+    def announce(self, version: int) -> Acknowledgements:
+        return Acknowledgements([], 1, 0.0)
+
+
+def started(registry: Registry) -> Learner:
+    """The actor without its process and its thread."""
+    actor = object.__new__(Learner)
+    actor.learner, actor.progress = NearlineLearner(registry, CONFIG), Progress()
+    actor.rollout = Nobody()  # pyright: ignore[reportAttributeAccessIssue]
+    actor.looked_for_offers = -OFFER_SECONDS
+    return actor
+
+
+def test_an_offer_is_taken_over_and_gone(registry, tmp_path):
+    registry.offer("first", model_folder(tmp_path / "base", 0))
+    actor = started(registry)
+    actor._take_over()
+    assert (actor.learner.version, actor.live.version, actor.live.base) == (2, 2, 2)
+    assert registry.offers() == []
+    actor.looked_for_offers = -OFFER_SECONDS
+    actor._take_over()
+    assert registry.head() == 2
+
+
+def test_an_offer_whose_taker_died_before_it_was_gone_is_not_taken_over_again(registry, tmp_path):
+    registry.offer("first", model_folder(tmp_path / "base", 0))
+    NearlineLearner(registry, CONFIG).adopt(registry.load_offer("first"), FACTS)  # and here it dies
+    actor = started(registry)
+    actor._take_over()
+    assert registry.head() == 2
+    assert registry.offers() == []
+
+
+def test_a_taker_that_dies_while_it_publishes_leaves_the_old_weights(registry, learner, tmp_path, monkeypatch):
+    update(learner, 1)
+    registry.offer("first", model_folder(tmp_path / "base", 0))
+    write = Registry._write
+
+    def die_before_the_manifest(self: Registry, name: str, data: bytes, replace: bool = False) -> None:
+        if name == "snapshots/0000000003/manifest.json":
+            raise KeyboardInterrupt
+        write(self, name, data, replace)
+
+    monkeypatch.setattr(Registry, "_write", die_before_the_manifest)
+    with pytest.raises(KeyboardInterrupt):
+        started(registry)._take_over()
+    monkeypatch.undo()
+    assert_same_learners(NearlineLearner(registry, CONFIG), learner)
+    assert registry.offers() == ["first"]
+    actor = started(registry)
+    actor._take_over()
+    assert (actor.learner.version, actor.learner.log_offset) == (3, 0)
+    assert_same_learners(NearlineLearner(registry, CONFIG), actor.learner)
+
+
+def test_a_damaged_offer_is_withdrawn_and_learning_goes_on(registry, tmp_path):
+    registry.offer("damaged", model_folder(tmp_path / "one", 0))
+    registry.offer("whole", model_folder(tmp_path / "two", 0))
+    (tmp_path / "store" / "offers" / "damaged" / "config.json").write_text("{")
+    actor = started(registry)
+    actor._take_over()
+    assert registry.offers() == []
+    assert registry.adopted("damaged") is None
+    assert registry.adopted("whole") == actor.learner.version == 2

@@ -113,7 +113,7 @@ def test_every_verb_has_help(afterclick, verb):
 
 
 def test_help_does_not_wait_for_what_only_the_job_needs():
-    verbs = ["ingest", "pretrain", "evaluate", "status", "versions", "rollback"]
+    verbs = ["ingest", "pretrain", "finetune", "evaluate", "status", "versions", "rollback"]
     program = (
         "import importlib, sys\n"
         "from jobs.command_line import COMMANDS\n"
@@ -251,6 +251,21 @@ def test_bad_ranking_rules_are_refused_before_anything_starts(afterclick, tiny_m
 def test_fewer_replicas_at_most_than_at_least_are_refused(afterclick, tiny_model):
     outcome = afterclick("serve", "--model", tiny_model, "--replicas", 3, "--most-replicas", 2)
     assert_one_line(outcome, "error: most_replicas: 2 are fewer", "the 3 of replicas")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "beginning"),
+    [
+        (["--challenger", "/nowhere"], "error: challenger: model: no folder at /nowhere"),
+        (["--challenger", "3"], "error: challenger: version: 3 is not stored"),
+        (["--challenger", "3", "--challenger-share", "1.5"], "error: challenger.share: input should be less than 1"),
+        (["--challenger", "3", "--challenger-set", "rewards=likes"], "error: challenger.rewards: no such setting"),
+        (["--shadow"], "error: challenger: name the second model with --challenger"),
+        (["--challenger", "3", "--challenger-set", "reward"], "error: --set reward: write key=value"),
+    ],
+)
+def test_a_bad_challenger_is_refused_before_anything_starts(afterclick, tiny_model, arguments, beginning):
+    assert_one_line(afterclick("serve", "--model", tiny_model, *arguments), beginning, "")
 
 
 @pytest.fixture

@@ -207,11 +207,22 @@ def test_a_job_that_repeats_outlives_a_run_that_fails(state, trained, monkeypatc
     assert all(24 * 3600 - 60 < seconds <= 24 * 3600 for seconds in waited)
 
 
+def test_feedback_of_strangers_alone_is_refused(state, trained):
+    """Whose every event is their first: there is nothing to learn from, and nothing to judge by."""
+    with FeedbackLog(state / "feedback.sqlite") as log:
+        log.append([Event(f"new-{n}", "i1", "click", None, NOW + n, str(n)) for n in range(50)]).result()
+    with pytest.raises(InputError, match=r"^since: no event follows another one of its user; wait for more feedback"):
+        finetune(state, since=11)
+    assert not (state / FOLDER).exists()
+    assert trained == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "beginning"),
     [
         (["--since", "99"], "error: version: 99 is not stored"),
         (["--state", "/nowhere"], "error: state: /nowhere has no feedback log; serve the model"),
+        (["--every", "24", "--state", "/nowhere"], "error: state: /nowhere has no feedback log"),
         (["--every", "-1"], "error: every: -1.0 is no number of hours"),
         (["--data", "/nowhere"], "error: data '/nowhere' does not exist"),
         (["--set", "epochs=0"], "error: epochs: 0 is too small"),

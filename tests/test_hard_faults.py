@@ -32,6 +32,7 @@ from lib.weights import Delta, DeltaMismatch
 from lib.write_ahead_log import Tail, read_tail
 from serving.aggregator import Aggregator, AggregatorConfig
 from serving.app import check_state
+from serving.challenger import Answer
 from serving.decision_log import DecisionLog
 from serving.errors import answer_of
 from serving.recommendations import Recommendations
@@ -157,7 +158,7 @@ def test_an_explored_answer_that_cannot_be_recorded_is_given_and_counted(tmp_pat
     replica.decisions, replica.counts = DecisionLog(str(tmp_path), "replica"), Counter()
     with files_up_to(300):
         for number in range(5):
-            replica.record(f"request-{number}", "user", 1, [RankedItem("item", 0.5, None, 0.5)] * 10)
+            replica.record(f"request-{number}", "user", Answer(1, [RankedItem("item", 0.5, None, 0.5)] * 10))
     assert 3 <= replica.counts["unrecorded"] <= 5
 
 

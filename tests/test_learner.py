@@ -66,7 +66,7 @@ def rejected_update(learner: NearlineLearner, batch: MicroBatch, learning_rate: 
     """Learn with a learning rate that destroys any model."""
     learner.trainer.learning_rate = learning_rate
     outcome = learner.learn(batch)
-    learner.trainer.learning_rate = CONFIG.learning_rate
+    learner.trainer.learning_rate = learner.trainer.config.learning_rate
     assert isinstance(outcome, Rejection), outcome
     return outcome
 
@@ -119,6 +119,30 @@ def test_learning_makes_what_happened_more_likely(registry):
         update(learner, number, 1, 2, 9)
     assert before > 3
     assert place() == 0
+
+
+def test_a_push_of_a_large_model_holds_the_uppermost_weights_alone(tmp_path):
+    registry = started_registry(tmp_path / "store", num_hidden_layers=2)
+    before = copied_state(registry.load().encoder)
+    head = before["interest_to_item"].nbytes + before["final_norm.weight"].nbytes
+    block = sum(tensor.nbytes for name, tensor in before.items() if name.startswith("blocks.1."))
+    learner = NearlineLearner(registry, replace(CONFIG, trained_bytes=head + block))
+    recommender = recommender_of(registry)
+    for number in (1, 2):
+        delta = update(learner, number)
+        pushed = {name for name in delta.tensors if name.startswith(("blocks.0.", "position", "kind", "gap", "value"))}
+        assert not pushed
+        recommender.apply(Delta.from_bytes(delta.to_bytes()))
+    assert any(name.startswith("blocks.1.") for name in delta.tensors)
+    assert recommender.checksum == learner.checksum
+    assert fingerprint(registry.load().encoder) == learner.checksum
+
+
+def test_the_rate_falls_with_the_width_unless_it_is_set(tmp_path):
+    wide = started_registry(tmp_path / "wide", hidden_size=256)
+    assert NearlineLearner(wide, CONFIG).trainer.learning_rate == pytest.approx(5e-4)
+    assert NearlineLearner(wide, replace(CONFIG, learning_rate=3e-4)).trainer.learning_rate == 3e-4
+    assert NearlineLearner(started_registry(tmp_path / "narrow"), CONFIG).trainer.learning_rate == 1e-3
 
 
 def test_only_the_new_events_and_the_replay_are_targets(learner):
@@ -501,5 +525,5 @@ def test_half_of_what_is_popular_is_as_many_events_old_as_there_are_items(regist
 def test_what_the_learner_asks_for(learner):
     sizes = learner.sample_sizes
     assert (sizes.history_length, sizes.held_out_users) == (8, 64)
-    assert sizes.replay.events == 2000
+    assert sizes.replay.events == 1000
     assert sizes.held_out_length == 20

@@ -18,7 +18,7 @@ from lib.events import EVENT_KINDS
 from lib.histories import Histories
 from lib.objective import next_item_losses, sampled_margins, uniform_negatives, unit_length
 from lib.sequences import Batch, SequenceBatches
-from lib.training import RowAdam, Trainer, TrainingConfig
+from lib.training import RowAdam, Trainer, TrainingConfig, train_uppermost
 from lib.weights import state_of
 from tests.tiny import (
     NOW,
@@ -238,6 +238,33 @@ def test_every_tensor_but_the_popularity_learns():
         "item_attributes",
         "attribute_embeddings.weight",  # this encoder's items have no attributes
     }
+
+
+def test_frozen_blocks_and_what_only_they_read_stay():
+    trainer = new_trainer(num_hidden_layers=2)
+    encoder = trainer.encoder
+    head = encoder.interest_to_item.nbytes + encoder.final_norm.weight.nbytes
+    train_uppermost(encoder, head + sum(parameter.nbytes for parameter in encoder.blocks[1].parameters()))
+    trainer = Trainer(encoder, 24, CONFIG)
+    before = copied_state(encoder)
+    batch = batches_of(1)[0]
+    weights = trainer._weights(batch)
+    result = trainer.step(batch)
+    changed = {name for name, tensor in state_of(encoder).items() if not torch.equal(tensor, before[name])}
+    upper = {"interest_to_item", "final_norm.weight", "item_embeddings.weight"}
+    assert changed == upper | {name for name in before if name.startswith("blocks.1.")}
+    negatives = uniform_negatives(12, 24, torch.Generator().manual_seed(CONFIG.seed * 1_000_003 + 1))
+    assert set(result.rows.tolist()) <= {*batch.target_rows[weights != 0].tolist(), *negatives.tolist()}
+
+
+def test_where_nothing_fits_the_rows_alone_are_trained():
+    encoder = tiny_encoder()
+    train_uppermost(encoder, 0)
+    trainer = Trainer(encoder, 24, CONFIG)
+    before = copied_state(encoder)
+    assert len(trainer.step(batches_of(1)[0]).rows) > 0
+    changed = {name for name, tensor in state_of(encoder).items() if not torch.equal(tensor, before[name])}
+    assert changed == {"item_embeddings.weight"}
 
 
 def test_the_loss_is_the_weighted_mean_over_targets():

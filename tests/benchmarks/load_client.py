@@ -4,8 +4,8 @@
 
 FILE holds one JSON body a line for POST /v1/recommendations, or another path. Each connection sends its next request as
 soon as it has the answer to the one before (a closed loop), or, with a rate, when its time has come (an open one: what
-waits for a connection waits since then). Prints one JSON object. A process of its own, so that it shares no interpreter with what
-it measures; a request costs it about 20 microseconds.
+waits for a connection waits since then). Prints one JSON object. A process of its own, so that it shares no interpreter
+with what it measures; a request costs it about 20 microseconds.
 """
 
 import gc

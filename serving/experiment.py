@@ -1,0 +1,244 @@
+"""An experiment with two models: the challenger's files, and the one actor that counts and decides.
+
+    experiments/<challenger>/model/            its model, kept: what it was made from may be pruned or trained again
+    experiments/<challenger>/<name>.sqlite     what was counted (lib/experiment.py)
+
+Items are a fact of the shop and not of a model: the challenger that is kept describes them as the live catalog does, so
+every filter, rule and later change means the same in both arms. A challenger that wins is offered to the learner
+(lib/registry.py), which takes it over as it does a fine-tuned model; one that loses is given up.
+"""
+
+import logging
+import uuid
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+
+from lib.catalog import Catalog
+from lib.encoder import BehaviourEncoder
+from lib.events import InputError
+from lib.experiment import SHADOW, ChallengerConfig, ExperimentResults, Records
+from lib.learner import LearnerConfig, NearlineLearner
+from lib.model_folder import MANIFEST, Manifest, read_manifest
+from lib.registry import Registry, load_folder, save_with_optimizer
+from serving.names import EXPERIMENTS, NAMESPACE
+
+FOLDER, MODEL = "experiments", "model"
+STATE, OFFERED, VERSION, RUN = "state", "offered", "version", "run"  # facts that are kept with the results
+RUNNING, PROMOTING, PROMOTED, REFUSED, ROLLED_BACK = "running", "promoting", "promoted", "refused", "rolled back"
+logger = logging.getLogger("ray.serve")
+
+
+class PreparedChallenger(NamedTuple):
+    """A challenger whose files are where every replica finds them."""
+
+    config: ChallengerConfig
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        """The folder of its model."""
+        return self.folder / MODEL
+
+    @property
+    def name(self) -> str:
+        """Of the experiment: it tells the challenger from others, and whether it is shown."""
+        return f"{self.folder.name}-{SHADOW}" if self.config.shadow else self.folder.name
+
+    @property
+    def results(self) -> Path:
+        """The file of what was counted."""
+        return self.folder / f"{self.name}.sqlite"
+
+
+def check_challenger(config: ChallengerConfig, state: str) -> PreparedChallenger:
+    """Where a challenger's files are, or will be.
+
+    Raises:
+        InputError: it cannot be loaded, or it has learned from another log.
+    """
+    if "://" in state:
+        raise InputError("challenger: it needs --state in a folder, where the results are kept")
+    stored = config.model.isdecimal()
+    try:
+        identity = f"version-{int(config.model)}" if stored else _weights_of(config.model)
+        challenger = PreparedChallenger(config, Path(state).absolute() / FOLDER / identity)
+        if (challenger.model / MANIFEST).exists():  # as it was when the experiment began
+            load_folder(challenger.model)
+        elif stored:
+            Registry(state).load(int(config.model))
+        elif (offset := load_folder(Path(config.model)).log_offset) > 0:
+            raise InputError(
+                f"{config.model} has learned from a feedback log, up to offset {offset}: name a version of this service"
+                " by its number, or a model as `afterclick pretrain` made it"
+            )
+    except InputError as error:
+        raise InputError(f"challenger: {error}") from error
+    return challenger
+
+
+def _weights_of(model: str) -> str:
+    return read_manifest(model).checksums.get("model.safetensors", "unknown")[:12]
+
+
+def prepare_challenger(config: ChallengerConfig, state: str) -> PreparedChallenger:
+    """Keep a challenger's model, and see that its results can be written; what is there from before goes on.
+
+    Raises:
+        InputError: it cannot be loaded, has none of the live model's items, or its results are damaged.
+    """
+    challenger = check_challenger(config, state)
+    if not (challenger.model / MANIFEST).exists():
+        _keep(challenger, Registry(state))
+    ExperimentResults(challenger.results).close()
+    return challenger
+
+
+def _keep(challenger: PreparedChallenger, registry: Registry) -> None:
+    model, live = challenger.config.model, registry.load().catalog
+    kept = _stored(registry, int(model)) if model.isdecimal() else _pretrained(Path(model))
+    if not kept.catalog.row_of.keys() & live.row_of.keys():
+        raise InputError(f"challenger: {model} has none of the live model's items; pretrain it on the same shop's data")
+    described = Catalog(kept.catalog.item_ids[1:], live.attributes, live.removed)
+    save_with_optimizer(challenger.model, kept.encoder, described, kept.manifest, kept.optimizer)
+
+
+class KeptModel(NamedTuple):
+    """What is kept of a challenger; its manifest is what the learner needs to take it over."""
+
+    encoder: BehaviourEncoder
+    catalog: Catalog
+    manifest: Manifest
+    optimizer: dict[str, np.ndarray] | None
+
+
+def _stored(registry: Registry, version: int) -> KeptModel:
+    """A version, which goes on from its place in the log when it wins."""
+    learner = NearlineLearner(registry, LearnerConfig(), version=version)  # it joins the optimiser's deltas
+    counts = {"events_trained": learner.events_trained, "events_rejected": learner.events_rejected}
+    facts = {"kind": "promotion", "since": version, "events": 0} | counts
+    manifest = Manifest(version=version, log_offset=learner.log_offset, facts=facts)
+    return KeptModel(learner.encoder, learner.catalog, manifest, learner.trainer.optimizer_state())
+
+
+def _pretrained(folder: Path) -> KeptModel:
+    """A model that has nothing of the log, so it learns all of it when it wins."""
+    loaded = load_folder(folder)
+    manifest = Manifest(version=loaded.version, facts={"kind": "promotion"})
+    return KeptModel(loaded.encoder, loaded.catalog, manifest, loaded.optimizer)
+
+
+class Experiment:
+    """Counts what the replicas see of one challenger, and acts on the verdict of the sequential test."""
+
+    def __init__(self, state: str, challenger: PreparedChallenger):
+        self.challenger = challenger
+        self.registry = Registry(state)
+        self.results = ExperimentResults(challenger.results)
+        if self.results.fact(RUN) is None:
+            self.results.keep(RUN, uuid.uuid4().hex)  # results that were removed begin another
+
+    def record(self, records: Records) -> bool:
+        """Count what a replica has seen; returns whether the experiment goes on."""
+        if self.ended:
+            return False
+        self.results.record(records)
+        config = self.challenger.config
+        if self.state == RUNNING and config.decide and (verdict := self.results.verdict(config)):
+            self._enter(PROMOTING if verdict == "promote" else ROLLED_BACK)
+        if self.state == PROMOTING:
+            self._promote()
+        return not self.ended
+
+    @property
+    def offer(self) -> str:
+        """The name under which the challenger is offered to the learner."""
+        return f"challenger-{self.challenger.name}-{self.results.fact(RUN)}"
+
+    @property
+    def state(self) -> str:
+        """What the experiment has come to."""
+        return self.results.fact(STATE) or RUNNING
+
+    @property
+    def ended(self) -> bool:
+        """A loser is given up at once; a winner answers its arm until it is live everywhere."""
+        return self.state not in (RUNNING, PROMOTING)
+
+    def _enter(self, state: str) -> None:
+        self.results.keep(STATE, state)
+        logger.warning("experiment %s: %s", self.challenger.name, state)
+
+    def _promote(self) -> None:
+        """Leave the winner where the learner looks for it, and see what becomes of it there."""
+        if self.offer in self.registry.offers():
+            return
+        version = self.registry.adopted(self.offer)
+        if version is not None:
+            self.results.keep(VERSION, version)
+            self._enter(PROMOTED)
+        elif self.results.fact(OFFERED):  # the learner's log says why
+            self._enter(REFUSED)
+        else:
+            self.registry.offer(self.offer, self.challenger.model)
+            self.results.keep(OFFERED, 1)
+
+    def status(self) -> dict[str, Any]:
+        """What the status says of the experiment."""
+        config = self.challenger.config
+        found = self.results.summary(config)
+        known = {"name": self.challenger.name, "state": self.state, "version": self.results.fact(VERSION)}
+        return known | config.model_dump() | found
+
+    def close(self) -> None:
+        """Close the file of results."""
+        self.results.close()
+
+
+class Experiments:
+    """The actor: what the replicas tell it belongs to the experiment that they take part in.
+
+    While a deployment is replaced these may be two.
+    """
+
+    def __init__(self, state: str):
+        self.state = state
+        self.running: dict[str, Experiment] = {}
+
+    def record(self, challenger: PreparedChallenger, records: Records) -> bool:
+        """Count what a replica has seen; returns whether its experiment goes on."""
+        experiment = self.running.get(challenger.name)
+        if experiment is None:
+            experiment = self.running[challenger.name] = Experiment(self.state, challenger)
+        experiment.challenger = challenger  # with the share and the test of who was deployed last
+        return experiment.record(records)
+
+    def status(self, name: str) -> dict[str, Any] | None:
+        """What the status says of an experiment, None before any replica has told of it."""
+        experiment = self.running.get(name)
+        return None if experiment is None else experiment.status()
+
+    def close(self) -> None:
+        """Close the files of results."""
+        for experiment in self.running.values():
+            experiment.close()
+
+
+def start_experiments(state: str) -> ActorHandle:
+    """The running actor, started if need be; Ray restarts it, but repeats no call: answers would count twice."""
+    actor: Any = ray.remote(Experiments).options(
+        name=EXPERIMENTS, namespace=NAMESPACE, get_if_exists=True, lifetime="detached", max_restarts=-1, num_cpus=0
+    )
+    return actor.remote(state)
+
+
+def experiments_handle() -> ActorHandle:
+    """The running actor.
+
+    Raises:
+        ValueError: none is running.
+    """
+    return ray.get_actor(EXPERIMENTS, namespace=NAMESPACE)
