@@ -11,19 +11,22 @@ from typing import Any
 
 import pytest
 import ray
+from fastapi import Request
 
 from lib.change_board import ONE_MACHINE
 from lib.events import CleaningRules, Event, InputError
+from lib.feedback_log import LogFull
 from lib.learner import LearnerConfig, NearlineLearner
 from lib.ledger import check
 from lib.log_order import LogOrder
 from lib.registry import Registry
-from lib.shards import LogLayout, Shard, read_log, shard_of
+from lib.shards import LogLayout, PartlyWritten, Shard, read_log, shard_of
 from lib.user_histories import MicroBatch
-from serving.aggregator import AggregatorConfig, aggregator_handle
+from serving.aggregator import Aggregator, AggregatorConfig, aggregator_handle
 from serving.aggregators import Aggregators, running_aggregators
 from serving.app import ServeArguments
 from serving.batch_source import BatchSource
+from serving.errors import partly_taken
 from serving.feedback import Feedback
 from serving.history_cache import HistoryCache, last_offsets
 from tests.conftest import PATIENCE
@@ -135,6 +138,7 @@ def assert_each_learned_once(registry: Registry) -> None:
 
 def test_two_aggregators_are_as_one(aggregators: Aggregators, registry: Registry) -> None:
     asyncio.run(assert_as_one(aggregators))
+    assert [aggregator_handle(shard) for shard in LAYOUT.shards()] == aggregators.handles
     assert len([handle for handle in running_aggregators() if handle in aggregators.handles]) == 2
     learner = NearlineLearner(registry, CONFIG)
     ends = learn_up_to(learner, BatchSource(registry.root), 401)
@@ -172,6 +176,7 @@ def test_two_aggregators_are_as_one(aggregators: Aggregators, registry: Registry
     again = learn_up_to(learner, batches, last)
     assert (again[-1], learner.events_trained + learner.events_rejected) == (last, last)
     assert_each_learned_once(registry)
+    assert_a_full_log_fails_its_own_users_alone(aggregators)
 
 
 async def assert_as_one(aggregators: Aggregators) -> None:
@@ -208,5 +213,21 @@ async def assert_as_one(aggregators: Aggregators) -> None:
     assert min(shard["log_offset"] for shard in status["shards"]) > 100
 
 
-def test_an_aggregator_is_found_by_its_shard(aggregators: Aggregators) -> None:
-    assert [aggregator_handle(shard) for shard in LAYOUT.shards()] == aggregators.handles
+def fill_up(aggregator: Aggregator) -> None:
+    """As if its disk had no room."""
+    pages = aggregator.log._connection.execute("PRAGMA page_count").fetchone()[0]
+    aggregator.log._connection.execute(f"PRAGMA max_page_count = {pages}")
+
+
+def assert_a_full_log_fails_its_own_users_alone(aggregators: Aggregators) -> None:
+    ray.get(aggregators.handles[1].__ray_call__.remote(fill_up))
+    large = [event._replace(request_id="r" * 3000) for event in clicks(40, first=9000)]
+    with pytest.raises(PartlyWritten, match=r"feedback-1\.sqlite could not be written"):
+        asyncio.run(aggregators.append(feedback(*large)))
+    theirs = [[event for event in large if shard_of(event.user_id, 2) == shard] for shard in range(2)]
+    with pytest.raises(LogFull):
+        asyncio.run(aggregators.append(feedback(*theirs[1])))
+    assert asyncio.run(aggregators.append(feedback(*theirs[0]))) == ["duplicate"] * len(theirs[0])
+    response = asyncio.run(partly_taken(Request({"type": "http"}), PartlyWritten("the log")))
+    assert response.status_code == 503
+    assert "send it again" in bytes(response.body).decode()
