@@ -233,11 +233,18 @@ def brokers() -> Iterator[tuple[subprocess.Popen[str], str]]:
     process.communicate()
 
 
+def all_stopped(process: int) -> bool:
+    """Whether every thread has heard of the signal: another core may still run one when the call returns."""
+    threads = Path(f"/proc/{process}/task").iterdir()
+    return all((thread / "stat").read_text().rpartition(")")[2].split()[0] == "T" for thread in threads)
+
+
 def test_brokers_that_stop_answering_fail_the_write_and_what_they_kept_counts_once(brokers, tmp_path):
     process, location = brokers
     with KafkaLog(location, ONLY, tmp_path / "copy", timeout=3.0) as log:
         assert log.append([make_event(1)]).result() == AppendResult([1])
         os.kill(process.pid, signal.SIGSTOP)
+        wait_until(lambda: all_stopped(process.pid))
         with pytest.raises(LogWriteError, match=rf"^feedback log {location} could not be written: "):
             log.append([make_event(2), make_event(3)]).result()
         log.timeout = 0.3
