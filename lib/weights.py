@@ -145,7 +145,8 @@ class Fingerprint:
     """
 
     def __init__(self, encoder: BehaviourEncoder):
-        self._parts: dict[str, np.ndarray] = {}
+        self._parts: dict[str, np.ndarray] = {}  # of the row tensors, the hash of each line
+        self._totals: dict[str, int] = {}  # of every tensor
         state = state_of(encoder)
         self.update(state, np.zeros(0, dtype=np.int64))
 
@@ -153,20 +154,22 @@ class Fingerprint:
         """Hash anew the given rows and the named other tensors (None: all); returns the checksum."""
         for name, tensor in state.items():
             if name in ROW_TENSORS:
-                known = self._parts.get(name, np.zeros(0, dtype=np.uint64))
-                lines = np.union1d(rows, np.arange(len(known), len(tensor)))
-                parts = np.concatenate([known, np.zeros(len(tensor) - len(known), dtype=np.uint64)])
+                parts = self._parts.get(name, np.zeros(0, dtype=np.uint64))
+                lines = np.union1d(rows, np.arange(len(parts), len(tensor)))
+                if len(tensor) > len(parts):
+                    parts = np.concatenate([parts, np.zeros(len(tensor) - len(parts), dtype=np.uint64)])
+                before = int(parts[lines].sum(dtype=np.uint64))
                 parts[lines] = _hash_lines(name, tensor[torch.from_numpy(lines)], lines)
                 self._parts[name] = parts
+                self._totals[name] = self._totals.get(name, 0) - before + int(parts[lines].sum(dtype=np.uint64))
             elif names is None or name in names:
-                self._parts[name] = _hash_lines(name, tensor.reshape(1, -1), np.zeros(1, dtype=np.int64))
+                self._totals[name] = int(_hash_lines(name, tensor.reshape(1, -1), np.zeros(1, dtype=np.int64))[0])
         return self.checksum
 
     @property
     def checksum(self) -> str:
         """16 hexadecimal digits."""
-        total = sum(int(part.sum(dtype=np.uint64)) for part in self._parts.values())
-        return f"{total & 0xFFFFFFFFFFFFFFFF:016x}"
+        return f"{sum(self._totals.values()) & 0xFFFFFFFFFFFFFFFF:016x}"
 
 
 def fingerprint(encoder: BehaviourEncoder) -> str:

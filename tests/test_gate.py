@@ -1,6 +1,7 @@
 """The gate: what it lets pass, what it holds back, and what is left of what was held back."""
 
 import copy
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -9,16 +10,34 @@ import torch
 
 from lib.catalog import Catalog
 from lib.encoder import BehaviourEncoder
-from lib.events import EVENT_KINDS, InputError
-from lib.gate import FEWEST_LOSSES, Gate, GateConfig, Reference, first_new_events, standard_error
-from lib.influence import Influence, InfluenceLimits, Targets
+from lib.events import EVENT_KINDS, Event, InputError
+from lib.gate import (
+    FEWEST_LOSSES,
+    FEWEST_PAIRS,
+    FIRST_REST,
+    Gate,
+    GateConfig,
+    Reference,
+    first_new_events,
+    standard_error,
+)
+from lib.influence import Influence, InfluenceLimits, Targets, last_opinions
 from lib.learner import LearnerConfig, NearlineLearner
-from lib.rejections import Rejections
+from lib.rejections import LINES_A_FILE, Rejection, Rejections
 from lib.sequences import SequenceBatches
 from lib.training import Trainer, TrainingConfig
-from lib.user_histories import to_histories
-from lib.weights import Delta, state_of
-from tests.tiny import assert_same_state, copied_state, history, item_ids, micro_batch, started_registry, tiny_encoder
+from lib.user_histories import History, UserHistories, to_histories
+from lib.weights import Delta, apply_delta, state_of
+from tests.tiny import (
+    NOW,
+    assert_same_state,
+    copied_state,
+    history,
+    item_ids,
+    micro_batch,
+    started_registry,
+    tiny_encoder,
+)
 
 HELD_OUT = [history([place, place + 1, place + 2]) for place in range(1, 21)]
 CODES = {kind: place + 1 for place, kind in enumerate(EVENT_KINDS)}
@@ -170,6 +189,84 @@ def test_rejections_are_listed_for_good(tmp_path):
     assert rejection.reason == "a loss or a weight is not finite"
     restarted = NearlineLearner(registry, config)
     assert (restarted.log_offset, restarted.events_rejected) == (9, 1)  # they are not learned again, nor lost count of
+
+
+def test_slow_harm_is_taken_back_and_learning_rests(tmp_path):
+    registry = started_registry(tmp_path / "store")
+    learner = NearlineLearner(registry, LearnerConfig(negatives=8, held_out_candidates=12))
+    for number in range(1, 4):
+        assert isinstance(learner.learn(micro_batch(number, [history([1, 2, 3])])), Delta)
+    learned = copied_state(learner.encoder)
+    replica = registry.load()
+    learner.gate.pairs.extend([(3.0, 2.0, 0.1, 0.2)] * FEWEST_PAIRS)  # as if new events had become unlikely
+    rejection = learner.learn(micro_batch(4, [history([1, 2, 3])]))
+    assert isinstance(rejection, Rejection)
+    assert rejection.delta is not None
+    assert (rejection.after_offset, rejection.last_offset, rejection.events) == (0, 4, 4)
+    assert not torch.equal(learned["interest_to_item"], learner.encoder.interest_to_item)
+    apply_delta(replica.encoder, rejection.delta)
+    assert_same_state(copied_state(replica.encoder), copied_state(learner.encoder))
+    assert_same_state(copied_state(registry.load(1).encoder), copied_state(learner.encoder))
+    assert (learner.events_trained, learner.events_rejected) == (3, 1)  # each event of the log is counted once
+    for number in range(5, 5 + FIRST_REST):
+        rested = learner.learn(micro_batch(number, [history([1, 2, 3])]))
+        assert isinstance(rested, Rejection)
+        assert "learning rests" in rested.reason
+    assert isinstance(learner.learn(micro_batch(20, [history([1, 2, 3])])), Delta)
+    assert NearlineLearner(registry, learner.config).events_rejected == 1 + FIRST_REST
+
+
+def test_many_rejections_fill_several_files(tmp_path):
+    registry = started_registry(tmp_path / "store")
+    listed = Rejections(registry)
+    for number in range(1, LINES_A_FILE + 3):
+        listed.add(Rejection(1, number - 1, number, 1, number, "a reason"))
+    assert registry.files("rejections") == ["0000000001", f"{LINES_A_FILE + 1:010d}"]
+    again = Rejections(registry)
+    assert len(again) == LINES_A_FILE + 2
+    assert [each.last_offset for each in again.all()] == list(range(1, LINES_A_FILE + 3))
+    assert again.newest == again.all()[-1]
+
+
+def test_of_several_opinions_the_last_one_counts():
+    changing = History.of(
+        Event("u", item, kind, value, NOW + place)
+        for place, (item, kind, value) in enumerate(
+            [("i1", "click", None), ("i2", "like", None), ("i3", "rating", 5.0), ("i2", "dislike", None)]
+        )
+    )
+    same_item = History.of([Event("v", "i2", "like", None, NOW), Event("v", "i2", "click", None, NOW + 1)])
+    flat = to_histories([changing, same_item], Catalog(item_ids(24)), CODES)
+    counts = last_opinions(flat, np.array([0, 0, 0, 0, 1, 1]), CODES)
+    assert counts.tolist() == [True, False, True, True, True, True]
+
+
+def test_what_is_quarantined_is_not_learned_as_it_comes(tmp_path):
+    learner = NearlineLearner(started_registry(tmp_path / "store"), LearnerConfig(negatives=8))
+    logged = history([1, 2, 3, 4])
+    logged.offsets = [1, 2, 3, 4]
+    batch = replace(micro_batch(4, [logged], [3]), quarantined=frozenset({3}))
+    training = learner._training_batch(batch)
+    assert training is not None
+    assert training.target_rows[training.target_weights > 0].tolist() == [2, 4]
+    learner.learn(batch)
+    counted = learner.encoder.item_popularity[:5].tolist()
+    assert counted[3] == 0
+    assert counted[2] > 0 < counted[4]
+
+
+def test_few_of_the_window_come_from_one_item_and_half_of_it_from_all():
+    histories = UserHistories()
+    for user in range(200):
+        for item in range(5):
+            histories.append(Event(f"old{user}", f"i{(user + item) % 24}", "click", None, NOW))
+    for user in range(1000):
+        for item in (1, 2, 3, 4, 9):
+            histories.append(Event(f"new{user}", f"i{item}", "click", None, NOW))
+    window = histories.held_out(64, 21, {"old1"}, np.random.default_rng(0))
+    ends = Counter(each.item_ids[-1] for each in window)
+    assert ends["i9"] <= 4
+    assert len(window) > 10
 
 
 def test_impossible_settings_are_refused():
