@@ -91,8 +91,9 @@ class LearnerWorkers:
         self._together("take_over", name)
 
     def _together(self, method: str, *arguments: Any, seen_by_others: Any = None) -> Any:
-        given = arguments if seen_by_others is None else (seen_by_others,)
-        given = [ray.put(argument) for argument in given] if self.others else []
+        if not self.others:
+            return _do(self.first, method, *arguments)
+        given = [ray.put(each) for each in (arguments if seen_by_others is None else (seen_by_others,))]
         calls = [other.do.remote(method, *given) for other in self.others]
         try:
             outcome = _do(self.first, method, *arguments)

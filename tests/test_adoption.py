@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from jobs.learner_workers import LearnerWorkers
 from jobs.nearline import OFFER_SECONDS, Learner, Progress
 from lib.catalog import Catalog
 from lib.events import InputError
@@ -199,7 +200,8 @@ class Nobody:
 def started(registry: Registry) -> Learner:
     """The actor without its process and its thread."""
     actor = object.__new__(Learner)
-    actor.learner, actor.progress = NearlineLearner(registry, CONFIG), Progress()
+    actor.workers, actor.progress = LearnerWorkers(registry.root, CONFIG), Progress()
+    actor.learner = actor.workers.first
     actor.rollout = Nobody()  # pyright: ignore[reportAttributeAccessIssue]
     actor.looked_for_offers = -OFFER_SECONDS
     return actor

@@ -26,7 +26,7 @@ from lib.ledger import check
 from lib.model_folder import Manifest, save_model
 from lib.recommender import Question, RankedItem, Recommender
 from lib.registry import Registry
-from lib.shards import LOG_FILE
+from lib.shards import LOG_FILE, SQLITE
 from lib.user_histories import MicroBatch, ReplaySample, SampleSizes
 from lib.weights import Delta, DeltaMismatch
 from lib.write_ahead_log import Tail, read_tail
@@ -182,7 +182,7 @@ async def _awaited(coroutine: Any) -> Any:
 def killed_log(tmp_path: Path, start_process) -> tuple[Path, list[str]]:
     """A log whose writer was killed with its commits in the write-ahead log, and the ids of those that it has."""
     path = tmp_path / LOG_FILE
-    process = start_process(STREAM, path, "life")
+    process = start_process(STREAM, SQLITE, path.parent, "life")
     for _ in range(200):
         process.stdout.readline()
     process.kill()

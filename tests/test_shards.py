@@ -141,7 +141,7 @@ def test_two_aggregators_are_as_one(aggregators: Aggregators, registry: Registry
     assert [aggregator_handle(shard) for shard in LAYOUT.shards()] == aggregators.handles
     assert len([handle for handle in running_aggregators() if handle in aggregators.handles]) == 2
     learner = NearlineLearner(registry, CONFIG)
-    ends = learn_up_to(learner, BatchSource(registry.root), 401)
+    ends = learn_up_to(learner, BatchSource(registry.root), 161)
     assert learner.item_revision == 1
     with LogOrder(Path(registry.root, "order.sqlite")) as order:
         assert len({run.shard for end in ends[:-1] if (run := order.after(end)) is not None}) == 2, "they take turns"
@@ -154,7 +154,7 @@ def test_two_aggregators_are_as_one(aggregators: Aggregators, registry: Registry
     while not isinstance(given, MicroBatch):
         given = BatchSource(registry.root).next(learner.log_offset, learner.item_revision, learner.sample_sizes)
     learner = NearlineLearner(registry, CONFIG)
-    assert learn_up_to(learner, BatchSource(registry.root), 431)[0] == given.last_offset
+    assert learn_up_to(learner, BatchSource(registry.root), 191)[0] == given.last_offset
     assert_each_learned_once(registry)
 
     # the one that is away holds nobody up but its own users, and comes back with all that it had
@@ -163,10 +163,10 @@ def test_two_aggregators_are_as_one(aggregators: Aggregators, registry: Registry
     theirs = [event for event in clicks(100, first=2000) if shard_of(event.user_id, 2) == 0]
     assert ray.get(live.append.remote(theirs)) == [None] * len(theirs)
     batches = BatchSource(registry.root)
-    learn_up_to(learner, batches, 431 + len(theirs))
-    assert asyncio.run(aggregators.append(feedback(*clicks(400)))) == ["duplicate"] * 400
+    learn_up_to(learner, batches, 191 + len(theirs))
+    assert asyncio.run(aggregators.append(feedback(*clicks(160)))) == ["duplicate"] * 160
     assert asyncio.run(aggregators.append(feedback(*clicks(10, first=3000)))) == [None] * 10
-    last = 441 + len(theirs)
+    last = 201 + len(theirs)
     learn_up_to(learner, batches, last)
     assert_each_learned_once(registry)
 
@@ -180,14 +180,14 @@ def test_two_aggregators_are_as_one(aggregators: Aggregators, registry: Registry
 
 
 async def assert_as_one(aggregators: Aggregators) -> None:
-    events = clicks(400)
-    assert await aggregators.append(feedback(*events)) == [None] * 400
+    events = clicks(160)
+    assert await aggregators.append(feedback(*events)) == [None] * 160
     again = [events[7], events[3]._replace(event_id="another"), events[3]]
     assert await aggregators.append(feedback(*again, rejected=Counter(empty_id=2))) == ["duplicate", None, "duplicate"]
     assert await aggregators.append(feedback(events[3]._replace(event_id="another"), named={"another"})) == [None]
     for user in (USERS[0], USERS[3]):
         [history] = await aggregators.get_histories([user])
-        assert history.item_ids[:10] == [event.item_id for event in events if event.user_id == user]
+        assert history.item_ids[:4] == [event.item_id for event in events if event.user_id == user]
     assert sorted(user for user, _ in await aggregators.users(1000)) == sorted(USERS)
     assert len(await aggregators.users(7)) == 7
 
@@ -206,11 +206,11 @@ async def assert_as_one(aggregators: Aggregators) -> None:
     assert [change.item_id for change in (await aggregators.newer([], 0))[1]] == ["new"]
 
     status = await aggregators.status()
-    assert (status["log_offset"], status["events"], status["duplicates"], status["users"]) == (401, 401, 2, 40)
+    assert (status["log_offset"], status["events"], status["duplicates"], status["users"]) == (161, 161, 2, 40)
     assert (status["rejected"], status["item_revision"]) == ({"empty_id": 2}, 1)
     assert [shard["shard"] for shard in status["shards"]] == [0, 1]
-    assert sum(shard["log_offset"] for shard in status["shards"]) == 401
-    assert min(shard["log_offset"] for shard in status["shards"]) > 100
+    assert sum(shard["log_offset"] for shard in status["shards"]) == 161
+    assert min(shard["log_offset"] for shard in status["shards"]) > 40
 
 
 def fill_up(aggregator: Aggregator) -> None:
