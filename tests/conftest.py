@@ -33,12 +33,10 @@ PATIENCE = 60.0  # seconds until a wait is given up; nothing is judged by how lo
 Found = TypeVar("Found")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run all tests that need Ray in one process, where there are several: they share one Ray and its cores."""
-    for item in items:
-        if "ray_session" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Run all tests that need Ray in one process, where pytest-xdist starts several: they share one Ray."""
+    if "ray_session" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @dataclass(frozen=True)
