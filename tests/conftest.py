@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from cluster.local import HOST, free_port, prepare_environment
 
@@ -29,14 +30,46 @@ if TYPE_CHECKING:
 
 prepare_environment()  # before any test module imports ray, which reads its settings then
 
+NEED_RAY = {
+    f"test_{name}.py"
+    for name in (
+        "catalog_service",
+        "chaos",
+        "cluster",
+        "event_stream",
+        "experiment",
+        "faults",
+        "finetune",
+        "large",
+        "learner_workers",
+        "pretrain",
+        "replay",
+        "rollout",
+        "service",
+        "shards",
+    )
+}
 PATIENCE = 60.0  # seconds until a wait is given up; nothing is judged by how long it took
 Found = TypeVar("Found")
 
 
+class RayTogether(LoadScopeScheduling):
+    """Of pytest-xdist's processes one runs all files that need Ray, so that they share one; the others the rest."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0].rpartition("/")[2]
+        return "ray" if file in NEED_RAY else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RayTogether:
+    """What `pytest -n 2` runs where."""
+    return RayTogether(config, log)
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Run all tests that need Ray in one process, where pytest-xdist starts several: they share one Ray."""
-    if "ray_session" in getattr(item, "fixturenames", ()):
-        item.add_marker(pytest.mark.xdist_group("ray"))
+    """Refuse a test that would start a second Ray beside the session's."""
+    if "ray_session" in getattr(item, "fixturenames", ()) and item.path.name not in NEED_RAY:
+        raise pytest.UsageError(f"{item.path.name} needs Ray: add it to NEED_RAY in tests/conftest.py")
 
 
 @dataclass(frozen=True)
