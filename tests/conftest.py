@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -30,35 +31,31 @@ if TYPE_CHECKING:
 
 prepare_environment()  # before any test module imports ray, which reads its settings then
 
-NEED_RAY = {
-    f"test_{name}.py"
-    for name in (
-        "catalog_service",
-        "chaos",
-        "cluster",
-        "event_stream",
-        "experiment",
-        "faults",
-        "finetune",
-        "large",
-        "learner_workers",
-        "pretrain",
-        "replay",
-        "rollout",
-        "service",
-        "shards",
-    )
-}
+SERVING = (
+    "catalog_service",
+    "chaos",
+    "experiment",
+    "faults",
+    "finetune",
+    "ray_job",
+    "replay",
+    "rollout",
+    "service",
+    "shards",
+)
+TRAINING = "cluster", "event_stream", "large", "learner_workers", "pretrain"
+NEED_RAY = {f"test_{name}.py": "serving" for name in SERVING} | {f"test_{name}.py": "training" for name in TRAINING}
+JOB_AGENT_PORT = 52365  # the same for every Ray of a machine
 PATIENCE = 60.0  # seconds until a wait is given up; nothing is judged by how long it took
 Found = TypeVar("Found")
 
 
 class RayTogether(LoadScopeScheduling):
-    """Of pytest-xdist's processes one runs all files that need Ray, so that they share one; the others the rest."""
+    """Of pytest-xdist's processes one runs all files with the service, one the others that need Ray: each has one."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0].rpartition("/")[2]
-        return "ray" if file in NEED_RAY else file
+        return NEED_RAY.get(file, file)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RayTogether:
@@ -77,6 +74,7 @@ class RaySession:
     """The one Ray of the session; `address` is what `ray job submit --address` takes."""
 
     address: str
+    has_job_agent: bool  # which runs submitted jobs
 
 
 @pytest.fixture(scope="session")
@@ -84,6 +82,8 @@ def ray_session() -> Iterator[RaySession]:
     """Ray with the job server, on 127.0.0.1."""
     import ray
 
+    with socket.socket() as probe:
+        has_job_agent = probe.connect_ex((HOST, JOB_AGENT_PORT)) != 0
     context = ray.init(
         address="local",
         num_cpus=max(8, os.cpu_count() or 1),
@@ -95,7 +95,7 @@ def ray_session() -> Iterator[RaySession]:
         _node_ip_address=HOST,
     )
     try:
-        yield RaySession(f"http://{context.dashboard_url}")
+        yield RaySession(f"http://{context.dashboard_url}", has_job_agent)
     finally:
         ray.shutdown()
 

@@ -1,6 +1,5 @@
 """Pretraining on Ray Train: any number of workers, killed workers and killed jobs give the same weights."""
 
-import json
 import os
 import re
 import signal
@@ -409,47 +408,3 @@ def test_the_queue_and_its_thread_end_with_the_block(capsys, nothing_left, end):
             block(board)
     if end != "has lost its queue":  # its last news may be lost with it
         assert capsys.readouterr().err == "epoch 1/1  loss 1.000  1 s\n"
-
-
-# ----------------------------------------------------------------------------------------------------- as a Ray job
-
-
-def test_ray_job_submit(ray_session, shop_dataset, tmp_path):
-    out, result = tmp_path / "model", tmp_path / "manifest.json"
-    given = ["--set", "epochs=1", "--set", "hidden_size=16", "--set", "max_length=20"]
-    job = [sys.executable, "-m", "jobs.pretrain", "--data", shop_dataset, "--out", out, "--json", result, *given]
-    command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", ray_session.address]
-    done = subprocess.run(
-        [*command, "--working-dir", ".", "--", *map(str, job)],
-        cwd=ROOT,
-        env=os.environ | {"RAY_ADDRESS": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "No available agent" in done.stderr:
-        pytest.skip("another Ray on this machine holds the port of the job agent (52365), which ray.init cannot choose")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "epoch 1/1  loss" in done.stdout
-    assert "succeeded" in done.stdout
-    assert json.loads(result.read_text()) == json.loads((out / "manifest.json").read_text())
-    load_model(out)
-
-
-def test_a_job_does_not_upload_what_is_not_source(tmp_path, ray_session):
-    """`ray job submit --working-dir .` honours .gitignore and leaves .git and .venv out by itself."""
-    from ray._private.ray_constants import get_runtime_env_default_excludes
-    from ray._private.runtime_env.packaging import create_package
-
-    for name in (".git/objects/pack", ".venv/lib.py", "data/films/events.parquet", "models/films/model.safetensors"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("large")
-    (tmp_path / ".gitignore").write_bytes((ROOT / ".gitignore").read_bytes())
-    (tmp_path / "jobs.py").write_text("small")
-    package = tmp_path.parent / "package.zip"
-    create_package(
-        str(tmp_path), package, include_gitignore=True, excludes=get_runtime_env_default_excludes(), logger=None
-    )
-    import zipfile
-
-    assert sorted(zipfile.ZipFile(package).namelist()) == [".gitignore", "jobs.py"]
