@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from lib.learner import LearnerConfig
     from serving.app import ServeArguments
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # it has ports and folders of its own, not those of the process that started it
+    for name in [name for name in os.environ if name.startswith("RAY_SERVE_")]:
+        del os.environ[name]
 prepare_environment()  # before any test module imports ray, which reads its settings then
 
 SERVING = (
