@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -48,7 +47,6 @@ SERVING = (
 )
 TRAINING = "cluster", "event_stream", "large", "learner_workers", "pretrain"
 NEED_RAY = {f"test_{name}.py": "serving" for name in SERVING} | {f"test_{name}.py": "training" for name in TRAINING}
-JOB_AGENT_PORT = 52365  # the same for every Ray of a machine
 PATIENCE = 60.0  # seconds until a wait is given up; nothing is judged by how long it took
 Found = TypeVar("Found")
 
@@ -77,16 +75,21 @@ class RaySession:
     """The one Ray of the session; `address` is what `ray job submit --address` takes."""
 
     address: str
-    has_job_agent: bool  # which runs submitted jobs
 
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[RaySession]:
     """Ray with the job server, on 127.0.0.1."""
     import ray
+    from ray._private import parameter
 
-    with socket.socket() as probe:
-        has_job_agent = probe.connect_ex((HOST, JOB_AGENT_PORT)) != 0
+    class Parameters(parameter.RayParams):
+        """With a job agent's port of its own, which ray.init cannot choose: two on one port take each other's jobs."""
+
+        def __init__(self, *arguments: Any, **settings: Any):
+            super().__init__(*arguments, **{"dashboard_agent_listen_port": free_port()} | settings)
+
+    parameter.RayParams = Parameters
     context = ray.init(
         address="local",
         num_cpus=max(8, os.cpu_count() or 1),
@@ -98,7 +101,7 @@ def ray_session() -> Iterator[RaySession]:
         _node_ip_address=HOST,
     )
     try:
-        yield RaySession(f"http://{context.dashboard_url}", has_job_agent)
+        yield RaySession(f"http://{context.dashboard_url}")
     finally:
         ray.shutdown()
 
