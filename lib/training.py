@@ -8,7 +8,7 @@ shard, and what is saved is whole.
 """
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar, cast
@@ -310,8 +310,8 @@ def train_uppermost(encoder: BehaviourEncoder, most_bytes: int) -> None:
     Of them no more than `most_bytes` bytes are trained. The first that would be too much is frozen with all below it.
     """
     below = [encoder.position_embeddings, encoder.kind_embeddings, encoder.gap_embeddings, encoder.value_embeddings]
-    levels: list[list[Tensor]] = [[encoder.interest_to_item, *encoder.final_norm.parameters()]]
-    levels += [[*block.parameters()] for block in reversed(encoder.blocks)]
+    levels: list[Sequence[Tensor]] = [[encoder.interest_to_item, *encoder.final_norm.parameters()]]
+    levels += [list(block.parameters()) for block in reversed(encoder.blocks)]
     levels += [[embedding.weight for embedding in below]]
     room = most_bytes
     for level in levels:
