@@ -261,13 +261,15 @@ class Load:
         """The first status of which a condition is true.
 
         Raises:
-            TimeoutError: none was for PATIENCE seconds.
+            TimeoutError: none was for PATIENCE seconds, in which nothing was learned either.
         """
-        deadline, status = time.monotonic() + PATIENCE, None
+        deadline, status, learned = time.monotonic() + PATIENCE, None, 0
         while time.monotonic() < deadline:
             status = await self.status()
             if status is not None and condition(status):
                 return status
+            if status is not None and status["learner"].get("log_offset", 0) > learned:  # it is behind, and catches up
+                deadline, learned = time.monotonic() + PATIENCE, status["learner"]["log_offset"]
             await asyncio.sleep(0.1)
         raise TimeoutError(f"waited {PATIENCE:.0f} s in vain until {what}; the last status: {status}")
 
