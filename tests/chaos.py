@@ -255,20 +255,23 @@ class Load:
         return await self.wait_until(
             "everything is learned and live",
             lambda status: self._unacknowledged == 0 and is_whole(status, self.replicas) and _is_learned(status),
+            while_learning=True,  # it may be far behind
         )
 
-    async def wait_until(self, what: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    async def wait_until(
+        self, what: str, condition: Callable[[dict[str, Any]], bool], while_learning: bool = False
+    ) -> dict[str, Any]:
         """The first status of which a condition is true.
 
         Raises:
-            TimeoutError: none was for PATIENCE seconds, in which nothing was learned either.
+            TimeoutError: none was for PATIENCE seconds; with `while_learning`, in which nothing was learned either.
         """
         deadline, status, learned = time.monotonic() + PATIENCE, None, 0
         while time.monotonic() < deadline:
             status = await self.status()
             if status is not None and condition(status):
                 return status
-            if status is not None and status["learner"].get("log_offset", 0) > learned:  # it is behind, and catches up
+            if while_learning and status is not None and status["learner"].get("log_offset", 0) > learned:
                 deadline, learned = time.monotonic() + PATIENCE, status["learner"]["log_offset"]
             await asyncio.sleep(0.1)
         raise TimeoutError(f"waited {PATIENCE:.0f} s in vain until {what}; the last status: {status}")
