@@ -145,8 +145,7 @@ class Learner:
         if time.monotonic() - self.announced > ANNOUNCE_SECONDS:
             acknowledgements = self.rollout.announce(self.learner.version)
             self._acknowledge(acknowledgements)
-            if acknowledgements.behind(self.learner.version) and self.stored_whole < self.learner.version:
-                self._store_whole()
+            self._help(acknowledgements)
 
     def _next_batch(self) -> Released:
         learner = self.learner
@@ -167,6 +166,14 @@ class Learner:
         delta = self.workers.store_whole()
         self.live, self.stored_whole = Live.of(self.learner), delta.version
         self._push(delta)
+
+    def _help(self, acknowledgements: Acknowledgements) -> bool:
+        """Store the newest version whole, once, if a replica cannot catch up otherwise; returns whether it was done."""
+        version = self.learner.version
+        if self.stored_whole >= version or not acknowledgements.behind(version):
+            return False
+        self._store_whole()
+        return True
 
     def _wait_for_storage(self, error: OSError) -> None:
         """A version could not be stored: say so, and return when it is time to try again."""
@@ -213,8 +220,7 @@ class Learner:
         version = self.learner.version
         self._acknowledge(acknowledgements)
         while acknowledgements.replicas and not acknowledgements.all_at(version) and not self.stopping.is_set():
-            if acknowledgements.behind(version) and self.stored_whole < version:
-                self._store_whole()
+            if self._help(acknowledgements):
                 break
             # one that died is soon no longer counted among the live; one that was busy catches up
             time.sleep(RETRY_SECONDS)

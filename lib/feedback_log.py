@@ -340,7 +340,7 @@ class FeedbackLog(FeedbackLogReader):
     def _append_group(self, group: list[Append]) -> Sequence[AppendResult | Exception]:
         received_at = time.time_ns() // 1_000_000
         results = []
-        with self._transaction() as connection:
+        with transaction(self._connection) as connection:
             first = offset = last_offset_of(connection)
             for append in group:
                 result = AppendResult(insert_rows(connection, offset, append.rows, received_at))
@@ -352,7 +352,7 @@ class FeedbackLog(FeedbackLogReader):
         return results
 
     def _erase_user(self, group: list[_Erase]) -> list[int]:
-        with self._transaction() as connection:
+        with transaction(self._connection) as connection:
             keys = _user_keys(group[0].user_id)
             erased = connection.execute("DELETE FROM events WHERE key BETWEEN ? AND ?", keys).rowcount
         self.commits += erased > 0
@@ -364,19 +364,20 @@ class FeedbackLog(FeedbackLogReader):
             )
         return [erased]
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        connection = self._connection
-        if connection.in_transaction:  # the rollback of an earlier failure failed as well
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """All that the block writes, or nothing."""
+    if connection.in_transaction:  # the rollback of an earlier failure failed as well
+        connection.execute("ROLLBACK")
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield connection
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:  # SQLite rolls back by itself after some failures
             connection.execute("ROLLBACK")
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield connection
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:  # SQLite rolls back by itself after some failures
-                connection.execute("ROLLBACK")
-            raise
+        raise
 
 
 def insert_rows(connection: sqlite3.Connection, after: int, rows: list[tuple], received_at: int) -> list[int | None]:

@@ -95,14 +95,13 @@ class Influence:
         of_user = np.bincount(targets.owners, weights * targets.new, minlength=len(targets.newcomers))
         left = np.where(targets.new, np.sqrt(_part(self.limits.user_limit, of_user))[targets.owners], 1.0)
         newcomers = targets.newcomers[targets.owners]
-        for part in (newcomers & targets.new, newcomers & ~targets.new):
-            rows = targets.rows[part]
-            of_item = np.bincount(rows, weights[part] * left[part], minlength=len(popularity))
-            likely = popularity * (of_item.sum() / max(float(popularity.sum()), 1e-9))
-            most = np.maximum(self._room(weights[part], len(popularity)), self.limits.item_share * likely)
-            left[part] *= _part(most, of_item)[rows]
         for both in (targets.new, ~targets.new):
             crowd = both & newcomers
+            rows = targets.rows[crowd]
+            of_item = np.bincount(rows, weights[crowd] * left[crowd], minlength=len(popularity))
+            likely = popularity * (of_item.sum() / max(float(popularity.sum()), 1e-9))
+            most = np.maximum(self._room(weights[crowd], len(popularity)), self.limits.item_share * likely)
+            left[crowd] *= _part(most, of_item)[rows]
             left[crowd] *= self._crowd(weights * left, crowd, both & ~newcomers)
         return left.astype(np.float32)
 

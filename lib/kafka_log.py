@@ -37,6 +37,7 @@ from lib.feedback_log import (
     insert_rows,
     last_offset_of,
     row_of,
+    transaction,
 )
 from lib.shards import COPY_HINT, Shard
 
@@ -331,7 +332,7 @@ class KafkaLog(FeedbackLog):
         offsets: dict[int, list[int | None]] = {}
         if not messages:
             return offsets
-        with self._transaction() as connection:
+        with transaction(self._connection) as connection:
             last = last_offset_of(connection)
             for place, rows, received_at in messages:
                 offsets[place] = insert_rows(connection, last, rows, received_at)

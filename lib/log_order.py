@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from lib.events import InputError
+from lib.feedback_log import transaction
 
 # Runs that follow each other in one shard are one, so that there are no more of them than the order has turns.
 SCHEMA = """
@@ -110,7 +111,7 @@ class LogOrder:
         Raises:
             InputError: the order of this shard does not end at `place`: another learner is at work.
         """
-        with self._lock, self._errors(), self._transaction() as connection:
+        with self._lock, self._errors(), transaction(self._connection) as connection:
             last = _run_of(connection, "ORDER BY after DESC LIMIT 1")
             own = _run_of(connection, "WHERE shard = ? ORDER BY place DESC LIMIT 1", shard)
             if place != (0 if own is None else own.last_place):
@@ -135,18 +136,6 @@ class LogOrder:
     def _run(self, which: str, *parameters: int) -> Run | None:
         with self._lock, self._errors():
             return _run_of(self._connection, which, *parameters)
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        connection = self._connection
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield connection
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:  # SQLite rolls back by itself after some failures
-                connection.execute("ROLLBACK")
-            raise
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
