@@ -1,7 +1,7 @@
 """The near-line learner on several workers: each trains on its part of a micro-batch, and all stay equal to the bit.
 
 The first worker is the learner's own process. It has the gate's word, and it alone publishes and pushes; the others
-do what it does, beside it. Gradients are summed over all of them (lib/training.py), so that they learn what one would.
+do what it does, beside it. Gradients are summed over all of them (lib/workers.py), so that they learn what one would.
 A worker that dies takes the others with it, and the learner that Ray starts again continues from the registry.
 """
 
@@ -24,9 +24,10 @@ from lib.events import InputError
 from lib.item_log import ItemChange
 from lib.learner import LearnerConfig, NearlineLearner, Rejection
 from lib.registry import Registry
-from lib.training import keep_freed_memory, require_equal
+from lib.training import keep_freed_memory
 from lib.user_histories import MicroBatch
 from lib.weights import Delta
+from lib.workers import require_equal
 
 logger = logging.getLogger(__name__)
 NICENESS = 10  # below the replicas, and still moving when they take all of the cores

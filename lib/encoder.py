@@ -21,9 +21,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
 
 from lib.events import InputError
 from lib.objective import unit_length
@@ -178,6 +177,8 @@ class Packing:
         offsets, longest = self.offsets, self.longest
         if heads.device.type == "cpu":  # for tests: the kernel is CUDA's alone
             return torch.cat([causal_attention(part[None])[0] for part in heads.split(offsets.diff().tolist())])
+        from torch.nn.attention.varlen import varlen_attn  # a second of imports that no CPU needs
+
         attended = varlen_attn(query, key, value, offsets, offsets, longest, longest, window_size=(-1, 0))
         assert isinstance(attended, Tensor)
         return attended
@@ -229,19 +230,20 @@ class Block(nn.Module):
         return last + self.feed_forward(self.feed_forward_norm(last))
 
 
-class BehaviourEncoder(PreTrainedModel):
-    """Reads histories and gives one interest vector per position; the last real position is the user's."""
+class BehaviourEncoder(nn.Module):
+    """Reads histories and gives one interest vector per position; the last real position is the user's.
 
-    config_class = BehaviourEncoderConfig
-    config: BehaviourEncoderConfig
+    A plain module, not a PreTrainedModel: to import that costs a process 2.6 s of CPU, which every start of a replica
+    would pay for nothing but reading two files (lib/model_folder.py).
+    """
+
     item_popularity: Tensor
     popularity_reference: Tensor
     item_attributes: Tensor
-    base_model_prefix = "encoder"
-    main_input_name = "rows"
 
     def __init__(self, config: BehaviourEncoderConfig):
-        super().__init__(config)
+        super().__init__()
+        self.config = config
         assert config.event_kinds is not None
         assert config.value_boundaries is not None
         assert config.attribute_values is not None
@@ -267,9 +269,9 @@ class BehaviourEncoder(PreTrainedModel):
             "item_attributes", torch.zeros(config.item_rows, config.attributes_per_item, dtype=torch.int32)
         )
         self.register_buffer("popularity_reference", torch.zeros(1, dtype=torch.int64))  # the log offset of a 1
-        self.post_init()
+        self.apply(self._initialise)
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def _initialise(self, module: nn.Module) -> None:
         deviation = self.config.initializer_range
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=deviation)
@@ -279,8 +281,11 @@ class BehaviourEncoder(PreTrainedModel):
                 nn.init.zeros_(module.weight[module.padding_idx])
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
-        if isinstance(module, BehaviourEncoder):
-            nn.init.eye_(module.interest_to_item)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.interest_to_item.device
 
     def forward(
         self,

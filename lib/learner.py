@@ -29,14 +29,11 @@ from lib.sequences import Batch, SequenceBatches
 from lib.training import (
     Trainer,
     TrainingConfig,
-    is_first_worker,
-    part_of_worker,
-    require_equal,
     train_uppermost,
-    word_of_first,
 )
 from lib.user_histories import History, MicroBatch, ReplaySample, SampleSizes, to_histories
 from lib.weights import ROW_TENSORS, Delta, Fingerprint, dense_state, difference, grow_items, state_of
+from lib.workers import is_first_worker, part_of_worker, require_equal, word_of_first
 
 LEAST_CONTEXT = 8  # events before a user's new ones
 LEAST_HALF_LIFE = 1000.0  # events: of fewer, chance decides what is popular

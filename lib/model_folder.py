@@ -6,17 +6,16 @@ The manifest is written last and holds the checksums of the other files, so a fo
 import hashlib
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from pydantic import BaseModel, Field, ValidationError
-from transformers.utils import logging
+from safetensors.torch import load_file, save_file
 
 from lib.catalog import Catalog
-from lib.encoder import BehaviourEncoder
+from lib.encoder import BehaviourEncoder, BehaviourEncoderConfig
 from lib.events import InputError
 
 FILES = ("config.json", "model.safetensors", "catalog.parquet")
@@ -40,8 +39,7 @@ def save_model(folder: Path, encoder: BehaviourEncoder, catalog: Catalog, manife
     """Write a model folder; files that lie in it already are overwritten, the manifest last."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    with _no_progress_bar():
-        encoder.save_pretrained(folder)
+    save_encoder(folder, encoder)
     catalog.save(folder / "catalog.parquet")
     write_manifest(folder, manifest)
 
@@ -91,24 +89,32 @@ def load_model(folder: str | Path) -> tuple[BehaviourEncoder, Catalog, Manifest]
     for name in FILES:
         check_file(folder / name, manifest)
     try:
-        with _no_progress_bar():
-            encoder = BehaviourEncoder.from_pretrained(folder)
+        encoder = load_encoder(folder)
         catalog = Catalog.load(folder / "catalog.parquet")
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"model: {folder} cannot be loaded: {error}") from error
     return encoder, catalog, manifest
 
 
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Without the bar that transformers draws on stderr, terminal or not, for a model of one small file."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+def save_encoder(folder: Path, encoder: BehaviourEncoder) -> None:
+    """Write config.json and model.safetensors."""
+    encoder.config.architectures = [type(encoder).__name__]
+    encoder.config.save_pretrained(folder)
+    state = {name: value.detach().contiguous() for name, value in encoder.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_encoder(folder: Path) -> BehaviourEncoder:
+    """Read config.json and model.safetensors; ready to answer, not to be trained.
+
+    Raises:
+        OSError, ValueError, RuntimeError, safetensors.SafetensorError: a file is missing, damaged or of another shape.
+    """
+    config = BehaviourEncoderConfig.from_pretrained(folder)
+    with torch.device("meta"):  # no weights are drawn for those of the file to replace
+        encoder = BehaviourEncoder(config)
+    encoder.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+    return encoder.eval()
 
 
 def check_file(path: Path, manifest: Manifest) -> None:

@@ -24,9 +24,12 @@ def excused(kind: str, parts: list[str]) -> bool:
 
     While the aggregator restarts, who needs it waits for it, and hears after ReplicaConfig.actor_timeout to try again.
     HAProxy asks another replica what a killed one left unanswered, unless the kernel resets a connection that was used
-    before: then it hangs up on the client too, which HTTP expects to ask again. Without HAProxy, which ends with its
-    manager, nobody is answered, and a new one knows no path at first.
+    before: then it hangs up on the client too, which HTTP expects to ask again. Until there is a new one, the others
+    may have more to answer than they can. Without HAProxy, which ends with its manager, nobody is answered, and a new
+    one knows no path at first.
     """
+    if "replica" in parts and kind.startswith("503") and "more is asked" in kind:
+        return True
     if "aggregator" in parts and kind.startswith("503") and "try again" in kind:
         return True
     without_proxy = bool({PROXY, "proxy manager"} & set(parts))

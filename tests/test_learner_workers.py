@@ -18,9 +18,9 @@ from lib.events import InputError
 from lib.item_log import ItemChange
 from lib.learner import LearnerConfig, NearlineLearner, Rejection
 from lib.registry import Registry
-from lib.training import part_of_worker, require_equal, word_of_first
 from lib.user_histories import MicroBatch
 from lib.weights import Delta, fingerprint, state_of
+from lib.workers import part_of_worker, require_equal, word_of_first
 from tests.tiny import history, micro_batch, started_registry
 
 CONFIG = LearnerConfig(
