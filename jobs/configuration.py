@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from lib.events import InputError
+from lib.objections import objection
 
 Settings = TypeVar("Settings")
 
@@ -27,7 +28,7 @@ def settings_from(kind: type[Settings], config: Path | None, assignments: Sequen
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        raise InputError(_objection(error)) from error
+        raise InputError(objection(error)) from error
 
 
 def values_of(assignments: Sequence[str]) -> dict[str, Any]:
@@ -89,13 +90,3 @@ def _refuse_unknown(kind: type, values: Mapping[str, Any]) -> None:
             close = get_close_matches(name, known, n=1)
             meant = f", did you mean {close[0]}?" if close else ";"
             raise InputError(f"{name}: no such setting{meant} there are {', '.join(known)}")
-
-
-def _objection(error: ValidationError) -> str:
-    """The first thing that is wrong, in one line that begins with the setting."""
-    first = error.errors()[0]
-    own = first.get("ctx", {}).get("error")
-    if isinstance(own, InputError):  # raised by the dataclass itself, which names the setting
-        return str(own)
-    message = first["msg"][:1].lower() + first["msg"][1:]
-    return f"{'.'.join(str(part) for part in first['loc'])}: {message}, got {first['input']!r}"

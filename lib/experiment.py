@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lib.events import EVENT_WEIGHTS, InputError
+from lib.objections import objection
 from lib.sequential_test import ArmTotals, difference, evidence, interval, verdict
 from lib.user_share import place_of
 
@@ -64,13 +65,7 @@ class ChallengerConfig(BaseModel):
         try:
             return cls.model_validate(written)
         except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            if first["type"] == "extra_forbidden":
-                known = ", ".join(cls.model_fields)
-                raise InputError(f"challenger.{name}: no such setting; there are {known}") from error
-            message = first["msg"][:1].lower() + first["msg"][1:]
-            raise InputError(f"challenger.{name}: {message}, got {first['input']!r}") from error
+            raise InputError(f"challenger.{objection(error, cls)}") from error
 
     def arm_of(self, user_id: str | None, experiment: str) -> str | None:
         """The arm of a user; None for who takes no part, as whoever comes without an id."""

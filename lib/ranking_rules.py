@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from lib.attributes import text_parts
 from lib.catalog import Catalog
 from lib.events import InputError
+from lib.objections import objection
 from lib.ranking import ItemFilter
 
 LAST = 1e6  # far more than scores and weights can make up for
@@ -101,7 +102,7 @@ class RankingRules(BaseModel):
         try:
             return cls.model_validate(written)
         except ValidationError as error:
-            raise InputError(_objection(error)) from error
+            raise InputError(objection(error, cls, Bury, whole="ranking")) from error
 
     @property
     def active(self) -> bool:
@@ -112,23 +113,6 @@ class RankingRules(BaseModel):
     def chooses(self) -> bool:
         """Whether an item's place depends on the items above it, so that more than k candidates are needed."""
         return bool(self.at_most) or self.diversity_lambda < 1 or self.exploration_temperature > 0
-
-
-def _objection(error: ValidationError) -> str:
-    """The first thing that is wrong, in one line that begins with the field."""
-    first = error.errors()[0]
-    places = [str(part) for part in first["loc"] if part != "[key]"]
-    own = first.get("ctx", {}).get("error")
-    if isinstance(own, InputError):  # it begins with the last part of the place
-        return ".".join([*places[:-1], str(own)])
-    name = ".".join(places) or "ranking"
-    if first["type"] == "extra_forbidden":
-        known = RankingRules if len(places) == 1 else Bury
-        return f"{name}: no such setting; there are {', '.join(known.model_fields)}"
-    message = first["msg"][:1].lower() + first["msg"][1:]
-    if first["type"] == "missing":
-        return f"{name}: {message}; add it"
-    return f"{name}: {message}, got {first['input']!r}"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -82,6 +83,7 @@ def ray_session() -> Iterator[RaySession]:
     """Ray with the job server, on 127.0.0.1."""
     import ray
     from ray._private import parameter
+    from ray._private.utils import write_ray_address
 
     class Parameters(parameter.RayParams):
         """With a job agent's port of its own, which ray.init cannot choose: two on one port take each other's jobs."""
@@ -90,7 +92,9 @@ def ray_session() -> Iterator[RaySession]:
             super().__init__(*arguments, **{"dashboard_agent_listen_port": free_port()} | settings)
 
     parameter.RayParams = Parameters
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # the path of a socket must be short
     context = ray.init(
+        _temp_dir=folder,
         address="local",
         num_cpus=max(8, os.cpu_count() or 1),
         include_dashboard=True,
@@ -100,10 +104,12 @@ def ray_session() -> Iterator[RaySession]:
         logging_level=logging.WARNING,
         _node_ip_address=HOST,
     )
+    write_ray_address(context.address_info["gcs_address"], folder)  # jobs join any Ray of the machine else
     try:
         yield RaySession(f"http://{context.dashboard_url}")
     finally:
         ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)  # what is still ending may write to its log
 
 
 @pytest.fixture(scope="session")
