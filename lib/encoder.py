@@ -16,10 +16,13 @@ Sources: SASRec (Kang & McAuley 2018) for the causal trunk; SwiGLU (Shazeer 2020
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.configuration_utils import PreTrainedConfig
@@ -27,6 +30,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from lib.events import InputError
 from lib.objective import unit_length
 
+WEIGHTS = "model.safetensors"
 PADDING_ROW = 0  # row 0 of the item table belongs to no item
 INPUTS = ("kind", "gap", "value", "attributes")  # what can be read of an event beside its item and its place
 DEFAULT_INPUTS = ("kind", "value", "attributes")  # the gap gained nothing on any data set (tests/benchmarks/results)
@@ -233,8 +237,8 @@ class Block(nn.Module):
 class BehaviourEncoder(nn.Module):
     """Reads histories and gives one interest vector per position; the last real position is the user's.
 
-    A plain module, not a PreTrainedModel: to import that costs a process 2.6 s of CPU, which every start of a replica
-    would pay for nothing but reading two files (lib/model_folder.py).
+    A plain module that reads and writes the files of a PreTrainedModel: to import that costs a process 2.6 s of CPU,
+    which every start of a replica would pay.
     """
 
     item_popularity: Tensor
@@ -270,6 +274,26 @@ class BehaviourEncoder(nn.Module):
         )
         self.register_buffer("popularity_reference", torch.zeros(1, dtype=torch.int64))  # the log offset of a 1
         self.apply(self._initialise)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read config.json and model.safetensors; ready to answer, not to be trained.
+
+        Raises:
+            OSError, ValueError, RuntimeError, safetensors.SafetensorError: a file is missing or damaged.
+        """
+        config = BehaviourEncoderConfig.from_pretrained(folder)
+        with torch.device("meta"):  # no weights are drawn for those of the file to replace
+            encoder = cls(config)
+        encoder.load_state_dict(load_file(Path(folder) / WEIGHTS), assign=True)
+        return encoder.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors."""
+        self.config.architectures = [type(self).__name__]
+        self.config.save_pretrained(folder)
+        state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
+        save_file(state, Path(folder) / WEIGHTS, metadata={"format": "pt"})
 
     def _initialise(self, module: nn.Module) -> None:
         deviation = self.config.initializer_range

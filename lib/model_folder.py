@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from pydantic import BaseModel, Field, ValidationError
-from safetensors.torch import load_file, save_file
 
 from lib.catalog import Catalog
-from lib.encoder import BehaviourEncoder, BehaviourEncoderConfig
+from lib.encoder import BehaviourEncoder
 from lib.events import InputError
 
 FILES = ("config.json", "model.safetensors", "catalog.parquet")
@@ -39,7 +37,7 @@ def save_model(folder: Path, encoder: BehaviourEncoder, catalog: Catalog, manife
     """Write a model folder; files that lie in it already are overwritten, the manifest last."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    save_encoder(folder, encoder)
+    encoder.save_pretrained(folder)
     catalog.save(folder / "catalog.parquet")
     write_manifest(folder, manifest)
 
@@ -89,32 +87,11 @@ def load_model(folder: str | Path) -> tuple[BehaviourEncoder, Catalog, Manifest]
     for name in FILES:
         check_file(folder / name, manifest)
     try:
-        encoder = load_encoder(folder)
+        encoder = BehaviourEncoder.from_pretrained(folder)
         catalog = Catalog.load(folder / "catalog.parquet")
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"model: {folder} cannot be loaded: {error}") from error
     return encoder, catalog, manifest
-
-
-def save_encoder(folder: Path, encoder: BehaviourEncoder) -> None:
-    """Write config.json and model.safetensors."""
-    encoder.config.architectures = [type(encoder).__name__]
-    encoder.config.save_pretrained(folder)
-    state = {name: value.detach().contiguous() for name, value in encoder.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def load_encoder(folder: Path) -> BehaviourEncoder:
-    """Read config.json and model.safetensors; ready to answer, not to be trained.
-
-    Raises:
-        OSError, ValueError, RuntimeError, safetensors.SafetensorError: a file is missing, damaged or of another shape.
-    """
-    config = BehaviourEncoderConfig.from_pretrained(folder)
-    with torch.device("meta"):  # no weights are drawn for those of the file to replace
-        encoder = BehaviourEncoder(config)
-    encoder.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
-    return encoder.eval()
 
 
 def check_file(path: Path, manifest: Manifest) -> None:

@@ -5,7 +5,6 @@ import torch
 
 from lib.encoder import BehaviourEncoder
 from lib.events import InputError
-from lib.model_folder import load_encoder, save_encoder
 from tests.tiny import assert_same_state, copied_state, tiny_config, tiny_encoder
 
 Inputs = dict[str, torch.Tensor]
@@ -118,10 +117,10 @@ def test_dropout_acts_in_training_only(encoder):
 def test_saved_and_loaded_to_the_bit(encoder, tmp_path):
     encoder.item_popularity[3] = 1.5
     encoder.popularity_reference.fill_(1_700_000_000_123)
-    save_encoder(tmp_path, encoder)
+    encoder.save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
     assert not list(tmp_path.glob("*.bin"))
-    loaded = load_encoder(tmp_path)
+    loaded = BehaviourEncoder.from_pretrained(tmp_path)
     assert_same_state(copied_state(encoder), copied_state(loaded))
     assert loaded.config.to_diff_dict() == encoder.config.to_diff_dict()
     inputs = random_inputs(6)
