@@ -12,7 +12,7 @@ import json
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -59,7 +59,9 @@ def read_your_writes(client: httpx.Client, events: Iterator[dict[str, Any]], sec
     return found
 
 
-def measure(port: int, data: Path, events: float, answers: float, seconds: float, seed: int) -> dict[str, Any]:
+def measure(
+    port: int, data: Path, events: float, batch: int, answers: float, seconds: float, seed: int
+) -> dict[str, Any]:
     """Put the load on a service and collect what it says."""
     every = clicks(data, seed)
     with (
@@ -71,18 +73,26 @@ def measure(port: int, data: Path, events: float, answers: float, seconds: float
         settled(client)
         sent, asked = Path(folder) / "events", Path(folder) / "questions"
         # two seconds more than are sent, as no event may be sent twice
-        sent.write_text("".join(json.dumps({"events": [e]}) + "\n" for e in islice(every, int(events * (seconds + 2)))))
+        requests = batched(islice(every, int(events * (seconds + 2))), batch)
+        sent.write_text("".join(json.dumps({"events": request}) + "\n" for request in requests))
         asked.write_text("".join(json.dumps({"user_id": e["user_id"]}) + "\n" for e in islice(every, 5000)))
         before = client.get("/v1/status").raise_for_status().json()
         start = time.perf_counter()
         steady = {"connections": CONNECTIONS, "seconds": seconds, "warm_up": 0}
-        writing = threads.submit(put_load, port, sent, rate=events, path="/v1/events", **steady)
+        writing = threads.submit(put_load, port, sent, rate=events / batch, path="/v1/events", **steady)
         asking = threads.submit(put_load, port, asked, rate=answers, **steady)
         found = read_your_writes(client, every, seconds)
         written, answered = writing.result(), asking.result()
         elapsed = time.perf_counter() - start
         status = settled(client)
-    return results(written, answered, found, before, status, elapsed)
+    return {"events_of_a_request": batch} | results(written, answered, found, before, status, elapsed)
+
+
+def batched(events: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    """Lists of so many events, and the rest."""
+    every = iter(events)
+    while some := [*islice(every, size)]:
+        yield some
 
 
 def settled(client: httpx.Client) -> dict[str, Any]:
@@ -111,7 +121,7 @@ def results(
     costs = ("learn_ms", "push_ms", "push_bytes", "build_ms", "transfer_ms", "apply_ms")
     return {
         "seconds": elapsed,
-        "events_acknowledged": written["answered"],
+        "event_requests_acknowledged": written["answered"],
         "answers": answered["answered"],
         "failed_requests": sum(side[kind] for side in (written, answered) for kind in ("refused", "errors")),
         "read_your_writes": found,
@@ -139,6 +149,7 @@ def freshness_command(
     data: Annotated[Path, typer.Option(help="Dataset whose users click.")],
     seconds: Annotated[float, typer.Option(min=1)] = 60,
     events: Annotated[float, typer.Option(help="Events per second.")] = 50,
+    batch: Annotated[int, typer.Option(min=1, help="Events of one request.")] = 1,
     answers: Annotated[float, typer.Option(help="Recommendation requests per second.")] = 50,
     replicas: Annotated[int, typer.Option(min=1)] = 2,
     json_: Annotated[Path | None, typer.Option("--json")] = None,
@@ -147,7 +158,7 @@ def freshness_command(
     """Measure the delay from acknowledgement to live weights."""
     machine = describe_machine()
     with afterclick_service(model, data, replicas) as port:
-        measured = measure(port, data, events, answers, seconds, seed)
+        measured = measure(port, data, events, batch, answers, seconds, seed)
     if json_ is not None:
         write_json(json_, {"machine": machine, **measured})
     table = Table("figure", "value", title=f"{events:g} events/s, {answers:g} answers/s, {replicas} replicas")
