@@ -29,8 +29,11 @@ from jobs.learner_workers import LearnerWorkers, yield_to_replicas
 from lib.events import InputError
 from lib.item_log import ItemChange
 from lib.learner import LearnerConfig, NearlineLearner, Rejection
+from lib.registry import Registry
+from lib.shards import LogLayout, check_ends
 from lib.user_histories import MicroBatch
 from lib.weights import Delta
+from serving.aggregator import aggregator_handle
 from serving.batch_source import BatchSource, Released
 from serving.names import LEARNER, NAMESPACE
 from serving.rollout import Acknowledgements, PushCost, Rollout
@@ -321,6 +324,20 @@ def start_learner(state: str, config: LearnerConfig | None = None, workers: int 
     return actor.remote(state, config or LearnerConfig(), workers)
 
 
+def check_logs(state: str) -> None:
+    """Refuse to learn from running aggregators whose logs end before what versions have learned of them.
+
+    Raises:
+        InputError: they do, or no aggregator is running.
+    """
+    try:
+        aggregators = [aggregator_handle(shard) for shard in LogLayout.of(state).shards()]
+    except ValueError:
+        raise InputError("model: nothing serves it here yet; begin with `serve deploy cluster/serve.yaml`") from None
+    statuses = cast("list[dict[str, Any]]", ray.get([aggregator.status.remote() for aggregator in aggregators]))
+    check_ends(state, Registry(state).log_offset(), [status["log_offset"] for status in statuses])
+
+
 def _status_of(learner: ActorHandle) -> dict[str, Any]:
     return cast("dict[str, Any]", ray.get(learner.status.remote()))
 
@@ -333,8 +350,10 @@ def nearline_command(
     """Keep a near-line learner running on the cluster that serves this model; the job lasts as long as it does."""
     from cluster.local import running_ray
 
+    state = state or f"{model}/live"
     with running_ray():
-        learner = start_learner(state or f"{model}/live", workers=learner_workers)
+        check_logs(state)
+        learner = start_learner(state, workers=learner_workers)
         print(f"learner at version {_status_of(learner)['version']}; Ctrl-C stops it", flush=True)
         try:
             while True:

@@ -24,15 +24,14 @@ from ray.actor import ActorHandle
 from ray.serve.config import HTTPOptions
 
 from cluster.local import HOST, require_free_port, running_ray
-from jobs.nearline import start_learner
+from jobs.nearline import check_logs, start_learner
 from lib.datasets import read_events
 from lib.events import CleaningRules, InputError
 from lib.experiment import ChallengerConfig
 from lib.learner import LearnerConfig
 from lib.model_folder import load_model
 from lib.ranking_rules import BoundRules, RankingRules
-from lib.registry import Registry
-from lib.shards import SQLITE, check_ends
+from lib.shards import SQLITE
 from serving.aggregator import AggregatorConfig, start_aggregator
 from serving.aggregators import running_aggregators
 from serving.app import ServeArguments, build, check_state
@@ -67,11 +66,9 @@ def start_service(
         config, layout = AggregatorConfig(cleaning=arguments.cleaning), arguments.layout
         given = (arguments.state_location, arguments.data, config)
         aggregators = [start_aggregator(*given, shard, layout) for shard in layout.shards()]
-        statuses = _statuses(aggregators)
-        for status in statuses:
+        for status in _statuses(aggregators):
             _say_damage(status)
-        learned = Registry(arguments.state_location).log_offset()
-        check_ends(arguments.state_location, learned, [status["log_offset"] for status in statuses])
+        check_logs(arguments.state_location)
         serve.start(http_options=HTTPOptions(host=HOST, port=port))
         serve.run(application, name=APPLICATION, route_prefix="/")
         _say_damage(ray.get(start_learner(arguments.state_location, learner, learner_workers).status.remote()))

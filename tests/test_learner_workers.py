@@ -14,6 +14,7 @@ import torch.distributed as distributed
 from ray.exceptions import RayError
 
 from jobs.learner_workers import LearnerWorkers
+from jobs.nearline import check_logs
 from lib.events import InputError
 from lib.item_log import ItemChange
 from lib.learner import LearnerConfig, NearlineLearner, Rejection
@@ -142,3 +143,8 @@ def test_one_worker_is_the_learner_itself(alone: tuple[NearlineLearner, list[Any
     assert torch.equal(part_of_worker(batch).rows, batch.rows)
     assert word_of_first(lambda: "no") == "no"
     require_equal(one.checksum)
+
+
+def test_a_learner_alone_says_what_to_begin_with(ray_session: object, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing serves it here yet; begin with `serve deploy"):
+        check_logs(str(tmp_path))
