@@ -150,6 +150,10 @@ class UserHistories:
         """The first `count` users."""
         return self._users[:count]
 
+    def latest_users(self) -> list[str]:
+        """Who acted last, the latest first; RECENT_USERS at most."""
+        return [*reversed(self._recent)]
+
     def sample(self, count: int, generator: np.random.Generator) -> list[str]:
         """Users drawn uniformly with replacement; fewer than asked only when there are none."""
         if not self._users:

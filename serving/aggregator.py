@@ -201,6 +201,10 @@ class Aggregator:
         """Some users with the number of their events."""
         return [(user_id, len(self.histories.get(user_id))) for user_id in self.histories.users(limit)]
 
+    async def latest_users(self) -> list[str]:
+        """Who acted last, the latest first."""
+        return self.histories.latest_users()
+
     async def next_batch(
         self, after: int, item_revision: int, sample: SampleSizes, wait_ms: int = 500, up_to: int | None = None
     ) -> MicroBatch | list[ItemChange] | None:

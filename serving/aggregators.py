@@ -113,6 +113,11 @@ class Aggregators:
         found = await asyncio.gather(*[self._call(shard, "users", limit) for shard in range(len(self.handles))])
         return [user for users in found for user in users][:limit]
 
+    async def latest_users(self) -> list[str]:
+        """Who acted last at each shard."""
+        found = await asyncio.gather(*[self._call(shard, "latest_users") for shard in range(len(self.handles))])
+        return [user for users in found for user in users]
+
     async def status(self) -> dict[str, Any]:
         """The sum of all shards, and each beside it where there are several; `restarting` while one is away."""
         answers = await asyncio.gather(*[_status_or_none(handle) for handle in self.handles])

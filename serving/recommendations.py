@@ -46,6 +46,7 @@ from serving.http import http_application
 from serving.names import APPLICATION, DEPLOYMENT, LEARNER, NAMESPACE
 
 LATENCY_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds
+WARMED_TOGETHER = 32  # users whose histories are fetched in one call: no one else waits for long
 Asked = tuple[Question, str | None]  # the user id for whose history it is, if it does not come with the question
 logger = logging.getLogger("ray.serve")
 
@@ -108,7 +109,7 @@ class Recommendations:
         if not self.checked:
             await self.expect_version(self.registry.head() or 0)
             await self.aggregators.open_boards()
-            self.tasks = [asyncio.create_task(self.answers.watch())]
+            self.tasks = [asyncio.create_task(self.answers.watch()), asyncio.create_task(self._warm_up())]
             if self.challenger is not None and not await self.challenger.tell():  # it was decided on before
                 self.challenger = None
             if self.challenger is not None:
@@ -184,6 +185,15 @@ class Recommendations:
             await self.on_thread(self._change_items, changes)
         self.items_counter = items
         return histories | self.cache.update(lacking, newer, counters)
+
+    async def _warm_up(self) -> None:
+        """Have copies of those who acted last, so that their first question takes no longer than the next."""
+        try:
+            users = (await self.aggregators.latest_users())[: self.config.cached_users]
+            for start in range(0, len(users), WARMED_TOGETHER):
+                await self._read({*users[start : start + WARMED_TOGETHER]})
+        except (TimeoutError, RayActorError) as error:
+            logger.warning("copies of histories are made as users ask: %r", error)
 
     async def _run_challenger(self, challenger: Challenger) -> None:
         """Let an experiment run to its end, after which there is one model again."""
@@ -315,6 +325,7 @@ class Recommendations:
             "checksum": self.recommender.checksum,
             "log_offset": self.recommender.log_offset,
             "batches": self.answers.count,
+            "users_cached": len(self.cache),
             **{
                 name: self.counts[name]
                 for name in ("answers", "refused", "unrecorded", "events", "deltas", "catch_ups")

@@ -136,6 +136,12 @@ def test_a_replica_starts_at_the_newest_version_also_without_a_learner(service: 
 
         newcomer = service.wait_until("a new replica has started", started)
         assert (newcomer["version"], newcomer["checksum"]) == (unpushed.version, unpushed.checksum)
+
+        def knows_users(status: dict[str, Any]) -> bool:
+            known = {r["replica_id"]: r["users_cached"] for r in status["replicas"]}
+            return known.get(newcomer["replica_id"], 0) >= 150
+
+        service.wait_until("it has the histories of those who acted last", knows_users)
     service.wait_until_learned()
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from lib.catalog import Catalog
 from lib.events import EVENT_KINDS, Event
-from lib.user_histories import History, ReplaySample, UserHistories, to_histories
+from lib.user_histories import RECENT_USERS, History, ReplaySample, UserHistories, to_histories
 from tests.tiny import NOW, history, item_ids
 
 CODES = {kind: place + 1 for place, kind in enumerate(EVENT_KINDS)}
@@ -165,3 +165,13 @@ def test_what_is_not_learned_yet_or_is_erased_is_not_replayed():
     offsets = {offset for window in windows for offset in window.offsets}
     assert offsets == set(range(2, 21, 2))
     assert UserHistories().windows(ReplaySample(500), 6, 20, np.random.default_rng(0)) == []
+
+
+def test_who_acted_last_comes_first_and_only_so_many_are_known():
+    histories = UserHistories()
+    for number in range(RECENT_USERS + 2):
+        histories.append(event(f"u{number}", "i"))
+    histories.append(event("u5", "i"))
+    latest = histories.latest_users()
+    assert latest[:2] == ["u5", f"u{RECENT_USERS + 1}"]
+    assert set(latest) == {f"u{number}" for number in range(2, RECENT_USERS + 2)}
