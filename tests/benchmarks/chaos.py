@@ -134,10 +134,13 @@ class Chaos:
         return struck
 
     async def _recovered(self, struck: Kill) -> None:
-        try:
-            await recovered(self.load, self.server.root, struck)
-        except TimeoutError as error:
-            self.load.faults.append(str(error))
+        while True:
+            kills = len(self.kills)
+            try:
+                return await recovered(self.load, self.server.root, struck)
+            except TimeoutError as error:
+                if kills == len(self.kills):  # nothing else was killed meanwhile that it may have waited for
+                    return self.load.faults.append(str(error))
 
     async def _strike_everything(self) -> Kill:
         for task in self.waiting:  # who waits for a part of it would wait for ever
