@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.attributes import attribute_codes
 from lib.catalog import Catalog
 from lib.encoder import BehaviourEncoder
 from lib.events import InputError
@@ -22,17 +21,15 @@ from lib.histories import Histories
 from lib.influence import Influence, InfluenceLimits, Targets, is_newcomer, last_opinions
 from lib.item_log import ItemChange
 from lib.model_folder import Manifest
+from lib.new_rows import add_rows, encode_attributes
 from lib.popularity import event_counts, moved_reference
 from lib.registry import LoadedVersion, Registry
 from lib.rejections import Rejection, Rejections
 from lib.sequences import Batch, SequenceBatches
-from lib.training import (
-    Trainer,
-    TrainingConfig,
-    train_uppermost,
-)
+from lib.training import Trainer, TrainingConfig, train_uppermost
+from lib.undo_journal import UndoJournal
 from lib.user_histories import History, MicroBatch, ReplaySample, SampleSizes, to_histories
-from lib.weights import ROW_TENSORS, Delta, Fingerprint, dense_state, difference, grow_items, state_of
+from lib.weights import ROW_TENSORS, Delta, Fingerprint, difference, grow_items, state_of
 from lib.workers import is_first_worker, part_of_worker, require_equal, word_of_first
 
 LEAST_CONTEXT = 8  # events before a user's new ones
@@ -58,46 +55,6 @@ class LearnerConfig(GateConfig, InfluenceLimits):
     snapshot_every: int = 200  # versions
     keep_snapshots: int = 10
     seed: int = 0
-
-
-class UndoJournal:
-    """What the weights and the optimiser were before an update, of just those rows that it changes."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-        self.dense = {name: tensor.clone() for name, tensor in dense_state(trainer.encoder).items()}
-        self.optimizer = {n: v.copy() for n, v in trainer.optimizer_state(np.zeros(0, dtype=np.int64)).items()}
-        self.rows: list[Tensor] = []
-        self.saved: list[tuple[Tensor, ...]] = []
-
-    def record(self, rows: Tensor) -> None:
-        """Remember rows that are about to change."""
-        row = self.trainer.row_optimizer
-        encoder = self.trainer.encoder
-        tensors = (encoder.item_embeddings.weight, encoder.item_popularity, row.first, row.second, row.steps)
-        self.rows.append(rows)
-        self.saved.append(tuple(tensor.detach()[rows].clone() for tensor in tensors))
-
-    def embeddings(self) -> list[tuple[Tensor, Tensor]]:
-        """Recorded rows (R,) with their embeddings (R, C), the oldest record first."""
-        return [(rows, saved[0]) for rows, saved in zip(self.rows, self.saved, strict=True)]
-
-    def changed_rows(self) -> Tensor:
-        """(R,) all recorded rows, ascending."""
-        return torch.unique(torch.cat(self.rows)) if self.rows else torch.zeros(0, dtype=torch.long)
-
-    def undo(self) -> None:
-        """Put everything back, the newest record first."""
-        row = self.trainer.row_optimizer
-        encoder = self.trainer.encoder
-        state = state_of(encoder)
-        for rows, saved in zip(reversed(self.rows), reversed(self.saved), strict=True):
-            targets = (state[ROW_TENSORS[0]], encoder.item_popularity, row.first, row.second, row.steps)
-            for target, values in zip(targets, saved, strict=True):
-                target[rows] = values
-        for name, values in self.dense.items():
-            state[name].copy_(values)
-        self.trainer.load_optimizer_state(self.optimizer, np.zeros(0, dtype=np.int64))
 
 
 class NearlineLearner:
@@ -243,30 +200,13 @@ class NearlineLearner:
         known = torch.tensor(self.catalog.rows(put), dtype=torch.long)
         before = self.encoder.item_attributes[known]
         self._add_items(put)
-        self._encode_attributes(known)
+        encode_attributes(self.encoder, self.catalog, known)
         changed = (self.encoder.item_attributes[known] != before).any(dim=1)
         rows = torch.unique(torch.cat([known[changed], self._unpublished_rows()]))
         if len(rows) == 0:
             return None
         facts = {"kind": "items", "items": len(changes), "loss": None}
         return self._publish(self._changes(journal, rows), self.log_offset, facts)
-
-    def _encode_attributes(self, rows: Tensor) -> None:
-        """Have the encoder read what the catalog says of these rows' items."""
-        values, width = self.encoder.config.attribute_values, self.encoder.item_attributes.shape[1]
-        if values and len(rows):
-            items = self.catalog.described([self.catalog.item_ids[row] for row in rows.tolist()])
-            self.encoder.item_attributes[rows] = torch.from_numpy(attribute_codes(items, values, width)[1:])
-
-    def _likes(self, row: int, known: int) -> Tensor:
-        """(R,) of the known rows those that share the most attributes with a row; none where none shares any."""
-        if self.encoder.config.attribute_values:
-            codes = self.encoder.item_attributes
-            own = codes[row][codes[row] > 0]
-            shared = torch.isin(codes[: known + 1], own).sum(dim=1)
-            return ((shared > 0) & (shared == shared.max())).nonzero().flatten()
-        likes = torch.from_numpy(self.catalog.likes(self.catalog.item_ids[row]))
-        return likes[likes <= known]
 
     def take_over(self, name: str) -> None:
         """Make a model that was offered the next version.
@@ -412,23 +352,7 @@ class NearlineLearner:
 
     def _add_rows(self, known: int) -> None:
         """Give weights to the items of the catalog beyond the first `known`."""
-        needed = len(self.catalog) + 1
-        if needed == known + 1:
-            return
-        if needed > self.encoder.config.item_rows:
-            grow_items(self.encoder, needed + needed // 10)
-            self.trainer.row_optimizer.grow(self.encoder.config.item_rows)
-        added = torch.arange(known + 1, needed)
-        self._encode_attributes(added)
-        generator = torch.Generator().manual_seed(self.config.seed + needed)
-        table = self.encoder.item_embeddings.weight.detach()
-        deviation = self.encoder.config.initializer_range
-        table[added] = torch.randn(len(added), table.shape[1], generator=generator) * deviation
-        mean = table[1 : known + 1].mean(dim=0) if known else torch.zeros(table.shape[1])
-        for row in added.tolist():
-            likes = self._likes(row, known)
-            table[row] += table[likes].mean(dim=0) if len(likes) else mean
-        self.trainer.items = len(self.catalog)
+        add_rows(self.trainer, self.catalog, known, self.config.seed)
 
     def _training_batch(self, batch: MicroBatch) -> Batch | None:
         """New events as targets with their context, and the replayed histories at a lower weight."""
