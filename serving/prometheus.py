@@ -41,18 +41,21 @@ class StatusCollector(Collector):
         version = GaugeMetricFamily(
             "afterclick_replica_version", "Version that a replica answers with.", labels=["replica"]
         )
+        cached = GaugeMetricFamily(
+            "afterclick_replica_users_cached", "Users whose histories a replica keeps a copy of.", labels=["replica"]
+        )
         latency = HistogramMetricFamily(
             "afterclick_answer_seconds", "From a request's arrival to its answer.", labels=["replica"]
         )
         for replica in replicas:
             version.add_metric([replica["replica_id"]], replica["version"])
+            cached.add_metric([replica["replica_id"]], replica["users_cached"])
             total, buckets = 0, []
             for bound, count in replica["latency_buckets"]:
                 total += count
                 buckets.append((bound, total))
             latency.add_metric([replica["replica_id"]], buckets, replica["latency_sum"])
-        yield version
-        yield latency
+        yield from (version, cached, latency)
         for name, text in REPLICA_COUNTERS.items():
             family = CounterMetricFamily(f"afterclick_replica_{name}", text, labels=["replica"])
             for replica in replicas:

@@ -334,6 +334,7 @@ def test_metrics_say_what_the_status_says_of_every_part(service: LiveService, it
     assert len(replicas) == 2
     for name, field in (
         ("afterclick_replica_version", "version"),
+        ("afterclick_replica_users_cached", "users_cached"),
         ("afterclick_replica_answers_total", "answers"),
         ("afterclick_replica_batches_total", "batches"),
         ("afterclick_replica_events_total", "events"),
