@@ -104,7 +104,7 @@ def ray_session() -> Iterator[RaySession]:
         logging_level=logging.WARNING,
         _node_ip_address=HOST,
     )
-    write_ray_address(context.address_info["gcs_address"], folder)  # jobs join any Ray of the machine else
+    write_ray_address(ray.get_runtime_context().gcs_address, folder)  # jobs join any Ray of the machine else
     try:
         yield RaySession(f"http://{context.dashboard_url}")
     finally:
