@@ -76,7 +76,8 @@ class Service:
 
 @contextmanager
 def listening(app):
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    # on a busy machine a connection rests longer than uvicorn's five seconds, and would be closed under a request
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_keep_alive=600))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))  # the system picks a port that is free
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
