@@ -8,10 +8,11 @@ Nothing in it is measured from a real shop. What is synthetic, exactly:
 - Sessions: about 6 events on one category and one style of the visitor's liking. Of the choices of a new item about
   half follow a "goes well with" pair of the item before (three partners an item: two from complementary
   categories, one similar), two in ten are an item on trend, the rest is browsing in the session's category.
-- Trends: twice a simulated day four unpopular items surge, then lose half of their pull every day.
+- Trends: twice a simulated day four unpopular items surge, then lose half of their pull every day; after the history
+  two at a time, which draw twice as many choices and fade twice as fast.
 - Shifts: twice a simulated day some popular items get a new best partner: one in the history, `live_shifts` after it.
-  The live phase begins with a trend and a shift, and its pairs change faster than those of the history did, on
-  purpose: so that a minute shows what learning live is worth where a real shop would take weeks.
+  The live phase begins with a trend and a shift, and its trends and pairs change faster than those of the history
+  did, on purpose: so that a minute shows what learning live is worth where a real shop would take weeks.
 - Reactions: a visitor looks at a list from the top, less and less likely with the position, and clicks at most one
   item, the likelier the better it suits the taste, the item before and the trends.
 
@@ -22,7 +23,7 @@ The same seed and the same calls give the same shop, event for event.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -84,8 +85,20 @@ class Behaviour:
     trend_half_life_hours: float = 24.0
     history_shifts: int = 1  # popular items with a new best partner at each change, in the history
     live_shifts: int = 30  # and after it
+    live_choose_trend: float = 0.4  # what the three are after the history
+    live_trend_items: int = 2
+    live_trend_half_life_hours: float = 12.0
     click_ease: float = -3.5  # log odds of a click on an item of neutral appeal that is looked at
     leave_after_items: int = 120  # a visitor who has met so many items leaves; a newcomer takes the place
+
+    def live(self) -> "Behaviour":
+        """How they behave after the history."""
+        return replace(
+            self,
+            choose_trend=self.live_choose_trend,
+            trend_items=self.live_trend_items,
+            trend_half_life_hours=self.live_trend_half_life_hours,
+        )
 
 
 @dataclass(frozen=True)
@@ -124,6 +137,7 @@ class Shop:
         self._live = False
         self.history = self._visit(visitors * HISTORY_EVENTS_PER_VISITOR)
         self._live = True
+        self.behaviour = self.behaviour.live()
         self._change()
         self._fade_trends()
 

@@ -58,9 +58,15 @@ class Arrival(NamedTuple):
 
 def shop_world(visitors: int, items: int, live: int, seed: int = 1) -> World:
     """The synthetic shop, with what its visitors do of their own accord as the stream."""
-    from jobs.shop import Shop
+    from jobs.shop import Behaviour, Shop
 
-    shop = Shop(seed=seed, visitors=visitors, items=items)
+    usual = Behaviour()
+    calm = Behaviour(  # trends as in the history: an update that is held back costs what it holds, and little else
+        live_choose_trend=usual.choose_trend,
+        live_trend_items=usual.trend_items,
+        live_trend_half_life_hours=usual.trend_half_life_hours,
+    )
+    shop = Shop(seed=seed, visitors=visitors, items=items, behaviour=calm)
     stream = []
     for _ in range(live):
         shop.advance(shop.seconds_per_event)
