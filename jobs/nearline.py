@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from lib.shards import LogLayout, check_ends
 from lib.user_histories import MicroBatch
 from lib.weights import Delta
 from serving.aggregator import aggregator_handle
+from serving.aggregators import statuses_of
 from serving.batch_source import BatchSource, Released
 from serving.names import LEARNER, NAMESPACE
 from serving.rollout import Acknowledgements, PushCost, Rollout
@@ -324,17 +326,24 @@ def start_learner(state: str, config: LearnerConfig | None = None, workers: int 
     return actor.remote(state, config or LearnerConfig(), workers)
 
 
-def check_logs(state: str) -> None:
-    """Refuse to learn from running aggregators whose logs end before what versions have learned of them.
+def aggregators_of(state: str) -> list[ActorHandle]:
+    """Those that run, in the order of the shards.
 
     Raises:
-        InputError: they do, or no aggregator is running.
+        InputError: none does.
     """
     try:
-        aggregators = [aggregator_handle(shard) for shard in LogLayout.of(state).shards()]
+        return [aggregator_handle(shard) for shard in LogLayout.of(state).shards()]
     except ValueError:
         raise InputError("model: nothing serves it here yet; begin with `serve deploy cluster/serve.yaml`") from None
-    statuses = cast("list[dict[str, Any]]", ray.get([aggregator.status.remote() for aggregator in aggregators]))
+
+
+def check_logs(state: str, statuses: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse to learn from aggregators of these statuses if their logs end before what versions have learned of them.
+
+    Raises:
+        InputError: they do.
+    """
     check_ends(state, Registry(state).log_offset(), [status["log_offset"] for status in statuses])
 
 
@@ -352,7 +361,7 @@ def nearline_command(
 
     state = state or f"{model}/live"
     with running_ray():
-        check_logs(state)
+        check_logs(state, statuses_of(aggregators_of(state)))
         learner = start_learner(state, workers=learner_workers)
         print(f"learner at version {_status_of(learner)['version']}; Ctrl-C stops it", flush=True)
         try:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import httpx
 import ray
@@ -33,7 +33,7 @@ from lib.model_folder import load_model
 from lib.ranking_rules import BoundRules, RankingRules
 from lib.shards import SQLITE
 from serving.aggregator import AggregatorConfig, start_aggregator
-from serving.aggregators import running_aggregators
+from serving.aggregators import running_aggregators, statuses_of
 from serving.app import ServeArguments, build, check_state
 from serving.experiment import check_challenger
 from serving.names import APPLICATION, EXPERIMENTS, LEARNER, NAMESPACE
@@ -66,9 +66,10 @@ def start_service(
         config, layout = AggregatorConfig(cleaning=arguments.cleaning), arguments.layout
         given = (arguments.state_location, arguments.data, config)
         aggregators = [start_aggregator(*given, shard, layout) for shard in layout.shards()]
-        for status in _statuses(aggregators):
+        statuses = statuses_of(aggregators)
+        for status in statuses:
             _say_damage(status)
-        check_logs(arguments.state_location)
+        check_logs(arguments.state_location, statuses)
         serve.start(http_options=HTTPOptions(host=HOST, port=port))
         serve.run(application, name=APPLICATION, route_prefix="/")
         _say_damage(ray.get(start_learner(arguments.state_location, learner, learner_workers).status.remote()))
@@ -91,14 +92,10 @@ def _check(arguments: ServeArguments, port: int) -> None:
     check_model(arguments)
     if arguments.data is not None:
         read_events(arguments.data)
-    for status in _statuses(running_aggregators()):
+    for status in statuses_of(running_aggregators()):
         running = status["state"]
         if running != arguments.state_location:
             raise InputError(f"state: this cluster serves {running} already; stop that first, or use another cluster")
-
-
-def _statuses(aggregators: list[ActorHandle]) -> list[dict[str, Any]]:
-    return cast("list[dict[str, Any]]", ray.get([aggregator.status.remote() for aggregator in aggregators]))
 
 
 def check_model(arguments: ServeArguments) -> None:

@@ -83,9 +83,9 @@ class Behaviour:
     change_hours: int = 12  # simulated hours between new trends, and between shifts
     trend_items: int = 4
     trend_half_life_hours: float = 24.0
-    history_shifts: int = 1  # popular items with a new best partner at each change, in the history
-    live_shifts: int = 30  # and after it
-    live_choose_trend: float = 0.4  # what the three are after the history
+    shifts: int = 1  # popular items with a new best partner at each change
+    live_shifts: int = 30  # what it is after the history, as the three below
+    live_choose_trend: float = 0.4
     live_trend_items: int = 2
     live_trend_half_life_hours: float = 12.0
     click_ease: float = -3.5  # log odds of a click on an item of neutral appeal that is looked at
@@ -95,6 +95,7 @@ class Behaviour:
         """How they behave after the history."""
         return replace(
             self,
+            shifts=self.live_shifts,
             choose_trend=self.live_choose_trend,
             trend_items=self.live_trend_items,
             trend_half_life_hours=self.live_trend_half_life_hours,
@@ -134,9 +135,7 @@ class Shop:
         self.seconds_per_event = HISTORY_DAYS * SECONDS_PER_DAY / (visitors * HISTORY_EVENTS_PER_VISITOR)
         self._stock(items)
         self._open(visitors)
-        self._live = False
         self.history = self._visit(visitors * HISTORY_EVENTS_PER_VISITOR)
-        self._live = True
         self.behaviour = self.behaviour.live()
         self._change()
         self._fade_trends()
@@ -362,7 +361,7 @@ class Shop:
 
     def _change(self) -> None:
         self._start_trend()
-        self._shift_pairs(self.behaviour.live_shifts if self._live else self.behaviour.history_shifts)
+        self._shift_pairs(self.behaviour.shifts)
 
     def _drift(self) -> None:
         keep = 1.0 - self.behaviour.drift

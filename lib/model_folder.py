@@ -13,10 +13,10 @@ import safetensors
 from pydantic import BaseModel, Field, ValidationError
 
 from lib.catalog import Catalog
-from lib.encoder import BehaviourEncoder
+from lib.encoder import WEIGHTS, BehaviourEncoder
 from lib.events import InputError
 
-FILES = ("config.json", "model.safetensors", "catalog.parquet")
+FILES = ("config.json", WEIGHTS, "catalog.parquet")
 MANIFEST = "manifest.json"
 
 

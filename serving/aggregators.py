@@ -144,6 +144,11 @@ def _in_order(shards: Iterable[list[tuple[int, Any]]], answers: Iterable[list], 
     return ordered
 
 
+def statuses_of(aggregators: Sequence[ActorHandle]) -> list[dict[str, Any]]:
+    """What each says of itself."""
+    return cast("list[dict[str, Any]]", ray.get([aggregator.status.remote() for aggregator in aggregators]))
+
+
 async def _status_or_none(handle: ActorHandle) -> dict[str, Any] | None:
     try:
         return await asyncio.wait_for(handle.status.remote(), STATUS_SECONDS)

@@ -18,7 +18,7 @@ import ray
 from ray.actor import ActorHandle
 
 from lib.catalog import Catalog
-from lib.encoder import BehaviourEncoder
+from lib.encoder import WEIGHTS, BehaviourEncoder
 from lib.events import InputError
 from lib.experiment import SHADOW, ChallengerConfig, ExperimentResults, Records
 from lib.learner import LearnerConfig, NearlineLearner
@@ -81,7 +81,7 @@ def check_challenger(config: ChallengerConfig, state: str) -> PreparedChallenger
 
 
 def _weights_of(model: str) -> str:
-    return read_manifest(model).checksums.get("model.safetensors", "unknown")[:12]
+    return read_manifest(model).checksums.get(WEIGHTS, "unknown")[:12]
 
 
 def prepare_challenger(config: ChallengerConfig, state: str) -> PreparedChallenger:

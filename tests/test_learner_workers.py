@@ -14,7 +14,7 @@ import torch.distributed as distributed
 from ray.exceptions import RayError
 
 from jobs.learner_workers import LearnerWorkers
-from jobs.nearline import check_logs
+from jobs.nearline import aggregators_of
 from lib.events import InputError
 from lib.item_log import ItemChange
 from lib.learner import LearnerConfig, NearlineLearner, Rejection
@@ -147,4 +147,4 @@ def test_one_worker_is_the_learner_itself(alone: tuple[NearlineLearner, list[Any
 
 def test_a_learner_alone_says_what_to_begin_with(ray_session: object, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing serves it here yet; begin with `serve deploy"):
-        check_logs(str(tmp_path))
+        aggregators_of(str(tmp_path))
