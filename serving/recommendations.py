@@ -204,7 +204,8 @@ class Recommendations:
         self.challenger = None
 
     def _change_items(self, changes: list[ItemChange]) -> None:
-        items = {change.item_id: change.attributes for change in changes}
+        # two reads may come back in the other order: what is older than what is known was answered already
+        items = {change.item_id: change.attributes for change in changes if change.revision > self.item_revision}
         self.recommender.catalog_changed(items)
         if self.challenger is not None:
             self.challenger.catalog_changed(items)

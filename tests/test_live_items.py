@@ -15,6 +15,7 @@ from lib.model_folder import Manifest
 from lib.ranking import ItemFilter
 from lib.recommender import Question, Recommender
 from lib.registry import Registry
+from serving.recommendations import Recommendations
 from tests.tiny import history, item_ids, micro_batch, tiny_encoder
 
 ITEMS = 24
@@ -199,3 +200,18 @@ def test_numbers_of_new_items_fall_into_the_buckets_that_were_learned():
     learned = attribute_codes(catalog, values)
     alone = catalog.described(["i7", "i200", "i399"])
     assert np.array_equal(attribute_codes(alone, values)[1:], learned[[7, 200, 399]])
+
+
+def test_an_older_answer_of_the_aggregator_does_not_undo_a_newer_one(registry):
+    """A replica reads the changes in several tasks, whose answers may come back in the other order."""
+    replica = Recommendations.__new__(Recommendations)  # just the part that knows items
+    replica.recommender, replica.challenger = recommender_of(registry), None
+    replica.item_changes, replica.item_revision = {}, 0
+    first, old, new = put("1", revision=1, kind="a"), put("2", revision=2, kind="old"), put("2", revision=3, kind="new")
+    replica._change_items([first, new])
+    replica._change_items([first, old])
+    assert replica.item_revision == 3
+    assert replica.item_changes == {"1": {"kind": "a"}, "2": {"kind": "new"}}
+    attributes = replica.recommender.catalog.described(["2"]).attributes
+    assert attributes is not None
+    assert attributes["kind"].to_pylist() == ["new"]
