@@ -34,7 +34,7 @@ from lib.events import EVENT_KINDS, InputError
 from lib.finetuning import MarkedHistories, WeightedBatches
 from lib.histories import Histories, histories_of
 from lib.model_folder import Manifest, save_model, write_manifest
-from lib.popularity import DAY, event_counts, steady_total
+from lib.popularity import DAY, popularity_of, steady_total
 from lib.presets import Preset, preset_for
 from lib.registry import OPTIMIZER_FILE, LoadedVersion, load_folder
 from lib.sequences import SequenceBatches
@@ -162,11 +162,12 @@ def new_encoder(
 def count_popularity(encoder: BehaviourEncoder, data: TrainingData | StreamedData, half_life: float) -> None:
     """Fill in what is popular at the end of the training data; it weighs no more than live feedback will."""
     reference = data.figures.newest
-    totals = np.zeros(encoder.config.item_rows)
+    totals, users, events = np.zeros(encoder.config.item_rows), 0, 0
     for histories in data.parts():
-        counts = event_counts(histories.timestamps, reference, half_life)
-        totals += np.bincount(histories.rows, weights=counts, minlength=encoder.config.item_rows)
-    totals *= min(1.0, steady_total(len(data.catalog)) / max(totals.sum(), 1.0))
+        totals += popularity_of(histories, reference, half_life, len(totals))
+        users, events = users + int((histories.lengths > 0).sum()), events + len(histories.rows)
+    most = steady_total(len(data.catalog), users / max(events, 1))
+    totals *= min(1.0, most / max(totals.sum(), 1e-9))
     encoder.item_popularity.copy_(torch.from_numpy(totals.astype(np.float32)))
 
 

@@ -29,7 +29,7 @@ from lib.events import EVENT_SCHEMA, InputError
 from lib.feedback_log import LoggedEvent
 from lib.histories import Histories, histories_of
 from lib.learner import base_of
-from lib.popularity import event_counts
+from lib.popularity import event_counts, start_weights
 from lib.registry import LoadedVersion, Registry, VersionInfo
 from lib.sequences import SequenceBatches, target_weights
 from lib.shards import LogReader
@@ -237,11 +237,17 @@ def count_popularity(encoder: BehaviourEncoder, catalog: Catalog, events: pa.Tab
     rows = np.array([catalog.row_of[item_id] for item_id in items.dictionary.to_pylist()], dtype=np.int64)
     rows, offsets = rows[items.indices.to_numpy()], events["offset"].to_numpy()
     pairs = users.indices.to_numpy().astype(np.int64) * len(catalog.item_ids) + rows
-    first = np.zeros(len(rows), dtype=bool)
-    first[np.unique(pairs, return_index=True)[1]] = True
-    counted = first & (offsets > cut.after) & (offsets <= cut.until)
-    counts = torch.from_numpy(event_counts(offsets[counted], cut.until, half_life)).float()
+    counted = _first_of(pairs) & (offsets > cut.after) & (offsets <= cut.until)
+    weights = start_weights(_first_of(users.indices.to_numpy()))[counted]
+    counts = torch.from_numpy(event_counts(offsets[counted], cut.until, half_life) * weights).float()
     encoder.item_popularity.index_add_(0, torch.from_numpy(rows[counted]), counts)
+
+
+def _first_of(values: np.ndarray) -> np.ndarray:
+    """(E,) bool, where each value stands for the first time."""
+    first = np.zeros(len(values), dtype=bool)
+    first[np.unique(values, return_index=True)[1]] = True
+    return first
 
 
 def judge(

@@ -22,7 +22,7 @@ from lib.influence import Influence, InfluenceLimits, Targets, is_newcomer, last
 from lib.item_log import ItemChange
 from lib.model_folder import Manifest
 from lib.new_rows import add_rows, encode_attributes
-from lib.popularity import event_counts, moved_reference
+from lib.popularity import event_counts, moved_reference, start_weights
 from lib.registry import LoadedVersion, Registry
 from lib.rejections import Rejection, Rejections
 from lib.sequences import Batch, SequenceBatches
@@ -393,29 +393,31 @@ class NearlineLearner:
 
     def _count_popularity(self, batch: MicroBatch, journal: UndoJournal) -> None:
         """Count the new events, a user's of one item once in the history at hand, all within the limits."""
-        new_rows, new_offsets, new_owners, first = [], [], [], []
+        new_rows, new_offsets, new_owners, counted, first = [], [], [], [], []
         for user, (history, count) in enumerate(zip(batch.histories, batch.new_counts, strict=True)):
             before = len(history) - count
             new_rows += [self.catalog.row_of[item_id] for item_id in history.item_ids[before:]]
             new_offsets += history.offsets[before:]
             new_owners += [user] * count
+            first += [offset == history.first_offset for offset in history.offsets[before:]]
             known = set(history.item_ids[:before])
             for item_id, offset in zip(history.item_ids[before:], history.offsets[before:], strict=True):
-                first.append(item_id not in known and offset not in batch.quarantined)
+                counted.append(item_id not in known and offset not in batch.quarantined)
                 known.add(item_id)
         encoder, half_life = self.encoder, self.popularity_half_life
         rows = np.array(new_rows)
         popularity = encoder.item_popularity.numpy()
         targets = Targets(
-            weights=np.array(first, dtype=np.float32),
+            weights=np.array(counted, dtype=np.float32),
             owners=np.array(new_owners),
             rows=rows,
             new=np.ones(len(rows), bool),
             newcomers=self._newcomers(batch.histories, batch.last_offset),
         )
-        counted = targets.weights * self.influence.left(targets, popularity)
+        left = self.influence.left(targets, popularity)
+        weights = targets.weights * left * start_weights(np.array(first))
         reference, factor = moved_reference(batch.last_offset, int(encoder.popularity_reference), half_life)
-        counts = torch.from_numpy(event_counts(np.array(new_offsets), reference, half_life) * counted).float()
+        counts = torch.from_numpy(event_counts(np.array(new_offsets), reference, half_life) * weights).float()
         if factor == 1.0:
             journal.record(torch.from_numpy(np.unique(rows)))
         else:

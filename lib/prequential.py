@@ -29,7 +29,7 @@ from lib.feedback_log import LoggedEvent
 from lib.learner import LearnerConfig, NearlineLearner, Rejection
 from lib.micro_batches import micro_batch
 from lib.model_folder import load_model
-from lib.popularity import DAY, event_counts
+from lib.popularity import DAY, popularity_of
 from lib.registry import Registry
 from lib.sequences import SequenceBatches
 from lib.training import Trainer, TrainingConfig
@@ -253,8 +253,7 @@ class Daily(ModelArm):
                 self.trainer.step(batch)
             self.events_read += len(flat.rows)
         newest = int(flat.timestamps.max())
-        counts = event_counts(flat.timestamps, newest, self.half_life)
-        totals = np.bincount(flat.rows, weights=counts, minlength=self.encoder.config.item_rows)
+        totals = popularity_of(flat, newest, self.half_life, self.encoder.config.item_rows)
         self.encoder.item_popularity.copy_(torch.from_numpy(totals.astype(np.float32)))
         self.fine_tunes += 1
 

@@ -25,6 +25,7 @@ from lib.finetuning import (
     older_events,
 )
 from lib.learner import LearnerConfig, NearlineLearner
+from lib.popularity import LATER
 from lib.registry import Registry
 from tests.test_learner import CONFIG, update
 from tests.tiny import NOW, SECOND, item_ids, started_registry, tiny_config, tiny_encoder
@@ -163,8 +164,8 @@ def test_popularity_counts_what_is_learned_and_goes_on_from_its_log_offset(log):
     counted = encoder.item_popularity.numpy()
     assert int(encoder.popularity_reference) == 102
     assert counted[12] == pytest.approx(1)  # what was there has halved three times
-    # event 92 was the first of its user and item, event 102 is one more of those of event 101
-    assert counted[92 % 24 + 1] == pytest.approx(0.5)
+    # event 92 was the first of its user and item, event 102 is one more of those of event 101, who is new
+    assert counted[92 % 24 + 1] == pytest.approx(0.5 * LATER)
     assert counted[9] == pytest.approx(2**-0.1)
     assert set(np.flatnonzero(counted)) == {9, 12} | {n % 24 + 1 for n in range(91, 101)}
 

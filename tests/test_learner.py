@@ -10,6 +10,7 @@ from lib.catalog import Catalog
 from lib.events import Event, InputError
 from lib.learner import LearnerConfig, NearlineLearner, Rejection
 from lib.model_folder import Manifest
+from lib.popularity import LATER
 from lib.recommender import Question, Recommender
 from lib.registry import Registry
 from lib.user_histories import History, MicroBatch
@@ -501,6 +502,15 @@ def test_popularity_counts_the_new_events_and_halves_with_those_that_follow(lear
     assert popularity[3] == 0
     assert float(popularity[1] / popularity[2]) == pytest.approx(1, rel=1e-2)
     assert float(popularity[4] / popularity[1]) == pytest.approx(4, rel=1e-2)  # two events, each worth twice as much
+
+
+def test_what_newcomers_start_with_counts_more_than_what_they_go_on_with(learner):
+    newcomer, known = logged_at(3, 1, 2, 3), logged_at(4, 4)
+    newcomer.first_offset = 1  # that of the known user is not in the log: it came with the dataset
+    before = learner.encoder.item_popularity.clone()
+    learner.learn(micro_batch(4, [newcomer, known], [3, 1]))
+    counted = (learner.encoder.item_popularity - before)[1:5]
+    assert torch.allclose(counted / counted[0], torch.tensor([1, LATER, LATER, LATER]), rtol=1e-2)
 
 
 def test_popularity_survives_any_number_of_events_without_overflow(registry, learner):
