@@ -53,10 +53,13 @@ class HistoryCache:
         """Add events to those copies that lack nothing else."""
         for counter, offset, event in news:
             copy = self._copies.get(event.user_id)
-            if copy is not None and copy.counter == counter - 1:
-                history = copy.history.newest(self.keep - 1)
+            if copy is None or copy.counter != counter - 1:
+                continue
+            history = copy.history
+            if offset > history.last_offset:  # else it came between the counter and the copy, which has it
+                history = history.newest(self.keep - 1)
                 history.append(event, offset)
-                self._copies[event.user_id] = Copy(history, counter)
+            self._copies[event.user_id] = Copy(history, counter)
 
     def update(
         self, copies: Mapping[str, History | None], newer: Sequence[History | None], counters: Mapping[str, int]

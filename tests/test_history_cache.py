@@ -122,6 +122,19 @@ def test_a_change_between_the_counter_and_the_copy_makes_it_ask_again(histories,
     assert cache.split(["logged"], board.users(["logged"]))[0] == {}
 
 
+def test_an_event_that_came_with_the_answer_is_not_added_again_by_its_news(histories, tmp_path):
+    written = ChangeBoard.create(tmp_path / "changes")
+    board, cache = ChangeBoard.open(tmp_path / "changes"), HistoryCache(users=10, keep=KEEP)
+    counters, copies = board.users(["logged"]), {"logged": None}
+    event = Event("logged", "late", "click", None, 1050, "id")
+    histories.append(event, 50)  # after the counter was read, before the aggregator was asked
+    written.add(event, 50)
+    cache.update(copies, [histories.newer("logged", None)], counters)
+    cache.take(board.news())
+    whole, lacking = cache.split(["logged"], board.users(["logged"]))
+    assert (whole, lacking) == ({"logged": histories.get("logged")}, {})
+
+
 def test_a_restarted_writer_makes_every_copy_ask_again(histories, tmp_path):
     path = tmp_path / "changes"
     first = ChangeBoard.create(path)
