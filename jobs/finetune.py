@@ -8,12 +8,14 @@ learns from there on. Checkpoints are in STATE/finetuning: whatever is killed wh
 offer is taken over once.
 """
 
+import fcntl
 import json
 import shutil
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,7 +44,9 @@ if TYPE_CHECKING:
     from lib.registry import Registry
 
 FOLDER = "finetuning"
-PLAN_FILE, TRAINED_FILE, HELD_OUT_FILE, START = "plan.json", "trained.parquet", "held_out.parquet", "start"
+LOCK_FILE = "finetuning.lock"
+PLAN_FILE, TRAINED_FILE, HELD_OUT_FILE = "plan.json", "trained.parquet", "held_out.parquet"
+START, RIVAL = "start", "rival"  # the models that it starts from, and that it is compared with
 TAKE_OVER_SECONDS = 60.0  # to wait for the learner
 LOOK_SECONDS = 0.2
 METRIC = "ndcg@10"
@@ -122,11 +126,22 @@ def finetune(
     """
     from lib.registry import Registry
 
-    start = time.monotonic()
     settings = settings or FinetuneSettings()
     state = _state_folder(state)
-    registry = Registry(state)
-    storage = state / FOLDER
+    with _alone(state):
+        return _finetune(Registry(state), state, data, since, settings, workers, gpu)
+
+
+def _finetune(
+    registry: "Registry",
+    state: Path,
+    data: str | Path | None,
+    since: int | None,
+    settings: FinetuneSettings,
+    workers: int,
+    gpu: bool | None,
+) -> Outcome:
+    start, storage = time.monotonic(), state / FOLDER
     run = {"settings": asdict(settings), "since": since, "data": checksums(Path(data)) if data is not None else None}
     keep_or_start_afresh(storage, run)
     if not (storage / PLAN_FILE).exists():
@@ -143,21 +158,40 @@ def finetune(
             start=storage / START, older_weight=settings.older_weight,
         )  # fmt: skip
     try:
-        metrics = _judge(registry, storage, plan)
+        metrics = _judge(storage)
     except InputError:
         shutil.rmtree(storage)
         raise
     accepted = metrics["difference"][METRIC]["value"] >= -settings.tolerance
     if accepted:
         _offer(registry, storage, plan, metrics)
-    version = _taken_over(registry, plan["name"]) if accepted else None
-    shutil.rmtree(storage)
+    try:
+        version = _taken_over(registry, plan["name"]) if accepted else None
+    finally:  # a result that the learner could not use is not offered again
+        shutil.rmtree(storage)
     facts = {name: plan[name] for name in ("events", "held_out_events")}
     cut = plan["cut"]
     return Outcome(
         cut["since"], cut["rival"], **facts, log_offset=cut["until"], metrics=metrics, accepted=accepted,
         version=version, seconds=time.monotonic() - start,
     )  # fmt: skip
+
+
+@contextmanager
+def _alone(state: Path) -> Iterator[None]:
+    """No other run works in the same folder; the lock goes with the process.
+
+    Raises:
+        InputError: one does.
+    """
+    with (state / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"state: {state} is being fine-tuned by another process; wait until it has ended"
+            ) from None
+        yield
 
 
 def _state_folder(state: str | Path) -> Path:
@@ -188,6 +222,7 @@ def _plan(
 
     from lib.finetuning import cut_feedback, feedback, older_events
     from lib.learner import LearnerConfig, NearlineLearner, base_of
+    from lib.model_folder import Manifest, save_model
     from lib.shards import read_log
 
     live = registry.load()
@@ -195,13 +230,19 @@ def _plan(
     config = LearnerConfig(seed=settings.seed, popularity_half_life=settings.popularity_half_life)
     learner = NearlineLearner(registry, config, version=version)
     with read_log(state) as log:
-        new = feedback(log, learner.log_offset, log.last_offset())
+        every = feedback(log, learner.log_offset, log.last_offset())
+        rejected = learner.rejections.cover(every["offset"].to_numpy())  # what did harm once is not learned here either
+        new = every.filter(pa.array(~rejected))
         offsets = new["offset"].to_numpy()
         share, most = settings.held_out, settings.most_held_out
         cut = cut_feedback(registry, offsets, live, version, learner.log_offset, share, most)
         learned = int((offsets <= cut.until).sum())
         wanted = round(settings.older_events * learned)
         older = older_events(log, data, cut, new["user_id"].unique(), wanted, settings.seed)
+        older = older.filter(pa.array(~learner.rejections.cover(older["offset"].to_numpy())))
+        passed_by = int((every["offset"].to_numpy()[rejected] <= cut.until).sum())
+    rival = registry.load(cut.rival)  # a copy, as the learner prunes its versions while the workers train
+    save_model(storage / RIVAL, rival.encoder, rival.catalog, Manifest())
     live.catalog.change(_item_changes(state))
     learner.join(live.catalog)
     _write_material(storage, learner, pa.concat_tables([older, new]), cut, settings)
@@ -212,7 +253,7 @@ def _plan(
         "held_out_events": len(new) - learned,
         "ledger": {
             "events_trained": learner.events_trained + learned,
-            "events_rejected": learner.events_rejected,
+            "events_rejected": learner.events_rejected + passed_by,
         },
     }
     temporary = storage / f".{PLAN_FILE}"
@@ -273,11 +314,11 @@ def _pretrain_settings(storage: Path, settings: FinetuneSettings) -> PretrainSet
     return PretrainSettings(holdout="none", stream=False, **given)
 
 
-def _judge(registry: "Registry", storage: Path, plan: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+def _judge(storage: Path) -> dict[str, dict[str, dict[str, float]]]:
     from lib.finetuning import MarkedHistories, judge
     from lib.registry import load_folder
 
-    result, rival = load_folder(storage / "result"), registry.load(plan["cut"]["rival"])
+    result, rival = load_folder(storage / "result"), load_folder(storage / RIVAL)
     held_out = MarkedHistories.load(storage / HELD_OUT_FILE)
     return _metrics(judge((result.encoder, result.catalog), (rival.encoder, rival.catalog), held_out))
 
@@ -352,15 +393,23 @@ def _tell(outcome: Outcome, json_: Path | None) -> None:
 
 
 def _repeat(run: tuple[Any, ...], seconds: float, json_: Path | None) -> None:
-    """Fine-tune again and again; a run that fails, or has too little feedback, does not keep the next from its turn."""
+    """Fine-tune again and again; a run that fails, or has too little feedback, does not keep the next from its turn.
+
+    Raises:
+        InputError: the first run says that something is wrong with what was given.
+    """
     from lib.finetuning import TooFewEvents
 
+    first = True
     while True:
         start = time.monotonic()
         try:
             _tell(finetune(*run), json_)
-        except (TooFewEvents, RuntimeError) as error:
+        except (InputError, RuntimeError, OSError) as error:
+            if first and isinstance(error, InputError) and not isinstance(error, TooFewEvents):
+                raise
             print(f"failed: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        first = False
         time.sleep(max(0.0, start + seconds - time.monotonic()))
 
 

@@ -4,6 +4,7 @@ One update reads: extend the catalog, train on the new events with a replay samp
 publish the delta with the optimiser's state and the log offset in one atomic step, or go back to the live state.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -56,6 +57,23 @@ class LearnerConfig(GateConfig, InfluenceLimits):
     keep_snapshots: int = 10
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        GateConfig.__post_init__(self)
+        InfluenceLimits.__post_init__(self)
+        counts = ("steps", "context_length", "replay_recent_events", "negatives", "snapshot_every", "keep_snapshots")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)} is too small; give 1 or more")
+        for name in ("context_events", "replay_events", "replay_weight", "new_row_boost", "trained_bytes"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name}: {getattr(self, name)} is not a finite number of 0 or more")
+        if not 0 <= self.replay_recent_share <= 1:
+            raise InputError(f"replay_recent_share: {self.replay_recent_share} is not from 0 to 1")
+        for name in ("learning_rate", "popularity_half_life"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name}: {value} is not a finite number above 0")
+
 
 class NearlineLearner:
     """Owns the newest version of the weights and moves it on; a restarted one continues from the registry.
@@ -87,6 +105,10 @@ class NearlineLearner:
         newest = self.rejections.newest
         if newest is not None and newest.version == self.version:  # no version was published since
             self.log_offset, self.events_rejected = newest.last_offset, newest.events_rejected
+        elif "rejected" in loaded.facts:  # the process ended between going back and listing what was rejected with it
+            after, events = loaded.facts["rejected"]
+            known = self.version, after, self.log_offset, events, self.events_rejected
+            self._mark(Rejection(*known, loaded.facts["reason"]))
 
     def _take(self, loaded: LoadedVersion) -> None:
         self.encoder: BehaviourEncoder = loaded.encoder
@@ -177,13 +199,14 @@ class NearlineLearner:
             return self._reject(batch, reason)
         self.events_rejected += events  # those before were trained on, and count as such
         offsets = log_offset, batch.last_offset
-        facts = {"kind": "rollback", "restored": version, "reason": reason}
-        delta = self._restore(loaded, batch.last_offset, facts)
         events += since
+        facts = {"kind": "rollback", "restored": version, "reason": reason, "rejected": [log_offset, events]}
+        delta = self._restore(loaded, batch.last_offset, facts)
         return self._mark(Rejection(self.version, *offsets, events, self.events_rejected, reason, delta=delta))
 
     def _mark(self, rejection: Rejection) -> Rejection:
-        """Have it known for good which events the weights have not learned from."""
+        """Have it known for good which events the weights have not learned from, nor will when they are replayed."""
+        self.rejections.remember(rejection)
         self._store(lambda: self.rejections.add(rejection))
         self.log_offset = rejection.last_offset
         return rejection
@@ -362,15 +385,15 @@ class NearlineLearner:
         replay = [history.newest(length + 1) for history in batch.replay]
         flat = to_histories([*histories, *replay], self.catalog, self.kind_codes)
         sequences = SequenceBatches(flat, self.encoder.config)
-        share = np.zeros(len(flat.rows), dtype=np.float32)
-        share[flat.offsets[len(histories)] :] = self.config.replay_weight
+        offsets = self._offsets([*histories, *replay])
         new = np.zeros(len(flat.rows), dtype=bool)
         for stop, history, count in zip(flat.offsets[1:], histories, batch.new_counts, strict=False):
-            newest = history.newest(count)
-            events = zip(newest.offsets, newest.events, strict=True)
-            known = [offset not in batch.quarantined for offset, kind in events if kind in self.kind_codes]
-            share[stop - len(known) : stop] = known
-            new[stop - len(known) : stop] = True
+            known = sum(kind in self.kind_codes for kind in history.newest(count).events)
+            new[stop - known : stop] = True
+        share = new.astype(np.float32)
+        share[flat.offsets[len(histories)] :] = self.config.replay_weight
+        share[new & np.isin(offsets, list(batch.quarantined))] = 0.0
+        share[~new & self.rejections.cover(offsets)] = 0.0
         newcomers = self._newcomers([*histories, *replay], batch.last_offset)
         sequences.weights = self._limited(sequences.weights * share, new, flat, newcomers)
         starts, lengths = sequences.windows()
@@ -378,6 +401,13 @@ class NearlineLearner:
         if not useful.any():
             return None
         return sequences.training_batch(starts[useful], lengths[useful])
+
+    def _offsets(self, histories: Sequence[History]) -> np.ndarray:
+        """(E,) the log offset of every event that `to_histories` reads."""
+        row_of, codes = self.catalog.row_of, self.kind_codes
+        columns = ((history.offsets, history.item_ids, history.events) for history in histories)
+        every = (event for column in columns for event in zip(*column, strict=True))
+        return np.array([offset for offset, item, kind in every if item in row_of and kind in codes], dtype=np.int64)
 
     def _limited(self, weights: np.ndarray, new: np.ndarray, flat: Histories, newcomers: np.ndarray) -> np.ndarray:
         """(E,) the weights of targets, within the limits of what one user and a crowd may move."""

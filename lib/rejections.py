@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from lib.registry import Registry
 from lib.weights import Delta
 
@@ -42,6 +44,10 @@ class Rejections:
         files = registry.files(REJECTIONS)
         self.first = int(files[-1]) if files else 1  # number of the newest file's first line
         self.lines = registry.read(f"{REJECTIONS}/{files[-1]}").decode().splitlines() if files else []
+        self._spans = np.zeros(
+            (0, 2), dtype=np.int64
+        )  # (S, 2) log offsets, ascending and apart: after the first, up to
+        self._exclude([(rejection.after_offset, rejection.last_offset) for rejection in self.all()])
 
     def __len__(self) -> int:
         """How many updates were ever rejected."""
@@ -59,6 +65,26 @@ class Rejections:
         lines = [*lines, json.dumps(rejection.facts())]
         self.registry.replace(f"{REJECTIONS}/{first:010d}", "\n".join([*lines, ""]).encode())
         self.first, self.lines = first, lines  # only now: where it could not be stored, it is tried again
+
+    def remember(self, rejection: Rejection) -> None:
+        """Know of one; every worker of a learner does, and the first one also makes it durable."""
+        self._exclude([(rejection.after_offset, rejection.last_offset)])
+
+    def cover(self, offsets: np.ndarray) -> np.ndarray:
+        """(E,) bool, which events are of a rejected update, by their log offsets (0: in no log)."""
+        if len(self._spans) == 0:
+            return np.zeros(len(offsets), dtype=bool)
+        place = np.searchsorted(self._spans[:, 0], offsets) - 1  # of the newest span that begins before
+        return (place >= 0) & (offsets <= self._spans[np.maximum(place, 0), 1])
+
+    def _exclude(self, spans: list[tuple[int, int]]) -> None:
+        joined: list[list[int]] = []
+        for after, last in sorted([*map(tuple, self._spans.tolist()), *spans]):
+            if joined and after <= joined[-1][1]:
+                joined[-1][1] = max(joined[-1][1], last)
+            else:
+                joined.append([after, last])
+        self._spans = np.array(joined, dtype=np.int64).reshape(-1, 2)
 
     def all(self) -> list[Rejection]:
         """Every one, the oldest first."""

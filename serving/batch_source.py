@@ -101,7 +101,8 @@ def _released(
 def in_order(batch: MicroBatch, run: Run, order: LogOrder) -> MicroBatch:
     """A shard's micro-batch, which is a part of this run, with the offsets of the order of all shards.
 
-    Context has no offsets then: nobody asks for them, and each would have to be looked up.
+    Context has no offsets then: nobody asks for them, and each would have to be looked up, as those of what is replayed
+    are: the learner passes by what it rejected.
     """
     shift = run.after - run.place
 
@@ -113,10 +114,14 @@ def in_order(batch: MicroBatch, run: Run, order: LogOrder) -> MicroBatch:
             first_offset=order.offset_of(run.shard, first) if first else 0,
         )
 
+    def replayed(history: History) -> History:
+        offsets = [order.offset_of(run.shard, offset) if offset else 0 for offset in history.offsets]
+        return replace(placed(history), offsets=offsets)
+
     return replace(
         batch,
         last_offset=batch.last_offset + shift,
         histories=[placed(history, new) for history, new in zip(batch.histories, batch.new_counts, strict=True)],
-        replay=[placed(history) for history in batch.replay],
+        replay=[replayed(history) for history in batch.replay],
         quarantined=frozenset(offset + shift for offset in batch.quarantined if offset <= batch.last_offset),
     )

@@ -10,13 +10,14 @@ import pytest
 
 import jobs.finetune
 from jobs.command_line import run_command
-from jobs.finetune import FOLDER, FinetuneSettings, Outcome, finetune, finetune_command
+from jobs.finetune import FOLDER, FinetuneSettings, Outcome, _alone, finetune, finetune_command
 from lib.events import Event, InputError
 from lib.feedback_log import FeedbackLog, FeedbackLogReader
-from lib.learner import NearlineLearner, Rejection
+from lib.learner import NearlineLearner
 from lib.ledger import check
 from lib.model_folder import Manifest
 from lib.registry import Registry, load_folder, save_with_optimizer
+from lib.rejections import Rejection, Rejections
 from lib.user_histories import History
 from tests.conftest import LiveService
 from tests.test_faults import assert_each_event_once
@@ -160,6 +161,46 @@ def test_without_a_learner_the_result_waits_for_one_that_takes_it_over_once(comm
     assert (ledger.faults, ledger.versions, ledger.events_trained, ledger.waiting) == ([], 7, 180, 20)
 
 
+def test_the_live_version_may_be_pruned_while_the_workers_train(state, trained, monkeypatch):
+    train = jobs.finetune.run_workers
+
+    def run(*arguments: Any, **named: Any) -> None:
+        train(*arguments, **named)
+        for delta in (state / "deltas").iterdir():
+            delta.unlink()
+
+    monkeypatch.setattr(jobs.finetune, "run_workers", run)
+    outcome = finetune(state, settings=FinetuneSettings(tolerance=1.0))
+    assert (outcome.accepted, outcome.rival) == (True, 10)
+
+
+def test_what_the_gate_rejected_is_neither_learned_nor_judged_by(state, trained):
+    rejected = Rejections(Registry(state))
+    rejected.add(Rejection(3, 30, 50, 20, 20, "it did harm"))
+    rejected.add(Rejection(10, 190, 200, 10, 30, "it did harm"))
+    outcome = finetune(state, settings=FinetuneSettings(tolerance=1.0, older_events=0.0))
+    (name,) = Registry(state).offers()
+    facts = Registry(state).load_offer(name).facts
+    assert outcome.events + outcome.held_out_events == 170
+    learned = outcome.log_offset - 20
+    assert (outcome.events, facts["events_trained"], facts["events_rejected"]) == (learned, learned, 20)
+
+
+def test_two_runs_do_not_work_in_one_folder(command, state, trained):
+    with _alone(state):
+        status, _, err = command()
+    assert (status, trained) == (2, [])
+    assert "is being fine-tuned by another process; wait until it has ended" in err
+    assert command("--set", "tolerance=1")[0] == 0
+
+
+def test_a_result_that_the_learner_could_not_use_is_not_offered_again(state, trained, monkeypatch):
+    monkeypatch.setattr(Registry, "offer", lambda *_: None)  # as if the learner had withdrawn it
+    with pytest.raises(RuntimeError, match="the learner could not take the result over"):
+        finetune(state, settings=FinetuneSettings(tolerance=1.0))
+    assert not (state / FOLDER).exists()
+
+
 def test_the_next_run_starts_from_the_new_base(state, trained):
     finetune(state, settings=FinetuneSettings(tolerance=1.0))
     registry = Registry(state)
@@ -188,11 +229,19 @@ def test_a_killed_run_goes_on_with_what_it_had_planned(state, trained, capsys):
 
 def test_a_job_that_repeats_outlives_a_run_that_fails(state, trained, monkeypatch, capsys):
     waited: list[float] = []
+    plan = jobs.finetune._plan
 
     def wait(seconds: float) -> None:
         waited.append(seconds)
+        if len(waited) == 2:
+            monkeypatch.setattr(jobs.finetune, "_plan", fail)
         if len(waited) == 3:
+            monkeypatch.setattr(jobs.finetune, "_plan", plan)
+        if len(waited) == 4:
             raise KeyboardInterrupt
+
+    def fail(*arguments: Any) -> None:
+        raise OSError("the disk is full")
 
     monkeypatch.setattr("time.sleep", wait)
     with pytest.raises(SystemExit) as end:
@@ -203,6 +252,7 @@ def test_a_job_that_repeats_outlives_a_run_that_fails(state, trained, monkeypatc
     assert end.value.code == 130
     said = capsys.readouterr()
     assert "failed: the power fails\n" in said.err
+    assert "failed: the disk is full\n" in said.err
     assert said.out.count("offered (") == 2
     assert all(24 * 3600 - 60 < seconds <= 24 * 3600 for seconds in waited)
 

@@ -191,6 +191,48 @@ def test_rejections_are_listed_for_good(tmp_path):
     assert (restarted.log_offset, restarted.events_rejected) == (9, 1)  # they are not learned again, nor lost count of
 
 
+def test_what_was_rejected_is_not_replayed(tmp_path):
+    registry = started_registry(tmp_path / "store")
+    learner = NearlineLearner(registry, LearnerConfig(negatives=8))
+    learner.learn(micro_batch(3, [history([1, 2, 3])]))
+    learner.trainer.learning_rate = float("inf")
+    learner.learn(micro_batch(9, [history([4, 5, 6])]))  # offsets 4 to 9
+    replayed, new = history([1, 2, 3, 4, 5]), history([6, 7])
+    replayed.offsets, new.offsets = [0, 3, 4, 9, 10], [11, 12]
+    for each in (learner, NearlineLearner(registry, learner.config)):
+        batch = each._training_batch(replace(micro_batch(12, [new], [1]), replay=[replayed]))
+        assert batch is not None
+        assert sorted(batch.target_rows[batch.target_weights > 0].tolist()) == [2, 5, 7]
+
+
+@pytest.mark.parametrize("spans", [[(0, 4), (4, 6), (10, 12)], [(10, 12), (2, 6), (0, 5)]])
+def test_rejections_cover_the_offsets_behind_the_first(tmp_path, spans):
+    listed = Rejections(started_registry(tmp_path / "store"))
+    offsets = np.arange(15)
+    assert not listed.cover(offsets).any()
+    for after, last in spans:
+        listed.remember(Rejection(1, after, last, last - after, 0, "a reason"))
+    assert offsets[listed.cover(offsets)].tolist() == [1, 2, 3, 4, 5, 6, 11, 12]
+
+
+def test_a_rejection_that_a_crash_kept_from_the_list_is_listed_after_it(tmp_path, monkeypatch):
+    registry = started_registry(tmp_path / "store")
+    learner = NearlineLearner(registry, LearnerConfig(negatives=8, held_out_candidates=12))
+    for number in range(1, 4):
+        learner.learn(micro_batch(number, [history([1, 2, 3])]))
+    learner.gate.pairs.extend([(3.0, 2.0, 0.1, 0.2)] * FEWEST_PAIRS)  # as if new events had become unlikely
+    with monkeypatch.context() as patch:
+        patch.setattr(learner.rejections, "add", lambda rejection: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            learner.learn(micro_batch(4, [history([1, 2, 3])]))
+    assert Rejections(registry).all() == []
+    for _ in range(2):  # once, however often it starts
+        restarted = NearlineLearner(registry, learner.config)
+        (rejection,) = restarted.rejections.all()
+        assert (rejection.after_offset, rejection.last_offset, rejection.events) == (0, 4, 4)
+        assert (rejection.version, rejection.events_rejected) == (restarted.version, restarted.events_rejected)
+
+
 def test_slow_harm_is_taken_back_and_learning_rests(tmp_path):
     registry = started_registry(tmp_path / "store")
     learner = NearlineLearner(registry, LearnerConfig(negatives=8, held_out_candidates=12))
@@ -267,6 +309,24 @@ def test_few_of_the_window_come_from_one_item_and_half_of_it_from_all():
     ends = Counter(each.item_ids[-1] for each in window)
     assert ends["i9"] <= 4
     assert len(window) > 10
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("user_limit", -1.0),
+        ("held_out_users", -1),
+        ("steps", 0),
+        ("snapshot_every", 0),
+        ("replay_weight", float("nan")),
+        ("replay_recent_share", 1.5),
+        ("learning_rate", 0.0),
+        ("popularity_half_life", float("inf")),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(setting, value):
+    with pytest.raises(InputError, match=rf"^{setting}: "):
+        LearnerConfig(**{setting: value})
 
 
 def test_impossible_settings_are_refused():

@@ -137,6 +137,7 @@ def test_a_micro_batch_of_a_shard_is_given_the_offsets_of_the_order(order):
     assert (placed.last_offset, placed.quarantined) == (17, {17})
     assert (placed.histories[0].offsets, placed.histories[0].first_offset) == ([0, 15, 17], 2)
     assert (placed.replay[0].item_ids, placed.replay[0].first_offset) == (["i4", "i5"], 0)
+    assert placed.replay[0].offsets == [0, 4]
     assert (batch.last_offset, new.offsets) == (7, [2, 5, 7]), "what was given is as it was"
     assert isinstance(placed.held_out[0], History)
     assert np.isin(placed.histories[0].offsets[1:], range(15, 18)).all()
