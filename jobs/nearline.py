@@ -155,10 +155,12 @@ class Learner:
     def _next_batch(self) -> Released:
         learner = self.learner
         try:
-            return self.batches.next(learner.log_offset, learner.item_revision, learner.sample_sizes)
+            batch = self.batches.next(learner.log_offset, learner.item_revision, learner.sample_sizes)
         except OSError as error:  # the order of several shards' events could not be stored
             self._wait_for_storage(error)
             return None
+        self.storage_error = None
+        return batch
 
     def _change_items(self, changes: list[ItemChange]) -> None:
         delta = self.workers.change_items(changes)
@@ -212,19 +214,19 @@ class Learner:
             self.progress.loss = loss if previous is None else 0.95 * previous + 0.05 * loss
 
     def _push(self, delta: Delta) -> tuple[PushCost, bool]:
-        """Send a delta and see it live on every replica; returns what that took, and False where no replica answered.
-
-        Without any replica there is nothing to wait for: those to come start with the newest version.
-        """
+        """Send a delta and see it live on every replica; returns what that took, and False where none is alive."""
         self.storage_error = None
         acknowledgements, cost = self.rollout.push(delta)
         return cost, self._until_everywhere(acknowledgements)
 
     def _until_everywhere(self, acknowledgements: Acknowledgements) -> bool:
-        """See the newest version live on every replica; returns False where no replica answered."""
+        """See the newest version live on every replica; returns False where none is alive.
+
+        A replica that is busy, or loads a base, is waited for; one that cannot have the version is replaced by Serve.
+        """
         version = self.learner.version
         self._acknowledge(acknowledgements)
-        while acknowledgements.replicas and not acknowledgements.all_at(version) and not self.stopping.is_set():
+        while not (acknowledgements.nobody or acknowledgements.all_at(version) or self.stopping.is_set()):
             if self._help(acknowledgements):
                 break
             # one that died is soon no longer counted among the live; one that was busy catches up
@@ -239,6 +241,7 @@ class Learner:
         self.announced = time.monotonic()
 
     def _reject(self, rejection: Rejection) -> None:
+        self.storage_error = None
         logger.warning("update with %d events rejected: %s", rejection.events, rejection.reason)
         if rejection.delta is not None:
             self._push(rejection.delta)

@@ -34,6 +34,7 @@ from serving.names import AGGREGATOR, NAMESPACE
 ITEM_LOG_FILE = "items.sqlite"
 BOARD_FILE = "changes"
 DUPLICATE = "duplicate"
+MOST_ARRIVALS = 100_000
 NEWCOMER_EVENTS = 5  # with fewer in their history, somebody is new
 TORN = "{}: the last commit was torn when the machine stopped, and is dropped; it was not acknowledged"
 
@@ -92,7 +93,8 @@ class Aggregator:
         self.rejected: Counter[str] = Counter()
         self.accepted = 0
         self.duplicates = 0
-        self.arrivals: deque[Arrival] = deque()  # not yet released to the learner
+        # not yet released to the learner; of more than that the oldest are forgotten here, and read from the log
+        self.arrivals: deque[Arrival] = deque(maxlen=MOST_ARRIVALS)
         self.learned_offset = 0  # as far as the learner has asked beyond
         self.arrived = asyncio.Event()
         self.generator = np.random.default_rng(self.config.seed)

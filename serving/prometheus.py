@@ -13,6 +13,7 @@ REPLICA_COUNTERS = {
     "events": "Events received.",
     "deltas": "Pushed deltas applied.",
     "catch_ups": "Times that this replica caught up from the registry.",
+    "mismatches": "Deltas that came out wrong here, so that the version was loaded whole.",
 }
 LEARNER_COUNTERS = {
     "pushes": "Versions pushed to the replicas.",

@@ -102,10 +102,16 @@ class Recommendations:
         self.experiment = None if challenger is None else challenger.name
         self.challenger = None if challenger is None else self._load_challenger(state, challenger)
         self.checked = False
+        self.cannot_follow: Exception | None = None  # why the newest version cannot be loaded here
         self.tasks: list[asyncio.Task] = []
 
     async def check_health(self) -> None:
-        """Serve's health check, the first of which comes before the first request: catch up until then."""
+        """Serve's health check, the first of which comes before the first request: catch up until then.
+
+        A replica that cannot follow the versions would hold the learner up for good; Serve puts another in its place.
+        """
+        if self.cannot_follow is not None:
+            raise RuntimeError("the newest version cannot be loaded here") from self.cannot_follow
         if not self.checked:
             await self.expect_version(self.registry.head() or 0)
             await self.aggregators.open_boards()
@@ -329,7 +335,7 @@ class Recommendations:
             "users_cached": len(self.cache),
             **{
                 name: self.counts[name]
-                for name in ("answers", "refused", "unrecorded", "events", "deltas", "catch_ups")
+                for name in ("answers", "refused", "unrecorded", "events", "deltas", "catch_ups", "mismatches")
             },
             "latency_buckets": [
                 *((str(bound), self.latency[bound]) for bound in LATENCY_BUCKETS),
@@ -359,14 +365,20 @@ class Recommendations:
             self.recommender.apply(delta)
         except DeltaMismatch as error:
             logger.warning("loading the newest version whole: %s", error)
+            self.counts["mismatches"] += 1
             self.recommender = self._load(self.item_changes)
 
     async def expect_version(self, version: int) -> dict[str, Any]:
         """Catch up from the registry if this replica missed a push, or if the version is a new base."""
         if self.recommender.version < version:
             async with self.loading:
-                if self.recommender.version < version and not await self.on_thread(self._catch_up, version):
-                    await self._replace()
+                try:
+                    if self.recommender.version < version and not await self.on_thread(self._catch_up, version):
+                        await self._replace()
+                except Exception as error:
+                    self.cannot_follow = error
+                    raise
+                self.cannot_follow = None
         return await self.describe()
 
     def _catch_up(self, version: int) -> bool:

@@ -21,12 +21,17 @@ class Acknowledgements:
     """What came back from a push or an announcement."""
 
     replicas: list[dict[str, Any]]  # what each said of itself
-    unreached: int
+    unreached: int  # that did not answer in time, or failed
     seconds: float
 
+    @property
+    def nobody(self) -> bool:
+        """Whether no replica is alive, so that those to come start with the newest version."""
+        return not self.replicas and self.unreached == 0
+
     def all_at(self, version: int) -> bool:
-        """Whether every live replica answers with this version or a later one."""
-        return self.unreached == 0 and all(replica["version"] >= version for replica in self.replicas)
+        """Whether every live replica answers with this version or a later one; no replica is none."""
+        return self.unreached == 0 and {replica["version"] >= version for replica in self.replicas} == {True}
 
     def behind(self, version: int) -> bool:
         """Whether a replica answered with an older version: it could not read what is stored."""
@@ -71,7 +76,7 @@ class Rollout:
             self._handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
         try:
             answers = self._handle.broadcast(method, *arguments).results(timeout_s=self.timeout, return_exceptions=True)
-        except (TimeoutError, DeploymentUnavailableError):  # the latter when no replica is alive
-            return Acknowledgements([], 1, time.perf_counter() - start)
+        except (TimeoutError, DeploymentUnavailableError):  # nothing was sent: none is known, or none is alive
+            return Acknowledgements([], 0, time.perf_counter() - start)
         replicas = [answer for answer in answers if isinstance(answer, dict)]
         return Acknowledgements(replicas, len(answers) - len(replicas), time.perf_counter() - start)

@@ -1,5 +1,6 @@
 """A learner takes another model over: one atomic version, from which it learns each event that is not in it once."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -194,7 +195,7 @@ class Nobody:
     """A rollout where no replica is alive."""
 
     def announce(self, version: int) -> Acknowledgements:
-        return Acknowledgements([], 1, 0.0)
+        return Acknowledgements([], 0, 0.0)
 
 
 def started(registry: Registry) -> Learner:
@@ -203,7 +204,7 @@ def started(registry: Registry) -> Learner:
     actor.workers, actor.progress = LearnerWorkers(registry.root, CONFIG), Progress()
     actor.learner = actor.workers.first
     actor.rollout = Nobody()  # pyright: ignore[reportAttributeAccessIssue]
-    actor.looked_for_offers = -OFFER_SECONDS
+    actor.looked_for_offers, actor.stored_whole, actor.stopping = -OFFER_SECONDS, 0, threading.Event()
     return actor
 
 
@@ -216,6 +217,31 @@ def test_an_offer_is_taken_over_and_gone(registry, tmp_path):
     actor.looked_for_offers = -OFFER_SECONDS
     actor._take_over()
     assert registry.head() == 2
+
+
+class Slow:
+    """A rollout to one replica that answers the first announcements too late, because it loads what was announced."""
+
+    def __init__(self, late: int):
+        self.late = late
+
+    def announce(self, version: int) -> Acknowledgements:
+        self.late -= 1
+        if self.late >= 0:
+            return Acknowledgements([], 1, 10.0)
+        return Acknowledgements([{"version": version}], 0, 0.1)
+
+
+def test_an_offer_is_gone_once_the_slowest_replica_has_it(registry, tmp_path):
+    registry.offer("first", model_folder(tmp_path / "base", 0))
+    actor, rollout = started(registry), Slow(late=3)
+    actor.rollout = rollout  # pyright: ignore[reportAttributeAccessIssue]
+    withdraw, late = registry.withdraw, []
+    actor.learner.registry.withdraw = lambda name: (late.append(rollout.late), withdraw(name))
+    actor._take_over()
+    assert late == [-1]
+    assert registry.offers() == []
+    assert actor.progress.unreached == 0
 
 
 def test_an_offer_whose_taker_died_before_it_was_gone_is_not_taken_over_again(registry, tmp_path):

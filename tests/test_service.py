@@ -340,6 +340,7 @@ def test_metrics_say_what_the_status_says_of_every_part(service: LiveService, it
         ("afterclick_replica_events_total", "events"),
         ("afterclick_replica_deltas_total", "deltas"),
         ("afterclick_replica_catch_ups_total", "catch_ups"),
+        ("afterclick_replica_mismatches_total", "mismatches"),
         ("afterclick_answer_seconds_count", "answers"),
     ):
         by_replica = {labels["replica"]: value for labels, value in found[name]}
