@@ -232,12 +232,17 @@ class Slow:
         return Acknowledgements([{"version": version}], 0, 0.1)
 
 
-def test_an_offer_is_gone_once_the_slowest_replica_has_it(registry, tmp_path):
+def test_an_offer_is_gone_once_the_slowest_replica_has_it(registry, tmp_path, monkeypatch):
     registry.offer("first", model_folder(tmp_path / "base", 0))
     actor, rollout = started(registry), Slow(late=3)
     actor.rollout = rollout  # pyright: ignore[reportAttributeAccessIssue]
     withdraw, late = registry.withdraw, []
-    actor.learner.registry.withdraw = lambda name: (late.append(rollout.late), withdraw(name))
+
+    def withdrawn(name: str) -> None:
+        late.append(rollout.late)
+        withdraw(name)
+
+    monkeypatch.setattr(actor.learner.registry, "withdraw", withdrawn)
     actor._take_over()
     assert late == [-1]
     assert registry.offers() == []
