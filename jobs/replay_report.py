@@ -33,21 +33,22 @@ def _percent(estimate: Estimate) -> str:
 
 
 def plot_replay(comparison: ReplayComparison, title: str, path: Path) -> None:
-    """Draw each arm's NDCG over the stream's time.
+    """Draw each arm's metrics over the stream's time, a panel each.
 
     Raises:
         InputError: it cannot be written there.
     """
-    figure = new_figure(10, 5)
-    axes = figure.subplots()
+    figure = new_figure(10, 12)
     times = [datetime.fromtimestamp(time / 1000, UTC) for time in comparison.times]
-    for arm in comparison.arms:
-        axes.plot(times, arm.over_time, marker="o", markersize=3, label=arm.name)  # pyright: ignore[reportArgumentType]
-    axes.set_title(title)
-    axes.set_ylabel(f"{METRICS[1]}, {comparison.events // max(len(times), 1):,} events a point")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.suptitle(f"{title}\n{comparison.events // max(len(times), 1):,} events a point")
+    for axes, metric in zip(figure.subplots(len(METRICS), sharex=True), METRICS, strict=True):
+        for arm in comparison.arms:
+            points = arm.over_time[metric]
+            axes.plot(times, points, marker="o", markersize=3, label=arm.name)  # pyright: ignore[reportArgumentType]
+        axes.set_ylabel(metric)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
     figure.autofmt_xdate()
     save_figure(figure, path)

@@ -28,7 +28,7 @@ class ArmResult:
     name: str
     metrics: dict[str, dict[str, Estimate]]  # of each group of events
     lift: dict[str, Estimate]  # of each metric over all events, relative to the base; none for the base itself
-    over_time: list[float]  # ndcg of consecutive parts of the stream, an equal number of events each
+    over_time: dict[str, list[float]]  # each metric of consecutive parts of the stream, an equal number of events each
     facts: dict[str, Any]
 
 
@@ -55,7 +55,7 @@ class ReplayComparison:
                     "name": arm.name,
                     **{group: _written(metrics) for group, metrics in arm.metrics.items()},
                     f"lift_over_{BASE}": _written(arm.lift),
-                    f"ndcg@{K}_over_time": arm.over_time,
+                    "over_time": arm.over_time,
                     **arm.facts,
                 }
                 for arm in self.arms
@@ -94,8 +94,11 @@ def compare_arms(stream: Stream, outcomes: Mapping[str, Outcome], seed: int = 0)
         if base is not None and place != base:
             ratios = resampled[:, place, 0] / np.maximum(resampled[:, base, 0], 1e-12) - 1
             lift = _estimates(values[place, 0] / np.maximum(values[base, 0], 1e-12) - 1, ratios)
-        ndcg = ndcg_at(outcome.ranks, K)
-        arms.append(ArmResult(name, metrics, lift, [float(ndcg[part].mean()) for part in parts], outcome.facts))
+        over_time = {
+            metric: [float(values[part].mean()) for part in parts]
+            for metric, values in zip(METRICS, _metrics(outcome.ranks), strict=True)
+        }
+        arms.append(ArmResult(name, metrics, lift, over_time, outcome.facts))
     times = stream.newest["timestamp"].to_numpy()
     return ReplayComparison(
         len(stream.newest),

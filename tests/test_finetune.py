@@ -15,9 +15,11 @@ from lib.events import Event, InputError
 from lib.feedback_log import FeedbackLog, FeedbackLogReader
 from lib.learner import NearlineLearner
 from lib.ledger import check
+from lib.log_order import LogOrder
 from lib.model_folder import Manifest
 from lib.registry import Registry, load_folder, save_with_optimizer
 from lib.rejections import Rejection, Rejections
+from lib.shards import ORDER_FILE, LogLayout, read_log, shard_of
 from lib.user_histories import History
 from tests.conftest import LiveService
 from tests.test_faults import assert_each_event_once
@@ -225,6 +227,53 @@ def test_a_killed_run_goes_on_with_what_it_had_planned(state, trained, capsys):
     assert Registry(state).offers() == [json.loads(plan)["name"]]
     assert "going on with the interrupted run" in capsys.readouterr().err
     assert len(trained) == 2
+
+
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_a_run_that_is_killed_after_its_offer_does_not_offer_again(state, trained, monkeypatch, taken_over):
+    settings = FinetuneSettings(tolerance=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.finetune, "_taken_over", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(jobs.finetune.shutil, "rmtree", lambda _: None)  # who is killed tidies nothing up
+        with pytest.raises(KeyboardInterrupt):
+            finetune(state, settings=settings)
+    registry = Registry(state)
+    (name,) = registry.offers()
+    if taken_over:
+        NearlineLearner(registry, CONFIG).take_over(name)
+        registry.withdraw(name)
+    outcome = finetune(state, settings=settings)
+    assert outcome.version == (12 if taken_over else None)
+    assert registry.offers() == ([] if taken_over else [name])
+    assert not (state / FOLDER).exists()
+
+
+def test_feedback_of_several_shards_is_learned_in_their_order(tmp_path, trained):
+    folder, layout = tmp_path / "live", LogLayout(aggregators=2)
+    registry = started_registry(folder)
+    layout.record(folder)
+    logs = [layout.open(folder, shard) for shard in layout.shards()]
+    for n in range(1, 201):
+        event = Event(f"u{n % 20}", f"i{(n % 20 + n // 20) % 24 + 1}", "click", None, NOW + n * SECOND, str(n))
+        logs[shard_of(event.user_id, 2)].append([event]).result()
+    learner, order = NearlineLearner(registry, CONFIG), LogOrder(folder / ORDER_FILE)
+    for turn in range(40):
+        log, shard = logs[turn % 2], turn % 2
+        place = order.place(shard)
+        events = [logged.event for logged in log.read(place, 10)]
+        if events:
+            run = order.extend(shard, place, place + len(events))
+            learner.learn(micro_batch(run.end, [History.of([event]) for event in events]))
+    assert order.end() == learner.log_offset == 200
+    outcome = finetune(folder, settings=FinetuneSettings(tolerance=1.0))
+    (name,) = registry.offers()
+    learner.take_over(name)
+    assert (learner.log_offset, learner.events_trained) == (outcome.log_offset, outcome.events)
+    with read_log(folder) as log:
+        ledger = check(registry.ledger(), log)
+    assert (ledger.faults, ledger.waiting) == ([], 200 - outcome.log_offset)
+    for log in (*logs, order):
+        log.close()
 
 
 def test_a_job_that_repeats_outlives_a_run_that_fails(state, trained, monkeypatch, capsys):

@@ -211,7 +211,7 @@ def test_what_the_gate_rejected_of_other_weights_says_nothing_of_a_new_base(tmp_
     with FeedbackLog(tmp_path / "log") as log:
         learned(registry, log, 2)
         log.append([make_event(5), make_event(6)]).result()
-        learner = NearlineLearner(registry, replace(CONFIG, learning_rate=float("inf")))
+        learner = NearlineLearner(registry, replace(CONFIG, learning_rate=1e38))
         assert isinstance(learner.learn(micro_batch(6, [history([1, 2, 3])], [2])), Rejection)
         offer(registry, tmp_path / "other", "other", since=1, events=2, log_offset=2)
         manifest = read_manifest(tmp_path / "other").model_copy(update={"version": learner.version})

@@ -130,7 +130,7 @@ def test_live_learns_what_goes_together_and_frozen_does_not(model, tmp_path):
     comparison = compare_arms(stream, outcomes)
     history_arm, live_arm = comparison.arms
     assert live_arm.lift["ndcg@10"].low > 0.2
-    assert live_arm.over_time[-1] > live_arm.over_time[0] + 0.1
+    assert live_arm.over_time["ndcg@10"][-1] > live_arm.over_time["ndcg@10"][0] + 0.1
     assert history_arm.lift == {}
     assert live_arm.facts["version"] == 1 + len(stream.newest) // 16
     assert live_arm.facts["events_read"] > len(stream.newest)
@@ -168,6 +168,6 @@ def test_comparison_of_known_ranks():
     assert live.metrics["new items"]["ndcg@10"].value == 1.0
     assert live.metrics["new users"]["hr@10"].value == 1.0
     assert live.lift["hr@10"].value == pytest.approx(1.0)
-    assert frozen.over_time == pytest.approx([1, 0, 0, 1 / np.log2(3)])
+    assert frozen.over_time["ndcg@10"] == pytest.approx([1, 0, 0, 1 / np.log2(3)])
     written = comparison.as_json()
     assert written["arms"][1]["lift_over_history"]["hr@10"]["value"] == pytest.approx(1.0)

@@ -36,14 +36,14 @@ def run(*arguments: str) -> int:
 
 def test_arms_side_by_side(ray_session: RaySession, folder: Path, shop_dataset: Path, tmp_path: Path, capsys) -> None:
     written, plot = tmp_path / "replay.json", tmp_path / "replay.png"
-    arms = [f"--arm={name}" for name in ("batch", "history", "live")]
+    arms = [f"--arm={name}" for name in ("batch", "history", "live", "daily")]
     given = ["--data", str(shop_dataset), "--out", str(folder), "--json", str(written), "--plot", str(plot)]
-    assert run(*given, *arms) == 0
+    assert run(*given, *arms, "--set", "daily_epochs=1") == 0
     replay = json.loads(written.read_text())
     stream = split_by_time(read_events(shop_dataset), 0.6)
     assert replay["events"] == len(stream.newest)
-    assert [arm["name"] for arm in replay["arms"]] == ["batch", "history", "live"]
-    batch, history, live = replay["arms"]
+    assert [arm["name"] for arm in replay["arms"]] == ["batch", "history", "live", "daily"]
+    batch, history, live, daily = replay["arms"]
     for arm in replay["arms"]:
         for metric in ("hr@10", "ndcg@10", "mrr"):
             low, high = arm["all"][metric]["interval"]
@@ -51,6 +51,8 @@ def test_arms_side_by_side(ray_session: RaySession, folder: Path, shop_dataset: 
     assert batch["all"]["ndcg@10"]["value"] < history["all"]["ndcg@10"]["value"]
     assert live["version"] + live["rejected_updates"] == 1 + -(-len(stream.newest) // ReplaySettings.batch_events)
     assert "lift_over_history" in live
+    assert daily["fine_tunes"] > 0 < daily["events_read"]
+    assert {len(points) for points in live["over_time"].values()} == {len(replay["times"])}
     assert plot.read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr()
     assert "each scored before it is learned" in " ".join(shown.out.split())
