@@ -60,9 +60,9 @@ class Progress:
 
     def freshness(self) -> dict[str, Any] | None:
         """Delay from an event's acknowledgement to its version live on all replicas, in milliseconds."""
-        if not self.delays:
+        delays = np.array(self.delays.copy())  # in one step, as another thread adds to it
+        if not len(delays):
             return None
-        delays = np.array(self.delays)
         return {
             "last_ms": float(delays[-1]),
             "p50_ms": float(np.quantile(delays, 0.5)),
@@ -72,10 +72,11 @@ class Progress:
 
     def step_times(self) -> dict[str, float]:
         """Milliseconds of learning and of each part of pushing, bytes of a push: of the latest, median and 99%."""
-        if not self.steps:
+        steps = list(self.steps)  # in one step, as another thread adds to it
+        if not steps:
             return {}
-        names = list(self.steps[-1])
-        columns = np.array([[step[name] for name in names] for step in self.steps])
+        names = list(steps[-1])
+        columns = np.array([[step[name] for name in names] for step in steps])
         medians, slowest = np.quantile(columns, (0.5, 0.99), axis=0).tolist()
         return dict(zip(names, medians, strict=True)) | {
             f"{name}_p99": value for name, value in zip(names, slowest, strict=True)

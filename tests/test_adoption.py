@@ -1,5 +1,6 @@
 """A learner takes another model over: one atomic version, from which it learns each event that is not in it once."""
 
+import sys
 import threading
 from pathlib import Path
 
@@ -247,6 +248,28 @@ def test_an_offer_is_gone_once_the_slowest_replica_has_it(registry, tmp_path, mo
     assert late == [-1]
     assert registry.offers() == []
     assert actor.progress.unreached == 0
+
+
+def test_the_status_is_asked_for_while_the_learner_adds_to_it():
+    progress, stop, interval = Progress(), threading.Event(), sys.getswitchinterval()
+
+    def learn() -> None:
+        while not stop.is_set():
+            progress.steps.append({"learn_ms": 1.0, "push_ms": 2.0})
+            progress.delays.extend([3.0] * 64)
+
+    learning = threading.Thread(target=learn)
+    sys.setswitchinterval(1e-6)
+    try:
+        learning.start()
+        for _ in range(100):
+            progress.freshness()
+            times = progress.step_times()
+    finally:
+        stop.set()
+        learning.join()
+        sys.setswitchinterval(interval)
+    assert times == {"learn_ms": 1.0, "push_ms": 2.0, "learn_ms_p99": 1.0, "push_ms_p99": 2.0}
 
 
 def test_an_offer_whose_taker_died_before_it_was_gone_is_not_taken_over_again(registry, tmp_path):
