@@ -45,7 +45,7 @@ class AggregatorConfig:
 
     trigger_events: int = 64
     trigger_ms: int = 200
-    largest_batch: int = 256
+    largest_batch: int = 1024  # events for a learner that is behind: more share what an update costs beside them
     keep_events: int = 1000  # of each user's history, in memory
     cleaning: CleaningRules = field(default_factory=CleaningRules)
     seed: int = 0

@@ -262,7 +262,7 @@ def test_the_status_is_asked_for_while_the_learner_adds_to_it():
     sys.setswitchinterval(1e-6)
     try:
         learning.start()
-        for _ in range(100):
+        for _ in range(20):
             progress.freshness()
             times = progress.step_times()
     finally:
