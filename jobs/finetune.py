@@ -167,8 +167,10 @@ def _finetune(
         _offer(registry, storage, plan, metrics)
     try:
         version = _taken_over(registry, plan["name"]) if accepted else None
-    finally:  # a result that the learner could not use is not offered again
-        shutil.rmtree(storage)
+    except RuntimeError:
+        shutil.rmtree(storage)  # what the learner could not use is not offered again
+        raise
+    shutil.rmtree(storage)
     facts = {name: plan[name] for name in ("events", "held_out_events")}
     cut = plan["cut"]
     return Outcome(

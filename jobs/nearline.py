@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 ANNOUNCE_SECONDS = 1.0
 OFFER_SECONDS = 2.0  # between two looks for a model that is to be taken over
 RETRY_SECONDS = 0.05
+PATIENCE_SECONDS, BASE_PATIENCE_SECONDS = 60.0, 900.0  # with replicas that do not get a version, or load a base
 STORAGE_RETRY_SECONDS = 1.0
 
 
@@ -122,6 +123,7 @@ class Learner:
         self.progress = Progress()
         self.rollbacks: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
         self.announced = 0.0
+        self.incomplete_since: float | None = None  # as long as some replica has not got the newest version
         self.stored_whole = 0  # the newest version that was, for replicas that could not catch up otherwise
         self.looked_for_offers = -OFFER_SECONDS
         self.thread = threading.Thread(target=self._run, name="learning", daemon=True)
@@ -220,14 +222,20 @@ class Learner:
         acknowledgements, cost = self.rollout.push(delta)
         return cost, self._until_everywhere(acknowledgements)
 
-    def _until_everywhere(self, acknowledgements: Acknowledgements) -> bool:
+    def _until_everywhere(self, acknowledgements: Acknowledgements, patience: float = PATIENCE_SECONDS) -> bool:
         """See the newest version live on every replica; returns False where none is alive.
 
-        A replica that is busy, or loads a base, is waited for; one that cannot have the version is replaced by Serve.
+        A replica that is busy, or loads a base, is waited for. One that cannot have it, its disk being away, holds
+        learning up for `patience` seconds, and then no more until all of them were reached again.
         """
         version = self.learner.version
         self._acknowledge(acknowledgements)
         while not (acknowledgements.nobody or acknowledgements.all_at(version) or self.stopping.is_set()):
+            now = time.monotonic()
+            self.incomplete_since = self.incomplete_since or now
+            if now - self.incomplete_since > patience:
+                logger.warning("version %d is not live on %d replicas", version, acknowledgements.lacking(version))
+                break
             if self._help(acknowledgements):
                 break
             # one that died is soon no longer counted among the live; one that was busy catches up
@@ -235,6 +243,8 @@ class Learner:
             acknowledgements = self.rollout.announce(version)
             self._acknowledge(acknowledgements)
         self.progress.pushes += 1
+        if acknowledgements.nobody or acknowledgements.all_at(version):
+            self.incomplete_since = None
         return acknowledgements.all_at(version)
 
     def _acknowledge(self, acknowledgements: Acknowledgements) -> None:
@@ -285,7 +295,8 @@ class Learner:
     def _announce_base(self) -> None:
         """Have every replica load a version that no delta leads to."""
         self.live, self.storage_error = Live.of(self.learner), None
-        self._until_everywhere(self.rollout.announce(self.learner.version))
+        self.incomplete_since = None
+        self._until_everywhere(self.rollout.announce(self.learner.version), BASE_PATIENCE_SECONDS)
 
     def rollback(self, version: int) -> dict[str, Any]:
         """Bring a stored version's weights back; answers when every replica has them."""

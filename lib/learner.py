@@ -105,10 +105,12 @@ class NearlineLearner:
         newest = self.rejections.newest
         if newest is not None and newest.version == self.version:  # no version was published since
             self.log_offset, self.events_rejected = newest.last_offset, newest.events_rejected
-        elif "rejected" in loaded.facts:  # the process ended between going back and listing what was rejected with it
+        elif version is None and "rejected" in loaded.facts:
             after, events = loaded.facts["rejected"]
             known = self.version, after, self.log_offset, events, self.events_rejected
-            self._mark(Rejection(*known, loaded.facts["reason"]))
+            rejection = Rejection(*known, loaded.facts["reason"])
+            if rejection not in self.rejections.all():  # the process ended after it went back, before it said so there
+                self._mark(rejection)
 
     def _take(self, loaded: LoadedVersion) -> None:
         self.encoder: BehaviourEncoder = loaded.encoder
@@ -158,7 +160,7 @@ class NearlineLearner:
             return self._publish(self._changes(journal, self._unpublished_rows()), batch.last_offset, facts)
         self._extend_catalog(batch)
         if (rest := word_of_first(self.gate.resting)) is not None:
-            return self._reject(batch, rest)
+            return self._reject(batch, rest, harmful=False)
         self.trainer.before_update = journal.record
         if is_first_worker():
             self.gate.before(batch, self.version, self.log_offset)
@@ -180,12 +182,12 @@ class NearlineLearner:
             self.gate.passed(events, delta.version, delta.log_offset, journal.embeddings())
         return delta
 
-    def _reject(self, batch: MicroBatch, reason: str) -> Rejection:
+    def _reject(self, batch: MicroBatch, reason: str, harmful: bool = True) -> Rejection:
         """Pass a micro-batch by."""
         events = sum(batch.new_counts)
         self.events_rejected += events
         offsets = self.log_offset, batch.last_offset
-        return self._mark(Rejection(self.version, *offsets, events, self.events_rejected, reason))
+        return self._mark(Rejection(self.version, *offsets, events, self.events_rejected, reason, harmful))
 
     def _go_back(self, batch: MicroBatch, reason: str) -> Rejection:
         """Publish the weights of the gate's reference anew: what was learned since did harm, a little each time."""
@@ -205,7 +207,7 @@ class NearlineLearner:
         return self._mark(Rejection(self.version, *offsets, events, self.events_rejected, reason, delta=delta))
 
     def _mark(self, rejection: Rejection) -> Rejection:
-        """Have it known for good which events the weights have not learned from, nor will when they are replayed."""
+        """Have it known for good which events the weights have not learned from; harmful ones are not replayed."""
         self.rejections.remember(rejection)
         self._store(lambda: self.rejections.add(rejection))
         self.log_offset = rejection.last_offset

@@ -28,7 +28,8 @@ class Rejection:
     events: int
     events_rejected: int  # with those of all rejections before
     reason: str
-    time: int = field(default_factory=lambda: time.time_ns() // 1_000_000)  # milliseconds
+    harmful: bool = True  # False: learning rests, whatever the events are; they may be replayed
+    time: int = field(default_factory=lambda: time.time_ns() // 1_000_000, compare=False)  # milliseconds
     delta: Delta | None = field(default=None, compare=False)  # where earlier updates, too, had to be taken back
 
     def facts(self) -> dict[str, Any]:
@@ -47,7 +48,7 @@ class Rejections:
         self._spans = np.zeros(
             (0, 2), dtype=np.int64
         )  # (S, 2) log offsets, ascending and apart: after the first, up to
-        self._exclude([(rejection.after_offset, rejection.last_offset) for rejection in self.all()])
+        self._exclude(self.all())
 
     def __len__(self) -> int:
         """How many updates were ever rejected."""
@@ -68,16 +69,17 @@ class Rejections:
 
     def remember(self, rejection: Rejection) -> None:
         """Know of one; every worker of a learner does, and the first one also makes it durable."""
-        self._exclude([(rejection.after_offset, rejection.last_offset)])
+        self._exclude([rejection])
 
     def cover(self, offsets: np.ndarray) -> np.ndarray:
-        """(E,) bool, which events are of a rejected update, by their log offsets (0: in no log)."""
+        """(E,) bool, which events are of a harmful update, by their log offsets (0: in no log)."""
         if len(self._spans) == 0:
             return np.zeros(len(offsets), dtype=bool)
         place = np.searchsorted(self._spans[:, 0], offsets) - 1  # of the newest span that begins before
         return (place >= 0) & (offsets <= self._spans[np.maximum(place, 0), 1])
 
-    def _exclude(self, spans: list[tuple[int, int]]) -> None:
+    def _exclude(self, rejections: list[Rejection]) -> None:
+        spans = [(each.after_offset, each.last_offset) for each in rejections if each.harmful]
         joined: list[list[int]] = []
         for after, last in sorted([*map(tuple, self._spans.tolist()), *spans]):
             if joined and after <= joined[-1][1]:

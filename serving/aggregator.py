@@ -95,6 +95,7 @@ class Aggregator:
         self.duplicates = 0
         # not yet released to the learner; of more than that the oldest are forgotten here, and read from the log
         self.arrivals: deque[Arrival] = deque(maxlen=MOST_ARRIVALS)
+        self.forgotten = 0  # of them
         self.learned_offset = 0  # as far as the learner has asked beyond
         self.arrived = asyncio.Event()
         self.generator = np.random.default_rng(self.config.seed)
@@ -158,6 +159,7 @@ class Aggregator:
         self.histories.append(event, offset)
         if self.changes is not None:
             self.changes.add(event, offset)
+        self.forgotten += len(self.arrivals) == MOST_ARRIVALS
         self.arrivals.append(Arrival(offset, now))
         self.last_offset = offset
 
@@ -235,6 +237,7 @@ class Aggregator:
         while True:
             while self.arrivals and self.arrivals[0].offset <= after:
                 self.arrivals.popleft()
+                self.forgotten = 0
             due = self._due(after)
             if due <= 0 or self._item_changes(item_revision):
                 return True
@@ -270,7 +273,7 @@ class Aggregator:
             "process": os.getpid(),
             "log_offset": self.last_offset,
             "learned_offset": self.learned_offset,
-            "pending": len(self.arrivals),
+            "pending": self.forgotten + len(self.arrivals),
             "events": self.accepted,
             "duplicates": self.duplicates,
             "rejected": dict(self.rejected),

@@ -69,6 +69,12 @@ class StatusCollector(Collector):
         for name, text in LEARNER_COUNTERS.items():
             if name in learner:
                 yield CounterMetricFamily(f"afterclick_{name}", text, learner[name])
+        if "unreached_replicas" in learner:
+            yield GaugeMetricFamily(
+                "afterclick_unreached_replicas",
+                "Replicas that the newest push did not reach.",
+                learner["unreached_replicas"],
+            )
         freshness = self.status.get("freshness") or {}
         for name in ("p50_ms", "p99_ms"):
             if freshness.get(name) is not None:

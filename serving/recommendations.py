@@ -102,16 +102,10 @@ class Recommendations:
         self.experiment = None if challenger is None else challenger.name
         self.challenger = None if challenger is None else self._load_challenger(state, challenger)
         self.checked = False
-        self.cannot_follow: Exception | None = None  # why the newest version cannot be loaded here
         self.tasks: list[asyncio.Task] = []
 
     async def check_health(self) -> None:
-        """Serve's health check, the first of which comes before the first request: catch up until then.
-
-        A replica that cannot follow the versions would hold the learner up for good; Serve puts another in its place.
-        """
-        if self.cannot_follow is not None:
-            raise RuntimeError("the newest version cannot be loaded here") from self.cannot_follow
+        """Serve's health check, the first of which comes before the first request: catch up until then."""
         if not self.checked:
             await self.expect_version(self.registry.head() or 0)
             await self.aggregators.open_boards()
@@ -372,13 +366,8 @@ class Recommendations:
         """Catch up from the registry if this replica missed a push, or if the version is a new base."""
         if self.recommender.version < version:
             async with self.loading:
-                try:
-                    if self.recommender.version < version and not await self.on_thread(self._catch_up, version):
-                        await self._replace()
-                except Exception as error:
-                    self.cannot_follow = error
-                    raise
-                self.cannot_follow = None
+                if self.recommender.version < version and not await self.on_thread(self._catch_up, version):
+                    await self._replace()
         return await self.describe()
 
     def _catch_up(self, version: int) -> bool:

@@ -33,6 +33,10 @@ class Acknowledgements:
         """Whether every live replica answers with this version or a later one; no replica is none."""
         return self.unreached == 0 and {replica["version"] >= version for replica in self.replicas} == {True}
 
+    def lacking(self, version: int) -> int:
+        """How many replicas did not say that they have it."""
+        return self.unreached + sum(replica["version"] < version for replica in self.replicas)
+
     def behind(self, version: int) -> bool:
         """Whether a replica answered with an older version: it could not read what is stored."""
         return any(replica["version"] < version for replica in self.replicas)
@@ -76,7 +80,9 @@ class Rollout:
             self._handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
         try:
             answers = self._handle.broadcast(method, *arguments).results(timeout_s=self.timeout, return_exceptions=True)
-        except (TimeoutError, DeploymentUnavailableError):  # nothing was sent: none is known, or none is alive
+        except DeploymentUnavailableError:  # no replica is alive
             return Acknowledgements([], 0, time.perf_counter() - start)
+        except TimeoutError:  # who is alive is not known yet
+            return Acknowledgements([], 1, time.perf_counter() - start)
         replicas = [answer for answer in answers if isinstance(answer, dict)]
         return Acknowledgements(replicas, len(answers) - len(replicas), time.perf_counter() - start)

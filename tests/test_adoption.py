@@ -206,6 +206,7 @@ def started(registry: Registry) -> Learner:
     actor.learner = actor.workers.first
     actor.rollout = Nobody()  # pyright: ignore[reportAttributeAccessIssue]
     actor.looked_for_offers, actor.stored_whole, actor.stopping = -OFFER_SECONDS, 0, threading.Event()
+    actor.incomplete_since = None
     return actor
 
 
@@ -248,6 +249,19 @@ def test_an_offer_is_gone_once_the_slowest_replica_has_it(registry, tmp_path, mo
     assert late == [-1]
     assert registry.offers() == []
     assert actor.progress.unreached == 0
+
+
+def test_a_replica_that_is_never_reached_does_not_hold_learning_up_for_good(registry):
+    actor = started(registry)
+    actor.rollout = broken = Slow(late=10**9)  # pyright: ignore[reportAttributeAccessIssue]
+    assert not actor._until_everywhere(broken.announce(1), patience=0.2)
+    asked = broken.late
+    assert not actor._until_everywhere(broken.announce(1), patience=0.2)
+    assert broken.late == asked - 1, "it is not waited for again"
+    assert actor.progress.unreached == 1
+    actor.rollout = whole = Slow(late=0)  # pyright: ignore[reportAttributeAccessIssue]
+    assert actor._until_everywhere(whole.announce(1), patience=0.2)
+    assert actor.incomplete_since is None
 
 
 def test_the_status_is_asked_for_while_the_learner_adds_to_it():

@@ -234,7 +234,6 @@ def test_a_run_that_is_killed_after_its_offer_does_not_offer_again(state, traine
     settings = FinetuneSettings(tolerance=1.0)
     with monkeypatch.context() as patch:
         patch.setattr(jobs.finetune, "_taken_over", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        patch.setattr(jobs.finetune.shutil, "rmtree", lambda _: None)  # who is killed tidies nothing up
         with pytest.raises(KeyboardInterrupt):
             finetune(state, settings=settings)
     registry = Registry(state)

@@ -254,6 +254,7 @@ def test_slow_harm_is_taken_back_and_learning_rests(tmp_path):
         rested = learner.learn(micro_batch(number, [history([1, 2, 3])]))
         assert isinstance(rested, Rejection)
         assert "learning rests" in rested.reason
+    assert learner.rejections.cover(np.arange(1, 7)).tolist() == [True] * 4 + [False] * 2, "a rest harms nobody"
     assert isinstance(learner.learn(micro_batch(20, [history([1, 2, 3])])), Delta)
     assert NearlineLearner(registry, learner.config).events_rejected == 1 + FIRST_REST
 

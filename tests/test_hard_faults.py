@@ -1,13 +1,11 @@
 """A full disk, a corrupt last record, a torn checkpoint, a clock that jumps: a clear state and a clear message each."""
 
 import asyncio
-import errno
 import resource
 import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,11 +32,9 @@ from lib.weights import Delta, DeltaMismatch
 from lib.write_ahead_log import Tail, read_tail
 from serving.aggregator import Aggregator, AggregatorConfig
 from serving.app import check_state
-from serving.batches import Batches
 from serving.challenger import Answer
 from serving.decision_log import DecisionLog
 from serving.errors import answer_of
-from serving.history_cache import HistoryCache
 from serving.recommendations import Recommendations
 from tests.test_feedback_log import STREAM, make_event, start_process
 from tests.tiny import assert_same_state, copied_state, history, item_ids, micro_batch, started_registry, tiny_encoder
@@ -164,37 +160,6 @@ def test_an_explored_answer_that_cannot_be_recorded_is_given_and_counted(tmp_pat
         for number in range(5):
             replica.record(f"request-{number}", "user", Answer(1, [RankedItem("item", 0.5, None, 0.5)] * 10))
     assert 3 <= replica.counts["unrecorded"] <= 5
-
-
-def test_a_replica_that_cannot_load_the_newest_version_is_not_healthy_until_it_can(tmp_path, monkeypatch):
-    """The learner waits for every live replica, so one that can never follow has to go."""
-    registry = started_registry(tmp_path / "store")
-    replica = Recommendations.__new__(Recommendations)  # just the part that follows versions
-    replica.registry, replica.recommender, replica.replica_id = registry, recommender(registry.load()), "replica"
-    replica.checked, replica.cannot_follow, replica.challenger = True, None, None
-    replica.loading, replica.unchanging, replica.counts = asyncio.Lock(), asyncio.Lock(), Counter()
-    replica.executor, replica.cache = ThreadPoolExecutor(1), HistoryCache(1, 1)
-    replica.answers = Batches(lambda _: [], 1)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-    replica.latency, replica.latency_sum = Counter(), 0.0
-    delta = NearlineLearner(registry, CONFIG).learn(micro_batch(3, [history([1, 2, 3])]))
-    assert isinstance(delta, Delta)
-
-    async def follow() -> None:
-        await replica.check_health()
-        with monkeypatch.context() as patch:
-            patch.setattr(registry, "read_delta", lambda _: _failing_disk())
-            with pytest.raises(OSError, match="Input/output error"):
-                await replica.expect_version(2)
-            with pytest.raises(RuntimeError, match="the newest version cannot be loaded here"):
-                await replica.check_health()
-        assert (await replica.expect_version(2))["version"] == 2
-        await replica.check_health()
-
-    asyncio.run(follow())
-
-
-def _failing_disk() -> None:
-    raise OSError(errno.EIO, "Input/output error")
 
 
 @pytest.mark.parametrize(("kind", "status", "words"), [(LogFull, 507, "full"), (LogWriteError, 503, "try again")])

@@ -350,6 +350,7 @@ def test_metrics_say_what_the_status_says_of_every_part(service: LiveService, it
         ("afterclick_model_version", learner["version"]),
         ("afterclick_learner_up", 1),
         ("afterclick_pushes_total", learner["pushes"]),
+        ("afterclick_unreached_replicas", learner["unreached_replicas"]),
         ("afterclick_rejected_updates_total", learner["rejected_updates"]),
         ("afterclick_events_trained_total", learner["events_trained"]),
         ("afterclick_aggregator_up", 1),

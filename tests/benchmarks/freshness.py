@@ -107,7 +107,7 @@ def statuses(port: int, seconds: float) -> list[dict[str, Any]]:
 def compared(status: dict[str, Any]) -> tuple[int, int]:
     """Replicas that are at the learner's version as it stands in the status, and those of them with its checksum."""
     learner = status["learner"]
-    same = [replica for replica in status["replicas"] if replica["version"] == learner["version"]]
+    same = [replica for replica in status["replicas"] if replica["version"] == learner.get("version")]
     return len(same), sum(replica["checksum"] == learner["checksum"] for replica in same)
 
 
