@@ -16,13 +16,15 @@ from lib.events import InputError
 from lib.prequential import MISSED, Stream, split_by_time
 from tests.conftest import LiveService, RaySession
 
+SHARE = 0.85  # a short stream
+
 
 @pytest.fixture(scope="module")
 def folder(small_model: Path, shop_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What an earlier replay of the shop has left: the oldest events and a model."""
     folder = tmp_path_factory.mktemp("replay")
     (folder / "oldest").mkdir()
-    pq.write_table(split_by_time(read_events(shop_dataset), 0.6).oldest, folder / "oldest" / "events.parquet")
+    pq.write_table(split_by_time(read_events(shop_dataset), SHARE).oldest, folder / "oldest" / "events.parquet")
     shutil.copytree(small_model, folder / "model")
     return folder
 
@@ -38,9 +40,9 @@ def test_arms_side_by_side(ray_session: RaySession, folder: Path, shop_dataset: 
     written, plot = tmp_path / "replay.json", tmp_path / "replay.png"
     arms = [f"--arm={name}" for name in ("batch", "history", "live", "daily")]
     given = ["--data", str(shop_dataset), "--out", str(folder), "--json", str(written), "--plot", str(plot)]
-    assert run(*given, *arms, "--set", "daily_epochs=1") == 0
+    assert run(*given, *arms, "--set", "daily_epochs=1", "--set", f"share={SHARE}") == 0
     replay = json.loads(written.read_text())
-    stream = split_by_time(read_events(shop_dataset), 0.6)
+    stream = split_by_time(read_events(shop_dataset), SHARE)
     assert replay["events"] == len(stream.newest)
     assert [arm["name"] for arm in replay["arms"]] == ["batch", "history", "live", "daily"]
     batch, history, live, daily = replay["arms"]
