@@ -233,16 +233,16 @@ def _plan(
     learner = NearlineLearner(registry, config, version=version)
     with read_log(state) as log:
         every = feedback(log, learner.log_offset, log.last_offset())
-        rejected = learner.rejections.cover(every["offset"].to_numpy())  # what did harm once is not learned here either
-        new = every.filter(pa.array(~rejected))
-        offsets = new["offset"].to_numpy()
+        logged = every["offset"].to_numpy()
+        harmful = learner.rejections.cover(logged)  # what did harm once is not learned here either
+        new, offsets = every.filter(pa.array(~harmful)), logged[~harmful]
         share, most = settings.held_out, settings.most_held_out
         cut = cut_feedback(registry, offsets, live, version, learner.log_offset, share, most)
         learned = int((offsets <= cut.until).sum())
         wanted = round(settings.older_events * learned)
         older = older_events(log, data, cut, new["user_id"].unique(), wanted, settings.seed)
         older = older.filter(pa.array(~learner.rejections.cover(older["offset"].to_numpy())))
-        passed_by = int((every["offset"].to_numpy()[rejected] <= cut.until).sum())
+        passed_by = int((logged[harmful] <= cut.until).sum())
     rival = registry.load(cut.rival)  # a copy, as the learner prunes its versions while the workers train
     save_model(storage / RIVAL, rival.encoder, rival.catalog, Manifest())
     live.catalog.change(_item_changes(state))

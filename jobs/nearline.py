@@ -252,7 +252,6 @@ class Learner:
         self.announced = time.monotonic()
 
     def _reject(self, rejection: Rejection) -> None:
-        self.storage_error = None
         logger.warning("update with %d events rejected: %s", rejection.events, rejection.reason)
         if rejection.delta is not None:
             self._push(rejection.delta)

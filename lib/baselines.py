@@ -29,7 +29,7 @@ class Popularity:
 
     @classmethod
     def count(cls, histories: Histories, items: int, half_life: float) -> "Popularity":
-        """Count with forward decay (lib/popularity.py), as pretraining does; half_life in milliseconds."""
+        """Count with forward decay (lib/popularity.py), each event alike; half_life in milliseconds."""
         if len(histories.rows) == 0:
             return cls(np.full(items + 1, -np.inf, dtype=np.float32))
         counts = event_counts(histories.timestamps, int(histories.timestamps.max()), half_life)

@@ -431,10 +431,10 @@ class NearlineLearner:
             new_rows += [self.catalog.row_of[item_id] for item_id in history.item_ids[before:]]
             new_offsets += history.offsets[before:]
             new_owners += [user] * count
-            first += [offset == history.first_offset for offset in history.offsets[before:]]
             known = set(history.item_ids[:before])
             for item_id, offset in zip(history.item_ids[before:], history.offsets[before:], strict=True):
                 counted.append(item_id not in known and offset not in batch.quarantined)
+                first.append(offset == history.first_offset)
                 known.add(item_id)
         encoder, half_life = self.encoder, self.popularity_half_life
         rows = np.array(new_rows)

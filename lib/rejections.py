@@ -45,10 +45,9 @@ class Rejections:
         files = registry.files(REJECTIONS)
         self.first = int(files[-1]) if files else 1  # number of the newest file's first line
         self.lines = registry.read(f"{REJECTIONS}/{files[-1]}").decode().splitlines() if files else []
-        self._spans = np.zeros(
-            (0, 2), dtype=np.int64
-        )  # (S, 2) log offsets, ascending and apart: after the first, up to
-        self._exclude(self.all())
+        # (S, 2) log offsets of what did harm, ascending and apart: behind the first of each, up to the second
+        self._spans = np.zeros((0, 2), dtype=np.int64)
+        self.remember(*self.all())
 
     def __len__(self) -> int:
         """How many updates were ever rejected."""
@@ -67,18 +66,8 @@ class Rejections:
         self.registry.replace(f"{REJECTIONS}/{first:010d}", "\n".join([*lines, ""]).encode())
         self.first, self.lines = first, lines  # only now: where it could not be stored, it is tried again
 
-    def remember(self, rejection: Rejection) -> None:
-        """Know of one; every worker of a learner does, and the first one also makes it durable."""
-        self._exclude([rejection])
-
-    def cover(self, offsets: np.ndarray) -> np.ndarray:
-        """(E,) bool, which events are of a harmful update, by their log offsets (0: in no log)."""
-        if len(self._spans) == 0:
-            return np.zeros(len(offsets), dtype=bool)
-        place = np.searchsorted(self._spans[:, 0], offsets) - 1  # of the newest span that begins before
-        return (place >= 0) & (offsets <= self._spans[np.maximum(place, 0), 1])
-
-    def _exclude(self, rejections: list[Rejection]) -> None:
+    def remember(self, *rejections: Rejection) -> None:
+        """Know of some; every worker of a learner does, and the first one also makes them durable."""
         spans = [(each.after_offset, each.last_offset) for each in rejections if each.harmful]
         joined: list[list[int]] = []
         for after, last in sorted([*map(tuple, self._spans.tolist()), *spans]):
@@ -87,6 +76,13 @@ class Rejections:
             else:
                 joined.append([after, last])
         self._spans = np.array(joined, dtype=np.int64).reshape(-1, 2)
+
+    def cover(self, offsets: np.ndarray) -> np.ndarray:
+        """(E,) bool, which events are of a harmful update, by their log offsets (0: in no log)."""
+        if len(self._spans) == 0:
+            return np.zeros(len(offsets), dtype=bool)
+        place = np.searchsorted(self._spans[:, 0], offsets) - 1  # of the newest span that begins before
+        return (place >= 0) & (offsets <= self._spans[np.maximum(place, 0), 1])
 
     def all(self) -> list[Rejection]:
         """Every one, the oldest first."""

@@ -31,7 +31,7 @@ class Acknowledgements:
 
     def all_at(self, version: int) -> bool:
         """Whether every live replica answers with this version or a later one; no replica is none."""
-        return self.unreached == 0 and {replica["version"] >= version for replica in self.replicas} == {True}
+        return bool(self.replicas) and self.lacking(version) == 0
 
     def lacking(self, version: int) -> int:
         """How many replicas did not say that they have it."""
