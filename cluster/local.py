@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lib.change_board import ONE_MACHINE
-from lib.events import InputError
+from lib.data.events import InputError
+from lib.log.board import ONE_MACHINE
 
 HOST = "127.0.0.1"
 # both below the range that systems give to outgoing connections

@@ -15,14 +15,14 @@ from difflib import get_close_matches
 
 import typer
 
-from lib.events import InputError
+from lib.data.events import InputError
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 TRACEBACK = "AFTERCLICK_TRACEBACK"
 
 # verb -> (module of jobs, function); imported when it is called, so that `--help` answers at once
 COMMANDS = {
-    "demo": ("demo", "demo_command"),
+    "demo": ("demo.demo", "demo_command"),
     "ingest": ("ingest", "ingest_command"),
     "pretrain": ("pretrain", "pretrain_command"),
     "finetune": ("finetune", "finetune_command"),

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from lib.events import InputError
-from lib.objections import objection
+from lib.data.events import InputError
+from lib.errors import objection
 
 Settings = TypeVar("Settings")
 

@@ -21,19 +21,19 @@ from jobs.configuration import write_json
 from jobs.evaluation_report import plot_comparison, print_comparison
 from jobs.plots import check_plot
 from jobs.pretrain import PretrainSettings
-from lib.baselines import NEIGHBOURS, ItemToItem, Popularity
-from lib.comparison import Comparison, Estimate, activity, compare, item_popularity
-from lib.datasets import read_events
-from lib.events import EVENT_KINDS, InputError
-from lib.metrics import LEVEL, RESAMPLES
-from lib.popularity import DAY
+from lib.data.events import EVENT_KINDS, InputError
+from lib.data.ingest import read_events
+from lib.data.popularity import DAY
+from lib.evaluation.baselines import NEIGHBOURS, ItemToItem, Popularity
+from lib.evaluation.comparison import Comparison, Estimate, activity, compare, item_popularity
+from lib.evaluation.metrics import LEVEL, RESAMPLES
 
 if TYPE_CHECKING:
-    from lib.catalog import Catalog
-    from lib.encoder import BehaviourEncoder
-    from lib.evaluation import Contender
-    from lib.histories import Histories
-    from lib.model_folder import Manifest
+    from lib.data.catalog import Catalog
+    from lib.data.histories import Histories
+    from lib.evaluation.protocols import Contender
+    from lib.model.encoder import BehaviourEncoder
+    from lib.model.folder import Manifest
 
 BASELINES = ("popularity", "item-to-item")
 
@@ -110,9 +110,9 @@ def evaluate_models(
         InputError: unknown protocol, a model that was trained on what the protocol tests, or data without cases.
     """
     # torch and transformers, which `--help` need not wait for
-    from lib.catalog import Catalog
-    from lib.evaluation import PROTOCOLS, cases_of, rank, training_part
-    from lib.histories import histories_of
+    from lib.data.catalog import Catalog
+    from lib.data.histories import histories_of
+    from lib.evaluation.protocols import PROTOCOLS, cases_of, rank, training_part
 
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol: {protocol!r} is not one of {', '.join(PROTOCOLS)}")
@@ -151,7 +151,7 @@ def evaluate_models(
 
 def _load(folders: Sequence[str | Path], protocol: str | None) -> list[LoadedModel]:
     """The models, each under a name of its own; those that have seen the targets of `protocol` are refused."""
-    from lib.model_folder import load_model
+    from lib.model.folder import load_model
 
     if not folders:
         raise InputError("model: none is given; name one or more model folders")
@@ -194,7 +194,7 @@ def _contenders(
     models: Sequence[LoadedModel], items: "Catalog", histories: "Histories", training: "Histories", baselines: bool
 ) -> Iterator[tuple["Contender", dict[str, Any]]]:
     """The models, then the baselines; each with what there is to know of it."""
-    from lib.evaluation import baseline_contender, model_contender
+    from lib.evaluation.protocols import baseline_contender, model_contender
 
     for model in models:
         contender = model_contender(model.name, model.encoder, model.catalog, items)

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.plots import new_figure, save_figure
-from lib.comparison import Breakdown, Comparison, Estimate
-from lib.metrics import LEVEL, RESAMPLES
+from lib.evaluation.comparison import Breakdown, Comparison, Estimate
+from lib.evaluation.metrics import LEVEL, RESAMPLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,14 +23,13 @@ import ray
 import ray.data
 from ray.data import Dataset, TaskPoolStrategy
 
-from lib.catalog import Catalog
-from lib.datasets import events_file, read_items
-from lib.encoder import BehaviourEncoderConfig
-from lib.event_pieces import Piece, merged, pieces_of, read_piece, survey
-from lib.events import EVENT_KINDS, order_events
-from lib.histories import Histories, histories_of
-from lib.source_files import parquet_file
-from lib.user_buckets import (
+from lib.data.catalog import Catalog
+from lib.data.dataset import Piece, merged, pieces_of, read_piece, survey
+from lib.data.events import EVENT_KINDS, order_events
+from lib.data.formats.files import parquet_file
+from lib.data.histories import Histories, histories_of
+from lib.data.ingest import events_file, read_items
+from lib.model.buckets import (
     SAMPLED_VALUES,
     BucketBatches,
     BucketFigures,
@@ -43,6 +42,7 @@ from lib.user_buckets import (
     table_of,
     with_bucket,
 )
+from lib.model.encoder import BehaviourEncoderConfig
 
 EVENTS_PER_BUCKET = 2_000_000  # 35 MB of histories, and what one task holds of the events
 IN_MEMORY_BYTES = 250  # of an event, at the peak, where a process reads all of them at once
@@ -77,7 +77,7 @@ def prepare_stream(
     """Make `folder` the stream of a dataset, on the running Ray; one that is complete is left as it is.
 
     Raises:
-        InputError: the data is missing or breaks a rule of lib/datasets.py.
+        InputError: the data is missing or breaks a rule of lib/data/ingest.py.
     """
     if (folder / FIGURES_FILE).exists():
         return _read_figures(folder)

@@ -2,10 +2,10 @@
 
     python -m jobs.finetune --model MODEL [--data DATA] [--since VERSION] [--every 24]
 
-The newest events are held out (lib/finetuning.py). Where the result is not worse on them than the live weights were, it
-is offered to the near-line learner, which takes it over as the next version while the replicas go on answering, and
-learns from there on. Checkpoints are in STATE/finetuning: whatever is killed when, the same command goes on, and an
-offer is taken over once.
+The newest events are held out (lib/live/finetuning.py). Where the result is not worse on them than the live weights
+were, it is offered to the near-line learner, which takes it over as the next version while the replicas go on
+answering, and learns from there on. Checkpoints are in STATE/finetuning: whatever is killed when, the same command goes
+on, and an offer is taken over once.
 """
 
 import fcntl
@@ -33,15 +33,15 @@ from jobs.pretrain import (
     keep_or_start_afresh,
     run_workers,
 )
-from lib.events import InputError
+from lib.data.events import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from lib.comparison import Comparison
-    from lib.finetuning import Cut
-    from lib.learner import NearlineLearner
-    from lib.registry import Registry
+    from lib.evaluation.comparison import Comparison
+    from lib.live.finetuning import Cut
+    from lib.live.learner import NearlineLearner
+    from lib.versions.registry import Registry
 
 FOLDER = "finetuning"
 LOCK_FILE = "finetuning.lock"
@@ -124,7 +124,7 @@ def finetune(
         InputError: nothing is served at this state, the version is not stored, or there is too little feedback.
         RuntimeError: the workers failed more often than they are restarted.
     """
-    from lib.registry import Registry
+    from lib.versions.registry import Registry
 
     settings = settings or FinetuneSettings()
     state = _state_folder(state)
@@ -197,7 +197,7 @@ def _alone(state: Path) -> Iterator[None]:
 
 
 def _state_folder(state: str | Path) -> Path:
-    from lib.shards import LogLayout
+    from lib.log.layout import LogLayout
 
     if "://" in str(state):
         raise InputError(f"state: {state} is no folder; fine-tune where the feedback log is")
@@ -222,10 +222,10 @@ def _plan(
     """
     import pyarrow as pa
 
-    from lib.finetuning import cut_feedback, feedback, older_events
-    from lib.learner import LearnerConfig, NearlineLearner, base_of
-    from lib.model_folder import Manifest, save_model
-    from lib.shards import read_log
+    from lib.live.finetuning import cut_feedback, feedback, older_events
+    from lib.live.learner import LearnerConfig, NearlineLearner, base_of
+    from lib.log.layout import read_log
+    from lib.model.folder import Manifest, save_model
 
     live = registry.load()
     version = base_of(live, registry) if since is None else since
@@ -274,10 +274,10 @@ def _write_material(
     """Write the model that training starts from, what it learns from, and the histories that end in held-out events."""
     import pyarrow as pa
 
-    from lib.catalog import Catalog
-    from lib.finetuning import TooFewEvents, count_popularity, histories_around, of_users
-    from lib.model_folder import Manifest
-    from lib.registry import save_with_optimizer
+    from lib.data.catalog import Catalog
+    from lib.live.finetuning import TooFewEvents, count_popularity, histories_around, of_users
+    from lib.model.folder import Manifest
+    from lib.versions.registry import save_with_optimizer
 
     learner.join(Catalog(events["item_id"].unique().to_pylist()))
     encoder, catalog, config = learner.encoder, learner.catalog, learner.encoder.config
@@ -295,7 +295,7 @@ def _write_material(
 
 def _item_changes(state: Path) -> dict[str, dict[str, Any] | None]:
     """What items that were put or deleted while live are now."""
-    from lib.item_log import ItemLog
+    from lib.log.items import ItemLog
     from serving.aggregator import ITEM_LOG_FILE
 
     if not (state / ITEM_LOG_FILE).exists():
@@ -317,8 +317,8 @@ def _pretrain_settings(storage: Path, settings: FinetuneSettings) -> PretrainSet
 
 
 def _judge(storage: Path) -> dict[str, dict[str, dict[str, float]]]:
-    from lib.finetuning import MarkedHistories, judge
-    from lib.registry import load_folder
+    from lib.live.finetuning import MarkedHistories, judge
+    from lib.versions.registry import load_folder
 
     result, rival = load_folder(storage / "result"), load_folder(storage / RIVAL)
     held_out = MarkedHistories.load(storage / HELD_OUT_FILE)
@@ -334,7 +334,7 @@ def _metrics(comparison: "Comparison") -> dict[str, dict[str, dict[str, float]]]
 
 def _offer(registry: "Registry", storage: Path, plan: Mapping[str, Any], metrics: dict[str, Any]) -> None:
     """Leave the result where the learner looks for it, unless a run that was killed has done so."""
-    from lib.model_folder import read_manifest, write_manifest
+    from lib.model.folder import read_manifest, write_manifest
 
     if registry.adopted(plan["name"]) is not None:
         return
@@ -400,7 +400,7 @@ def _repeat(run: tuple[Any, ...], seconds: float, json_: Path | None) -> None:
     Raises:
         InputError: the first run says that something is wrong with what was given.
     """
-    from lib.finetuning import TooFewEvents
+    from lib.live.finetuning import TooFewEvents
 
     first = True
     while True:

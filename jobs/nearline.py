@@ -26,17 +26,17 @@ import ray
 import typer
 from ray.actor import ActorHandle
 
-from jobs.learner_workers import LearnerWorkers, yield_to_replicas
-from lib.events import InputError
-from lib.item_log import ItemChange
-from lib.learner import LearnerConfig, NearlineLearner, Rejection
-from lib.registry import Registry
-from lib.shards import LogLayout, check_ends
-from lib.user_histories import MicroBatch
-from lib.weights import Delta
+from lib.data.events import InputError
+from lib.data.user_histories import MicroBatch
+from lib.live.learner import LearnerConfig, NearlineLearner, Rejection
+from lib.log.items import ItemChange
+from lib.log.layout import LogLayout, check_ends
+from lib.model.delta import Delta
+from lib.versions.registry import Registry
 from serving.aggregator import aggregator_handle
 from serving.aggregators import statuses_of
 from serving.batch_source import BatchSource, Released
+from serving.learner_workers import LearnerWorkers, yield_to_replicas
 from serving.names import LEARNER, NAMESPACE
 from serving.rollout import Acknowledgements, PushCost, Rollout
 

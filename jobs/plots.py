@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.events import InputError
+from lib.data.events import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

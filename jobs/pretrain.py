@@ -27,19 +27,20 @@ import typer
 from cluster.local import running_ray
 from jobs.configuration import settings_from, write_json
 from jobs.progress import shown_progress
-from lib.datasets import EVENTS_FILE, ITEMS_FILE
-from lib.events import InputError
+from lib.data.events import InputError
+from lib.data.ingest import EVENTS_FILE, ITEMS_FILE
 
 if TYPE_CHECKING:
     from ray.train import TrainingFailedError
 
-    from lib.model_folder import Manifest
+    from lib.model.folder import Manifest
 
-# the names that lib/evaluation.py gives its protocols, without the torch that it imports: `--help` is to answer at once
+# the names that lib/evaluation/protocols.py gives its protocols, without the torch that it imports: `--help` is to
+# answer at once
 HOLDOUTS = ("leave-one-out", "temporal", "none")
-INPUTS = ("kind", "gap", "value", "attributes")  # those of lib/encoder.py, for the same reason
+INPUTS = ("kind", "gap", "value", "attributes")  # those of lib/model/encoder.py, for the same reason
 DEFAULT_INPUTS = ("kind", "value", "attributes")
-PRESETS = ("small", "base", "large")  # those of lib/presets.py, for the same reason
+PRESETS = ("small", "base", "large")  # those of lib/model/presets.py, for the same reason
 PRECISIONS = ("float32", "bfloat16")
 RESTARTS = 3  # of a failed worker
 RUN_FILE, STREAM_FOLDER = "run.json", "stream"
@@ -60,7 +61,7 @@ POSITIVE = ("learning_rate", "clip_norm", "popularity_half_life_days")
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """What a run is made of; what is None is chosen from the data (lib/presets.py) or by lib/training.py."""
+    """What a run is made of; what is None is chosen from the data (lib/model/presets.py) or by lib/model/trainer.py."""
 
     holdout: str = HOLDOUTS[0]
     preset: str = PRESETS[0]
@@ -130,7 +131,7 @@ def pretrain(
     """
     from jobs.event_stream import must_stream
     from jobs.training_loop import preset_of, read_training_data
-    from lib.model_folder import read_manifest
+    from lib.model.folder import read_manifest
 
     settings = settings or PretrainSettings()
     data, out = Path(data).absolute(), Path(out).absolute()
@@ -182,8 +183,8 @@ def run_workers(
 ) -> None:
     """Run the workers to the end; storage/result is the model then.
 
-    With a model folder to start from, `data` are the marked histories of lib/finetuning.py, and those of their events
-    that are not marked count by `older_weight`.
+    With a model folder to start from, `data` are the marked histories of lib/live/finetuning.py, and those of their
+    events that are not marked count by `older_weight`.
     """
     import torch
     from ray import train

@@ -2,9 +2,9 @@
 
     python -m jobs.replay --data DATA [--json FILE] [--plot FILE.png] [--out FOLDER] [--through URL]
 
-The oldest events pretrain a model, the rest streams in order of time (lib/prequential.py says how, and what the arms
-batch, history, live and daily are). Each arm is a Ray task of its own. With --out the model and the oldest events stay
-there, and a second replay takes the model from there; `afterclick serve --model OUT/model --data OUT/oldest` then
+The oldest events pretrain a model, the rest streams in order of time (lib/live/prequential.py says how, and what the
+arms batch, history, live and daily are). Each arm is a Ray task of its own. With --out the model and the oldest events
+stay there, and a second replay takes the model from there; `afterclick serve --model OUT/model --data OUT/oldest` then
 serves it, and --through URL sends the same stream through that service, over HTTP, as the arm `service`.
 """
 
@@ -26,12 +26,12 @@ from jobs.plots import check_plot
 from jobs.pretrain import PretrainSettings, pretrain
 from jobs.replay_report import plot_replay, print_replay
 from jobs.replay_service import through_service
-from lib.datasets import read_events, read_items, write_dataset
-from lib.events import InputError, order_events
-from lib.learner import LearnerConfig
-from lib.prequential import Daily, Frozen, Live, Outcome, Stream, replay, split_by_time
-from lib.prequential_comparison import ReplayComparison, compare_arms
-from lib.training import keep_freed_memory
+from lib.data.events import InputError, order_events
+from lib.data.ingest import read_events, read_items, write_dataset
+from lib.live.learner import LearnerConfig
+from lib.live.prequential import Daily, Frozen, Live, Outcome, Stream, replay, split_by_time
+from lib.live.prequential_comparison import ReplayComparison, compare_arms
+from lib.model.trainer import keep_freed_memory
 
 ARMS = ("batch", "history", "live", "daily")
 SERVICE = "service"

@@ -7,8 +7,8 @@ from rich.console import Console
 
 from jobs.evaluation_report import CAPTION, metric_cell, metric_table
 from jobs.plots import new_figure, save_figure
-from lib.comparison import Estimate
-from lib.prequential_comparison import BASE, METRICS, ReplayComparison
+from lib.evaluation.comparison import Estimate
+from lib.live.prequential_comparison import BASE, METRICS, ReplayComparison
 
 
 def print_replay(comparison: ReplayComparison, title: str) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import httpx
 import numpy as np
 
-from lib.events import Event, InputError
-from lib.prequential import MISSED, Outcome, Stream, events_of
-from lib.prequential_comparison import DEEPEST
+from lib.data.events import Event, InputError
+from lib.live.prequential import MISSED, Outcome, Stream, events_of
+from lib.live.prequential_comparison import DEEPEST
 
 AT_ONCE = 64  # events whose users are served at the same time; one user's own go one after another
 TIMEOUT = 30.0  # seconds

@@ -25,13 +25,13 @@ from ray.serve.config import HTTPOptions
 
 from cluster.local import HOST, require_free_port, running_ray
 from jobs.nearline import check_logs, start_learner
-from lib.datasets import read_events
-from lib.events import CleaningRules, InputError
-from lib.experiment import ChallengerConfig
-from lib.learner import LearnerConfig
-from lib.model_folder import load_model
-from lib.ranking_rules import BoundRules, RankingRules
-from lib.shards import SQLITE
+from lib.data.events import CleaningRules, InputError
+from lib.data.ingest import read_events
+from lib.experiments.results import ChallengerConfig
+from lib.live.learner import LearnerConfig
+from lib.log.layout import SQLITE
+from lib.model.folder import load_model
+from lib.ranking.rules import BoundRules, RankingRules
 from serving.aggregator import AggregatorConfig, start_aggregator
 from serving.aggregators import running_aggregators, statuses_of
 from serving.app import ServeArguments, build, check_state

@@ -25,21 +25,21 @@ from torch.utils.tensorboard import SummaryWriter
 
 from jobs.event_stream import StreamedData, read_stream
 from jobs.pretrain import PretrainSettings
-from lib.attributes import attribute_codes, attribute_values
-from lib.catalog import Catalog
-from lib.datasets import read_events, read_items
-from lib.encoder import DEFAULT_INPUTS, BehaviourEncoder, BehaviourEncoderConfig
-from lib.evaluation import training_part
-from lib.events import EVENT_KINDS, InputError
-from lib.finetuning import MarkedHistories, WeightedBatches
-from lib.histories import Histories, histories_of
-from lib.model_folder import Manifest, save_model, write_manifest
-from lib.popularity import DAY, popularity_of, steady_total
-from lib.presets import Preset, preset_for
-from lib.registry import OPTIMIZER_FILE, LoadedVersion, load_folder
-from lib.sequences import SequenceBatches
-from lib.training import Trainer, TrainingConfig, keep_freed_memory
-from lib.user_buckets import Figures, figures_of, figures_of_all
+from lib.data.attributes import attribute_codes, attribute_values
+from lib.data.catalog import Catalog
+from lib.data.events import EVENT_KINDS, InputError
+from lib.data.histories import Histories, histories_of
+from lib.data.ingest import read_events, read_items
+from lib.data.popularity import DAY, popularity_of, steady_total
+from lib.evaluation.protocols import training_part
+from lib.live.finetuning import MarkedHistories, WeightedBatches
+from lib.model.batches import SequenceBatches
+from lib.model.buckets import Figures, figures_of, figures_of_all
+from lib.model.encoder import DEFAULT_INPUTS, BehaviourEncoder, BehaviourEncoderConfig
+from lib.model.folder import Manifest, save_model, write_manifest
+from lib.model.presets import Preset, preset_for
+from lib.model.trainer import Trainer, TrainingConfig, keep_freed_memory
+from lib.versions.registry import OPTIMIZER_FILE, LoadedVersion, load_folder
 
 WARMUP_STEPS = 100
 FINAL_LEARNING_RATE = 0.05  # of the peak, at the end of the decay

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.configuration import write_json
-from lib.events import InputError
+from lib.data.events import InputError
 
 if TYPE_CHECKING:
-    from lib.ledger import Ledger
-    from lib.registry import VersionInfo
+    from lib.versions.ledger import Ledger
+    from lib.versions.registry import VersionInfo
 
 
 def stored_versions(model: Path, state: str | None = None) -> "list[VersionInfo]":
@@ -27,8 +27,8 @@ def stored_versions(model: Path, state: str | None = None) -> "list[VersionInfo]
         InputError: there is no such model, or nothing is stored at `state`.
     """
     # torch and transformers, which `--help` need not wait for
-    from lib.model_folder import read_manifest
-    from lib.registry import Registry, VersionInfo
+    from lib.model.folder import read_manifest
+    from lib.versions.registry import Registry, VersionInfo
 
     manifest = read_manifest(model)
     versions = Registry(state or f"{model}/live").versions()
@@ -47,9 +47,9 @@ def checked_ledger(state: str) -> "Ledger":
     Raises:
         InputError: there are no versions or no log, or they cannot be read.
     """
-    from lib.ledger import check
-    from lib.registry import Registry
-    from lib.shards import read_log
+    from lib.log.layout import read_log
+    from lib.versions.ledger import check
+    from lib.versions.registry import Registry
 
     chain = Registry(state).ledger()  # before the log: what is learned meanwhile is in the log already
     if not chain:

@@ -1,6 +1,6 @@
 """The feedback aggregator: events in, durable; histories out; micro-batches to the learner.
 
-One actor a cluster, or one for each shard of the users (lib/shards.py). An event's way: cleaning, log (fsync),
+One actor a cluster, or one for each shard of the users (lib/log/layout.py). An event's way: cleaning, log (fsync),
 history, acknowledgement; then it is pending until the trigger releases a micro-batch (64 events, or 200 ms after the
 first, whichever comes first). After a crash the histories are read again from the dataset and the log.
 """
@@ -20,15 +20,15 @@ import numpy as np
 import ray
 from ray.actor import ActorHandle
 
-from lib.change_board import ONE_MACHINE, ChangeBoard
-from lib.cleaning import FeedbackGuard
-from lib.datasets import read_events
-from lib.events import CleaningRules, Event
-from lib.feedback_log import LoggedEvent, LogWriteError
-from lib.item_log import ItemChange, ItemLog
-from lib.micro_batches import micro_batch
-from lib.shards import ONLY, LogLayout, Shard
-from lib.user_histories import History, MicroBatch, SampleSizes, UserHistories
+from lib.data.events import CleaningRules, Event
+from lib.data.guard import FeedbackGuard
+from lib.data.ingest import read_events
+from lib.data.user_histories import History, MicroBatch, SampleSizes, UserHistories
+from lib.live.micro_batch import micro_batch
+from lib.log.board import ONE_MACHINE, ChangeBoard
+from lib.log.feedback import LoggedEvent, LogWriteError
+from lib.log.items import ItemChange, ItemLog
+from lib.log.layout import ONLY, LogLayout, Shard
 from serving.names import AGGREGATOR, NAMESPACE
 
 ITEM_LOG_FILE = "items.sqlite"

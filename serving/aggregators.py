@@ -16,11 +16,11 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.util import list_named_actors
 
-from lib.change_board import ChangeBoard, News
-from lib.feedback_log import LogWriteError
-from lib.item_log import ItemChange
-from lib.shards import LogLayout, PartlyWritten, shard_of
-from lib.user_histories import History
+from lib.data.user_histories import History
+from lib.log.board import ChangeBoard, News
+from lib.log.feedback import LogWriteError
+from lib.log.items import ItemChange
+from lib.log.layout import LogLayout, PartlyWritten, shard_of
 from serving.aggregator import AggregatorConfig, start_aggregator
 from serving.batches import Batches
 from serving.feedback import MOST_REQUESTS, Feedback, append_together

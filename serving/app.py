@@ -4,11 +4,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
-from lib.events import CleaningRules, InputError
-from lib.experiment import ChallengerConfig
-from lib.ranking_rules import RankingRules
-from lib.registry import Registry
-from lib.shards import SQLITE, LogLayout, check_log
+from lib.data.events import CleaningRules, InputError
+from lib.experiments.results import ChallengerConfig
+from lib.log.layout import SQLITE, LogLayout, check_log
+from lib.ranking.rules import RankingRules
+from lib.versions.registry import Registry
 from serving.experiment import prepare_challenger
 from serving.names import DEPLOYMENT
 from serving.recommendations import Recommendations, ReplicaConfig

@@ -1,7 +1,7 @@
 """Micro-batches for the learner: from the only aggregator, or from those of all shards in turn.
 
 Of several shards each counts its own events; what the learner is given has the offsets of the one order of them all
-(lib/log_order.py), which is made durable here, a micro-batch of one shard at a time.
+(lib/log/order.py), which is made durable here, a micro-batch of one shard at a time.
 """
 
 from dataclasses import replace
@@ -10,11 +10,11 @@ from typing import cast
 
 import ray
 
-from lib.feedback_log import last_commit_is_torn
-from lib.item_log import ItemChange
-from lib.log_order import LogOrder, Run
-from lib.shards import ONLY, ORDER_FILE, LogLayout, Shard
-from lib.user_histories import History, MicroBatch, SampleSizes
+from lib.data.user_histories import History, MicroBatch, SampleSizes
+from lib.log.feedback import last_commit_is_torn
+from lib.log.items import ItemChange
+from lib.log.layout import ONLY, ORDER_FILE, LogLayout, Shard
+from lib.log.order import LogOrder, Run
 from serving.aggregator import aggregator_handle
 
 WAIT_SECONDS = 0.5  # until the learner looks after other things

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 from ray.exceptions import RayError
 
-from lib.events import Event
-from lib.experiment import CHALLENGER, SHADOW, Impression, Reaction, Records, Shadow, arm_in, tagged
-from lib.ranking_rules import RankingRules
-from lib.recommender import Question, RankedItem, Recommender
-from lib.registry import load_folder
+from lib.data.events import Event
+from lib.experiments.results import CHALLENGER, SHADOW, Impression, Reaction, Records, Shadow, arm_in, tagged
+from lib.ranking.recommender import Question, RankedItem, Recommender
+from lib.ranking.rules import RankingRules
+from lib.versions.registry import load_folder
 from serving.experiment import PreparedChallenger, start_experiments
 
 TELL_SECONDS = 1.0

@@ -1,7 +1,7 @@
 """The record of explored answers: which items stood where, with what probability, for off-policy evaluation.
 
 One line of JSON an answer, in a file of each replica; the events that name an answer's `request_id` are its reactions.
-`lib/arrangement.py` has the estimator that reads them (`estimated_value`).
+`lib/ranking/rerank.py` has the estimator that reads them (`estimated_value`).
 """
 
 import json
@@ -9,8 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib.events import InputError
-from lib.recommender import RankedItem
+from lib.data.events import InputError
+from lib.ranking.recommender import RankedItem
 
 FOLDER = "decisions"
 

@@ -11,9 +11,9 @@ from fastapi.exceptions import RequestValidationError
 from ray.exceptions import GetTimeoutError, RayActorError
 from starlette.exceptions import HTTPException
 
-from lib.events import InputError
-from lib.feedback_log import LogFull, LogWriteError
-from lib.shards import PartlyWritten
+from lib.data.events import InputError
+from lib.log.feedback import LogFull, LogWriteError
+from lib.log.layout import PartlyWritten
 from serving.batches import Overloaded
 
 logger = logging.getLogger("ray.serve")

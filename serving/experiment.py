@@ -1,11 +1,11 @@
 """An experiment with two models: the challenger's files, and the one actor that counts and decides.
 
     experiments/<challenger>/model/            its model, kept: what it was made from may be pruned or trained again
-    experiments/<challenger>/<name>.sqlite     what was counted (lib/experiment.py)
+    experiments/<challenger>/<name>.sqlite     what was counted (lib/experiments/results.py)
 
 Items are a fact of the shop and not of a model: the challenger that is kept describes them as the live catalog does, so
 every filter, rule and later change means the same in both arms. A challenger that wins is offered to the learner
-(lib/registry.py), which takes it over as it does a fine-tuned model; one that loses is given up.
+(lib/versions/registry.py), which takes it over as it does a fine-tuned model; one that loses is given up.
 """
 
 import logging
@@ -17,13 +17,13 @@ import numpy as np
 import ray
 from ray.actor import ActorHandle
 
-from lib.catalog import Catalog
-from lib.encoder import WEIGHTS, BehaviourEncoder
-from lib.events import InputError
-from lib.experiment import SHADOW, ChallengerConfig, ExperimentResults, Records
-from lib.learner import LearnerConfig, NearlineLearner
-from lib.model_folder import MANIFEST, Manifest, read_manifest
-from lib.registry import Registry, load_folder, save_with_optimizer
+from lib.data.catalog import Catalog
+from lib.data.events import InputError
+from lib.experiments.results import SHADOW, ChallengerConfig, ExperimentResults, Records
+from lib.live.learner import LearnerConfig, NearlineLearner
+from lib.model.encoder import WEIGHTS, BehaviourEncoder
+from lib.model.folder import MANIFEST, Manifest, read_manifest
+from lib.versions.registry import Registry, load_folder, save_with_optimizer
 from serving.names import EXPERIMENTS, NAMESPACE
 
 FOLDER, MODEL = "experiments", "model"

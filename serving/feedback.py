@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from lib.events import Event
+from lib.data.events import Event
 
 Append = Callable[[list[Event], set[str], Counter[str]], Awaitable[Sequence[str | None]]]
 MOST_REQUESTS = 64  # in one call

@@ -2,7 +2,7 @@
 
 Before every batch the replica asks the aggregator, in one call, what its copies lack, so that an acknowledged event is
 always behind the next answer. Where both are on one machine, it takes the newest events from shared memory, and asks
-for nobody whose copy is known to be whole (lib/change_board.py). A copy also keeps what the encoder reads of it
+for nobody whose copy is known to be whole (lib/log/board.py). A copy also keeps what the encoder reads of it
 (History.encoded), so it is never changed: a newer one takes its place.
 """
 
@@ -10,8 +10,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from lib.change_board import News
-from lib.user_histories import History
+from lib.data.user_histories import History
+from lib.log.board import News
 
 
 class Copy(NamedTuple):

@@ -12,10 +12,10 @@ from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lib.events import CleaningRules, Event, EventRejected, InputError, validate_event
-from lib.ranking import ItemFilter
-from lib.recommender import Question, RankedItem
-from lib.user_histories import History
+from lib.data.events import CleaningRules, Event, EventRejected, InputError, validate_event
+from lib.data.user_histories import History
+from lib.ranking.filters import ItemFilter
+from lib.ranking.recommender import Question, RankedItem
 from serving.aggregator import DUPLICATE
 from serving.errors import DEADLINE_HEADER, ERROR_ANSWERS
 from serving.fast_path import FastPath, deadline_of

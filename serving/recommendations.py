@@ -23,16 +23,16 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from lib.events import CleaningRules, InputError
-from lib.item_log import ItemChange
-from lib.ranking import ItemFilter
-from lib.ranking_rules import RankingRules
-from lib.recommender import Question, RankedItem, Recommender
-from lib.registry import Registry
-from lib.retrieval import use_threads
-from lib.shards import LogLayout
-from lib.user_histories import History
-from lib.weights import Delta, DeltaMismatch
+from lib.data.events import CleaningRules, InputError
+from lib.data.user_histories import History
+from lib.log.items import ItemChange
+from lib.log.layout import LogLayout
+from lib.model.delta import Delta, DeltaMismatch
+from lib.ranking.filters import ItemFilter
+from lib.ranking.recommender import Question, RankedItem, Recommender
+from lib.ranking.rules import RankingRules
+from lib.retrieval.index import use_threads
+from lib.versions.registry import Registry
 from serving.aggregator import AggregatorConfig
 from serving.aggregators import Aggregators
 from serving.batches import Batches, Overloaded

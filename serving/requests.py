@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lib.events import EVENT_KINDS
+from lib.data.events import EVENT_KINDS
 
 LARGEST_K = 1000
 LARGEST_EVENT_BATCH = 1000

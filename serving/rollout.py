@@ -12,7 +12,7 @@ import ray
 from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from lib.weights import Delta
+from lib.model.delta import Delta
 from serving.names import APPLICATION, DEPLOYMENT
 
 

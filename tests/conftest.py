@@ -26,7 +26,7 @@ from xdist.scheduler import LoadScopeScheduling
 from cluster.local import HOST, free_port, prepare_environment
 
 if TYPE_CHECKING:
-    from lib.learner import LearnerConfig
+    from lib.live.learner import LearnerConfig
     from serving.app import ServeArguments
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # it has ports and folders of its own, not those of the process that started it
@@ -40,13 +40,13 @@ SERVING = (
     "experiment",
     "faults",
     "finetune",
+    "layout",
     "ray_job",
     "replay",
     "rollout",
     "service",
-    "shards",
 )
-TRAINING = "cluster", "event_stream", "large", "learner_workers", "pretrain"
+TRAINING = "event_stream", "large", "learner_workers", "local", "pretrain"
 NEED_RAY = {f"test_{name}.py": "serving" for name in SERVING} | {f"test_{name}.py": "training" for name in TRAINING}
 PATIENCE = 60.0  # seconds until a wait is given up; nothing is judged by how long it took
 Found = TypeVar("Found")
@@ -136,7 +136,7 @@ def kafka_topic(kafka_brokers: str) -> str:
 @pytest.fixture(scope="session")
 def shop_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small synthetic dataset: 150 visitors, 200 items."""
-    from jobs.shop import Shop
+    from jobs.demo.shop import Shop
 
     folder = tmp_path_factory.mktemp("shop")
     Shop(seed=1, visitors=150, items=200).write_dataset(folder)
@@ -158,7 +158,7 @@ def learner_config(**settings: Any) -> LearnerConfig:
 
     What tests click is random: learned for long it is harm, and would be taken back as such.
     """
-    from lib.learner import LearnerConfig
+    from lib.live.learner import LearnerConfig
 
     return LearnerConfig(reference_users=0, **settings)
 

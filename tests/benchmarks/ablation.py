@@ -21,15 +21,15 @@ from rich.table import Table
 from jobs.configuration import write_json
 from jobs.pretrain import DEFAULT_INPUTS, INPUTS, PretrainSettings
 from jobs.training_loop import TrainingData, learning_rate_at, new_encoder, preset_of, read_training_data
-from lib.attributes import attribute_values
-from lib.datasets import read_events
-from lib.encoder import BehaviourEncoder
-from lib.evaluation import TEMPORAL, Cases, cases_of, model_contender, rank
-from lib.events import EVENT_KINDS
-from lib.histories import histories_of
-from lib.metrics import ndcg_at, recall_at
-from lib.sequences import target_weights
-from lib.training import Trainer, TrainingConfig, keep_freed_memory
+from lib.data.attributes import attribute_values
+from lib.data.events import EVENT_KINDS
+from lib.data.histories import histories_of
+from lib.data.ingest import read_events
+from lib.evaluation.metrics import ndcg_at, recall_at
+from lib.evaluation.protocols import TEMPORAL, Cases, cases_of, model_contender, rank
+from lib.model.batches import target_weights
+from lib.model.encoder import BehaviourEncoder
+from lib.model.trainer import Trainer, TrainingConfig, keep_freed_memory
 from tests.benchmarks.machine import describe_machine
 
 VARIANTS: dict[str, tuple[Sequence[str], float]] = {

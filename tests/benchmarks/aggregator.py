@@ -30,8 +30,8 @@ from rich.table import Table
 from cluster.local import running_ray
 from jobs.command_line import run_command
 from jobs.configuration import write_json
-from lib.events import Event
-from lib.shards import LogLayout
+from lib.data.events import Event
+from lib.log.layout import LogLayout
 from serving.aggregator import AggregatorConfig
 from serving.aggregators import Aggregators
 from serving.feedback import Feedback

@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.attacks --data DATA [--live 20000] [--epochs 20] [--json FILE]
 
-The oldest 60% of the events are what a model is pretrained on, in this process; the rest streams in (tests/streams.py),
-honest or attacked: one user clicks 5,000 times, a thousand users push one item, 200 users send 5,000 random events, the
-learning rate is a hundred times too high for a tenth of the updates. Each honest event is ranked among all items before
-anything learns from it. The honest stream also says how many updates are rejected without a cause, and what the limits
-cost.
+The oldest 60% of the events are what a model is pretrained on, in this process; the rest streams in
+(tests/helpers/streams.py), honest or attacked: one user clicks 5,000 times, a thousand users push one item, 200 users
+send 5,000 random events, the learning rate is a hundred times too high for a tenth of the updates. Each honest event is
+ranked among all items before anything learns from it. The honest stream also says how many updates are rejected without
+a cause, and what the limits cost.
 """
 
 import shutil
@@ -23,13 +23,13 @@ from rich.table import Table
 
 from jobs.command_line import run_command
 from jobs.configuration import write_json
-from lib.datasets import read_events, read_items
-from lib.events import CleaningRules
-from lib.learner import LearnerConfig
-from lib.prequential import events_of, split_by_time
-from lib.registry import Registry
+from lib.data.events import CleaningRules
+from lib.data.ingest import read_events, read_items
+from lib.live.learner import LearnerConfig
+from lib.live.prequential import events_of, split_by_time
+from lib.versions.registry import Registry
 from tests.benchmarks.machine import describe_machine
-from tests.streams import ATTACKS, LiveStream, Outcome, World, pretrained
+from tests.helpers.streams import ATTACKS, LiveStream, Outcome, World, pretrained
 
 OPEN = float("1e9")
 UNGUARDED = LearnerConfig(

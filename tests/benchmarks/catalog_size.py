@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.configuration import write_json
-from lib.encoder import BehaviourEncoder, BehaviourEncoderConfig
-from lib.histories import Histories
-from lib.sequences import Batch, SequenceBatches
-from lib.training import Trainer, TrainingConfig, keep_freed_memory
+from lib.data.histories import Histories
+from lib.model.batches import Batch, SequenceBatches
+from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
+from lib.model.trainer import Trainer, TrainingConfig, keep_freed_memory
 from tests.benchmarks.machine import describe_machine
 
 SIZES = [10_000, 100_000, 1_000_000, 5_000_000]

@@ -32,7 +32,18 @@ from cluster.local import HOST, free_port
 from jobs.command_line import run_command
 from jobs.configuration import write_json
 from tests.benchmarks.machine import describe_machine
-from tests.chaos import PROXY, Kill, Load, everything_of, haproxies_of, is_whole, kill, proofs, recovered, strike
+from tests.helpers.chaos import (
+    PROXY,
+    Kill,
+    Load,
+    everything_of,
+    haproxies_of,
+    is_whole,
+    kill,
+    proofs,
+    recovered,
+    strike,
+)
 
 EVERYTHING = "everything"
 WEIGHTS = {"replica": 5, "aggregator": 4, "learner": 4, "controller": 2, "proxy manager": 2, PROXY: 2, EVERYTHING: 1}
@@ -188,7 +199,7 @@ def _quantile(seconds: list[float], share: float) -> float | None:
 
 def synthetic(folder: Path) -> tuple[Path, Path]:
     """(model, data) of a synthetic shop, pretrained for two epochs."""
-    from jobs.shop import Shop
+    from jobs.demo.shop import Shop
 
     data, model = folder / "shop", folder / "pretrained"
     Shop(seed=1, visitors=500, items=1000).write_dataset(data)

@@ -23,8 +23,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lib.events import Event
-from lib.feedback_log import INSERT, FeedbackLog, row_of
+from lib.data.events import Event
+from lib.log.feedback import INSERT, FeedbackLog, row_of
 
 USERS, ITEMS = 50_000, 10_000
 WARM_UP = 10_000  # events; they fill more than the 16 MB at which the WAL is used again

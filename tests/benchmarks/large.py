@@ -31,12 +31,12 @@ from rich.table import Table
 
 from jobs.command_line import run_command
 from jobs.configuration import settings_from, write_json
-from lib.encoder import BehaviourEncoder, BehaviourEncoderConfig
-from lib.events import EVENT_KINDS, InputError
-from lib.histories import Histories
-from lib.presets import PRESETS, Preset
-from lib.sequences import Batch, SequenceBatches
-from lib.training import Trainer, TrainingConfig
+from lib.data.events import EVENT_KINDS, InputError
+from lib.data.histories import Histories
+from lib.model.batches import Batch, SequenceBatches
+from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
+from lib.model.presets import PRESETS, Preset
+from lib.model.trainer import Trainer, TrainingConfig
 from tests.benchmarks.machine import describe_machine
 
 # dense bfloat16 tensor-core flops a second, by a word of the card's name (NVIDIA's data sheets, without sparsity)

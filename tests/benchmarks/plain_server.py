@@ -18,10 +18,10 @@ import uvicorn
 from fastapi import FastAPI, Response
 from pydantic import BaseModel
 
-from lib.datasets import read_events
-from lib.histories import histories_of
-from lib.model_folder import load_model
-from lib.sequences import gap_buckets, value_buckets
+from lib.data.histories import histories_of
+from lib.data.ingest import read_events
+from lib.model.batches import gap_buckets, value_buckets
+from lib.model.folder import load_model
 
 
 class Question(BaseModel):

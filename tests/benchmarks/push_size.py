@@ -20,17 +20,17 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.configuration import write_json
-from lib.catalog import Catalog
-from lib.encoder import BehaviourEncoder, BehaviourEncoderConfig
-from lib.events import Event
-from lib.feedback_log import LoggedEvent
-from lib.learner import LearnerConfig, NearlineLearner, Rejection
-from lib.micro_batches import micro_batch
-from lib.model_folder import Manifest
-from lib.presets import PRESETS
-from lib.registry import Registry
-from lib.user_histories import UserHistories
-from lib.weights import Delta, apply_delta, fingerprint
+from lib.data.catalog import Catalog
+from lib.data.events import Event
+from lib.data.user_histories import UserHistories
+from lib.live.learner import LearnerConfig, NearlineLearner, Rejection
+from lib.live.micro_batch import micro_batch
+from lib.log.feedback import LoggedEvent
+from lib.model.delta import Delta, apply_delta, fingerprint
+from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
+from lib.model.folder import Manifest
+from lib.model.presets import PRESETS
+from lib.versions.registry import Registry
 from tests.benchmarks.machine import describe_machine
 
 MODELS = ["small,100000", "base,100000", "large,100000"]

@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.retrained --data DATA [--at 0.7 --at 0.8 --at 0.9] [--events 4000] [--json FILE]
 
-The replay (lib/prequential.py) pretrains on the oldest 60% of the events and learns the rest live. At each cut a rival
-is pretrained anew on all events before it, and both answer the events that follow, with growing histories: the live
-weights as they learn, the rival's and those of the first pretraining as they are. So it is what a shop would have that
-trained from scratch a moment ago.
+The replay (lib/live/prequential.py) pretrains on the oldest 60% of the events and learns the rest live. At each cut a
+rival is pretrained anew on all events before it, and both answer the events that follow, with growing histories: the
+live weights as they learn, the rival's and those of the first pretraining as they are. So it is what a shop would have
+that trained from scratch a moment ago.
 """
 
 import tempfile
@@ -22,11 +22,11 @@ from cluster.local import running_ray
 from jobs.command_line import run_command
 from jobs.configuration import write_json
 from jobs.pretrain import PretrainSettings, pretrain
-from lib.datasets import read_events, read_items, write_dataset
-from lib.learner import LearnerConfig
-from lib.prequential import Frozen, Live, Outcome, Stream, replay, split_by_time
-from lib.prequential_comparison import compare_arms
-from lib.training import keep_freed_memory
+from lib.data.ingest import read_events, read_items, write_dataset
+from lib.live.learner import LearnerConfig
+from lib.live.prequential import Frozen, Live, Outcome, Stream, replay, split_by_time
+from lib.live.prequential_comparison import compare_arms
+from lib.model.trainer import keep_freed_memory
 from tests.benchmarks.machine import describe_machine
 
 SHARE = 0.6  # of the events, the oldest: what the weights that go live are pretrained on

@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.configuration import write_json
-from lib.inverted_index import copy_to
-from lib.retrieval import ItemIndex, search_device, use_threads
+from lib.retrieval.faiss_lists import copy_to
+from lib.retrieval.index import ItemIndex, search_device, use_threads
 from tests.benchmarks.machine import describe_machine
 
 SIZES = [10_000, 100_000, 1_000_000]

@@ -1,0 +1,130 @@
+"""What items are, as codes: the attributes of the catalog that a model can learn from.
+
+An attribute is a column and one of its values, "genres=Comedy". Columns of lists give one for each member, text one for
+each of its parts (`text_parts`), other columns one for the whole value, numbers one for each of 16 quantile buckets. A
+column whose values are shared by few items (a title, a description) says nothing that its item does not: it is left
+out. An item that nobody met yet is what its attributes are.
+"""
+
+# pyarrow.compute makes its functions as it is imported, so a type checker cannot see them.
+# pyright: reportAttributeAccessIssue=false
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lib.data.catalog import TITLE_COLUMNS, Catalog
+
+MOST_PER_ITEM = 16
+LEAST_ITEMS = 5  # an attribute of fewer items is left out
+LEAST_SHARED = 0.5  # of the items that have a value; below this a column is left out
+LONGEST_TEXT = 100  # characters on average: longer text is prose
+NUMBER_BUCKETS = 16
+SEPARATORS = re.compile(r"[|,;]")
+
+
+def attribute_values(catalog: Catalog) -> list[str]:
+    """The attributes that enough items share, by column and then by how many items have them."""
+    if catalog.attributes is None:
+        return []
+    values: list[str] = []
+    for column in catalog.attributes.column_names:
+        if column == "item_id" or column.lower() in TITLE_COLUMNS:
+            continue
+        items = _values_of(catalog.attributes[column], column)
+        counts = Counter(value for members in items for value in members)
+        shared = {value for value, count in counts.items() if count >= LEAST_ITEMS}
+        described = [members for members in items if members]
+        covered = sum(any(value in shared for value in members) for members in described)
+        if described and covered / len(described) >= LEAST_SHARED and len(shared) > 1:
+            values += sorted(shared, key=lambda value: (-counts[value], value))
+    return values
+
+
+def attribute_codes(catalog: Catalog, values: Sequence[str], width: int | None = None) -> np.ndarray:
+    """(items + 1, F) int32 codes of each row's attributes (place in `values` + 1), 0 where there are no more.
+
+    F is the most attributes that an item has, at most 16 and at least 1, or `width`; an item with more keeps those that
+    come first in `values`.
+    """
+    code_of = {value: place + 1 for place, value in enumerate(values)}
+    codes: list[list[int]] = [[] for _ in catalog.item_ids]
+    if catalog.attributes is not None and values:
+        rows = [catalog.row_of.get(item_id) for item_id in catalog.attributes["item_id"].to_pylist()]
+        for column in {value.partition("=")[0] for value in values}:
+            if column not in catalog.attributes.column_names:
+                continue
+            own = [value.partition("=")[2] for value in values if value.partition("=")[0] == column]
+            for row, members in zip(rows, _values_of(catalog.attributes[column], column, own), strict=True):
+                if row is not None:
+                    codes[row] += [code_of[value] for value in members if value in code_of]
+    width = width or min(max(max(map(len, codes)), 1), MOST_PER_ITEM)
+    table = np.zeros((len(codes), width), dtype=np.int32)
+    for row, own in enumerate(codes):
+        kept = sorted(set(own))[:width]
+        table[row, : len(kept)] = kept
+    return table
+
+
+def _values_of(column: pa.ChunkedArray, name: str, known: Sequence[str] = ()) -> list[list[str]]:
+    """The attributes that one column gives to each item, without repeats; numbers among the known ones if any are."""
+    kind = column.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return [_named(name, [str(member) for member in members or ()]) for members in column.to_pylist()]
+    if pa.types.is_boolean(kind):
+        return [[] if value is None else _named(name, [str(value).lower()]) for value in column.to_pylist()]
+    if pa.types.is_floating(kind) or pa.types.is_integer(kind):
+        return _number_values(column, name, [float(value) for value in known])
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return [[] for _ in range(len(column))]
+    texts = [text or "" for text in column.to_pylist()]
+    if sum(map(len, texts)) > LONGEST_TEXT * max(sum(map(bool, texts)), 1):
+        return [[] for _ in texts]
+    return [_named(name, parts) for parts in text_parts(texts)]
+
+
+def text_parts(texts: list[str]) -> list[list[str]]:
+    """Each text as its parts between | , or ;, or between blanks where that makes far fewer distinct values.
+
+    "Comedy Drama" and "Drama War" share "Drama", though no two films need have the same text; "Tools & Home" stays
+    whole where every word of it is in no other value.
+    """
+    if any(SEPARATORS.search(text) for text in texts):
+        return [[part.strip() for part in SEPARATORS.split(text)] for text in texts]
+    whole = {text for text in texts if text}
+    words = {word for text in whole for word in text.split()}
+    if len(words) * 2 <= len(whole):
+        return [text.split() for text in texts]
+    return [[text] for text in texts]
+
+
+def _number_values(column: pa.ChunkedArray, name: str, known: Sequence[float]) -> list[list[str]]:
+    """Each number as the least one of its bucket; the buckets are the known ones, or those of this column."""
+    numbers = pc.cast(column, pa.float64()).to_numpy(zero_copy_only=False)
+    starts = np.unique(known) if known else _bucket_starts(numbers[np.isfinite(numbers)])
+    places = np.searchsorted(starts, numbers, side="right") - 1
+    return [
+        _named(name, [_number(starts[max(place, 0)])]) if np.isfinite(number) else []
+        for place, number in zip(places, numbers, strict=True)
+    ]
+
+
+def _bucket_starts(present: np.ndarray) -> np.ndarray:
+    distinct = np.unique(present)
+    if len(distinct) <= NUMBER_BUCKETS:
+        return distinct
+    return np.unique(np.quantile(present, np.linspace(0, 1, NUMBER_BUCKETS + 1)[:-1], method="lower"))
+
+
+def _number(value: float) -> str:
+    """A number in few digits, from which it can be read again."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(float(value))
+
+
+def _named(column: str, values: list[str]) -> list[str]:
+    """Each value that is not empty as "column=value"."""
+    return [f"{column}={value}" for value in dict.fromkeys(values) if value]

@@ -1,0 +1,283 @@
+"""Every user's recent events in memory: what the next answer reads and what the learner trains on."""
+
+from array import array
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+
+from lib.data.catalog import Catalog
+from lib.data.events import Event
+from lib.data.histories import Histories
+
+REMEMBERED_EVENTS = 1_000_000  # whose users are known to the replay sample
+RECENT_USERS = 1024  # of whom is known in which order they acted last
+LEAST_HELD_OUT = 5  # events of a user by whom an update is judged
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedHistory:
+    """A history as one encoder reads it; events of items or kinds that it does not know are left out."""
+
+    codes: np.ndarray  # (4, T) int64 rows, kinds, gaps and values of the newest T events
+    seen: np.ndarray  # (S,) int32 rows of all events, ascending
+    reader: int  # number of the recommender that made it; to another one its rows mean nothing
+    catalog_items: int  # of the catalog that it was made with
+    complete: bool  # whether every event was known; what was unknown then may be known to a larger catalog
+
+
+@dataclass(slots=True)
+class History:
+    """One user's events, oldest first, as columns; an offset of 0 means that the event is not in the log."""
+
+    item_ids: list[str] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
+    values: list[float | None] = field(default_factory=list)
+    timestamps: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    first_offset: int = field(default=0, compare=False)  # of the user's first event of all, also where it is not here
+    encoded: EncodedHistory | None = field(default=None, compare=False, repr=False)  # kept by who made it
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+    def append(self, event: Event, offset: int = 0) -> None:
+        """Add the newest event."""
+        self.item_ids.append(event.item_id)
+        self.events.append(event.event)
+        self.values.append(event.value)
+        self.timestamps.append(event.timestamp)
+        self.offsets.append(offset)
+        self.encoded = None
+
+    def extend(self, newer: "History") -> None:
+        """Add newer events."""
+        for name in ("item_ids", "events", "values", "timestamps", "offsets"):
+            getattr(self, name).extend(getattr(newer, name))
+        self.encoded = None
+
+    @property
+    def last_offset(self) -> int:
+        """Log offset of the newest event, 0 where none is in the log."""
+        return self.offsets[-1] if self.offsets else 0
+
+    def slice(self, start: int, stop: int) -> "History":
+        """Events start..stop as a history of their own."""
+        return History(
+            self.item_ids[start:stop],
+            self.events[start:stop],
+            self.values[start:stop],
+            self.timestamps[start:stop],
+            self.offsets[start:stop],
+            self.first_offset,
+        )
+
+    def newest(self, count: int) -> "History":
+        """The newest `count` events."""
+        return self.slice(max(len(self) - count, 0), len(self))
+
+    def up_to(self, last: int, after: int) -> tuple["History", int]:
+        """The history up to log offset `last`, and how many of its newest events came after offset `after`."""
+        stop = bisect_right(self.offsets, last)
+        return self.slice(0, stop), stop - bisect_right(self.offsets, after, hi=stop)
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> "History":
+        """A history of events that are in no log."""
+        history = cls()
+        for event in events:
+            history.append(event)
+        return history
+
+
+class UserHistories:
+    """user id -> history, of which the newest `keep` events are kept."""
+
+    def __init__(self, keep: int = 1000):
+        self.keep = keep
+        self._histories: dict[str, History] = {}
+        self._users: list[str] = []  # for sampling; a user's place never changes until an erasure
+        self._totals: dict[str, int] = {}  # events of each user, those counted that are no longer kept
+        self._event_users: list[str] = []  # of the latest events
+        self._event_numbers = array("I")  # the place of each among its user's events
+        self._recent: dict[str, None] = {}  # who acted last, the latest at the end
+
+    def __len__(self) -> int:
+        return len(self._histories)
+
+    def __contains__(self, user_id: str) -> bool:
+        return user_id in self._histories
+
+    def append(self, event: Event, offset: int = 0) -> None:
+        """Add a user's newest event."""
+        history = self._histories.get(event.user_id)
+        if history is None:
+            history = self._histories[event.user_id] = History(first_offset=offset)
+            self._users.append(event.user_id)
+        history.append(event, offset)
+        number = self._totals.get(event.user_id, 0)
+        self._totals[event.user_id] = number + 1
+        self._event_users.append(event.user_id)
+        self._event_numbers.append(number)
+        # trimmed in large steps, so that appending stays cheap
+        if len(history) > 2 * self.keep:
+            self._histories[event.user_id] = history.newest(self.keep)
+        if len(self._event_users) > 2 * REMEMBERED_EVENTS:
+            del self._event_users[:REMEMBERED_EVENTS], self._event_numbers[:REMEMBERED_EVENTS]
+        self._recent.pop(event.user_id, None)
+        self._recent[event.user_id] = None
+        if len(self._recent) > RECENT_USERS:
+            del self._recent[next(iter(self._recent))]
+
+    def get(self, user_id: str, count: int | None = None) -> History:
+        """A user's newest events (all that are kept, or `count`); empty for an unknown user."""
+        history = self._histories.get(user_id)
+        return History() if history is None else history.newest(count or self.keep)
+
+    def newer(self, user_id: str, last_offset: int | None) -> History | None:
+        """What a copy that ends at a log offset lacks of a user's history: None for nothing, all without a copy."""
+        history = self._histories.get(user_id)
+        if last_offset is None:
+            return self.get(user_id)
+        if history is None or history.last_offset == last_offset:
+            return None
+        return history.slice(bisect_right(history.offsets, last_offset), len(history)).newest(self.keep)
+
+    def users(self, count: int) -> list[str]:
+        """The first `count` users."""
+        return self._users[:count]
+
+    def latest_users(self) -> list[str]:
+        """Who acted last, the latest first; RECENT_USERS at most."""
+        return [*reversed(self._recent)]
+
+    def sample(self, count: int, generator: np.random.Generator) -> list[str]:
+        """Users drawn uniformly with replacement; fewer than asked only when there are none."""
+        if not self._users:
+            return []
+        return [self._users[index] for index in generator.integers(0, len(self._users), count)]
+
+    def windows(self, sample: "ReplaySample", length: int, up_to: int, generator: np.random.Generator) -> list[History]:
+        """Windows of at most `length` events, each around an event drawn from the latest; none beyond a log offset.
+
+        Users come in proportion to their events, and any part of a history may be drawn: a sample of users' newest
+        events alone teaches just how histories end.
+        """
+        drawn: list[History] = []
+        room, last = sample.events, len(self._event_users)
+        while room > 0 and last > 0:
+            recent = min(sample.recent_events if generator.random() < sample.recent_share else last, last)
+            place = last - 1 - int(generator.integers(0, max(recent, 1)))
+            window = self._window(place, length, up_to, generator)
+            room -= max(len(window), 1)
+            if len(window) >= 2:  # without an event before it, nothing is learned of one
+                drawn.append(window)
+        return drawn
+
+    def _window(self, place: int, length: int, up_to: int, generator: np.random.Generator) -> History:
+        """Events around that at a place among the latest, up to half of them later ones."""
+        user_id = self._event_users[place]
+        history = self._histories.get(user_id)
+        if history is None:  # erased
+            return History()
+        number = self._event_numbers[place] - (self._totals[user_id] - len(history))
+        stop = min(number + 1 + int(generator.integers(0, length // 2 + 1)), bisect_right(history.offsets, up_to))
+        return history.slice(max(stop - length, 0), max(stop, 0))
+
+    def held_out(
+        self, count: int, length: int, without: Container[str], generator: np.random.Generator
+    ) -> list[History]:
+        """The newest `length` events of at most `count` users, by whose last event an update is judged.
+
+        Half of them act now; the other half is drawn from all, so that a crowd of newcomers, however large, is not all
+        that is heard. Each has some history, and few end at the same item.
+        """
+        recent = generator.permutation(list(islice(reversed(self._recent), 4 * count)))
+        drawn = self.sample(2 * count, generator)
+        found: dict[str, History] = {}
+        items: Counter[str] = Counter()
+        for most, users in ((count // 2, recent), (count, drawn), (count, recent)):
+            for user_id in users:
+                if len(found) >= most:
+                    break
+                history = self._histories[user_id]
+                if user_id in without or user_id in found or len(history) < LEAST_HELD_OUT:
+                    continue
+                items[history.item_ids[-1]] += 1
+                if items[history.item_ids[-1]] <= max(count // 16, 1):
+                    found[user_id] = history.newest(length)
+        return list(found.values())
+
+    def erase(self, user_id: str) -> None:
+        """Forget a user."""
+        if self._histories.pop(user_id, None) is not None:
+            self._users.remove(user_id)
+            del self._totals[user_id]
+            self._recent.pop(user_id, None)
+
+
+@dataclass(frozen=True)
+class ReplaySample:
+    """Which events are learned again with the new ones."""
+
+    events: int  # altogether
+    recent_share: float = 0.0  # of the draws; the others are of all remembered events
+    recent_events: int = 1  # how many of the latest events count as recent
+
+
+@dataclass(frozen=True)
+class SampleSizes:
+    """What a learner wants with the new events."""
+
+    history_length: int  # events of context before a user's new ones, and of a replayed window
+    replay: ReplaySample
+    held_out_users: int
+    held_out_length: int  # events before the held-out one
+
+
+@dataclass
+class MicroBatch:
+    """What the trigger releases to the learner: new events in their users' histories, and what goes with them.
+
+    The newest `new_counts[i]` events of `histories[i]` are new; what stands before them is context.
+    """
+
+    last_offset: int  # of the newest event in the batch
+    histories: list[History]
+    new_counts: list[int]
+    received_at: list[int]  # milliseconds, of each new event
+    replay: list[History]  # windows to learn from again
+    held_out: list[History]  # of other users who act now, for the gate
+    quarantined: frozenset[int] = frozenset()  # offsets of new events that are not to be learned now
+
+
+def to_histories(histories: Sequence[History], catalog: Catalog, kind_codes: dict[str, int]) -> Histories:
+    """Flat columns for the encoder; events of items or kinds that it does not know are left out."""
+    row_of = catalog.row_of
+    rows: list[int] = []
+    kinds: list[int] = []
+    values: list[float | None] = []
+    timestamps: list[int] = []
+    offsets = [0]
+    for history in histories:
+        columns = zip(history.item_ids, history.events, history.values, history.timestamps, strict=True)
+        for item_id, event, value, timestamp in columns:
+            row, kind = row_of.get(item_id), kind_codes.get(event)
+            if row is None or kind is None:
+                continue
+            rows.append(row)
+            kinds.append(kind)
+            values.append(value)
+            timestamps.append(timestamp)
+        offsets.append(len(rows))
+    return Histories(
+        [""] * len(histories),
+        np.array(offsets, dtype=np.int64),
+        np.array(rows, dtype=np.int32),
+        np.array(kinds, dtype=np.int8),
+        np.array(values, dtype=np.float32),  # None becomes NaN
+        np.array(timestamps, dtype=np.int64),
+    )

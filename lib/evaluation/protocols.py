@@ -1,0 +1,183 @@
+"""The two offline protocols, and where a contender ranks the target of each of their cases.
+
+leave-one-out: per user the newest event is the target and everything before it the input.
+temporal: the newest 20% of the time span is the test; every test event is a target, its user's history so far the input
+(histories advance with time, weights stay).
+
+Both rank all items with the user's seen items removed.
+
+The cases are those of the dataset, whatever the contenders know, so that all answer the same questions: an item has one
+row for all of them, each contender maps it to its own, leaves what it does not know out of the input, and misses a
+target that it does not know.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.data.catalog import Catalog
+from lib.data.histories import Histories, spans
+from lib.model.batches import SequenceBatches
+from lib.model.encoder import PADDING_ROW, BehaviourEncoder
+
+LEAVE_ONE_OUT, TEMPORAL, NONE = "leave-one-out", "temporal", "none"
+PROTOCOLS = (LEAVE_ONE_OUT, TEMPORAL)
+TEST_SHARE = 0.2  # of the time span
+MOST_SCORES = 1 << 23  # in memory at once
+
+
+@dataclass(frozen=True)
+class Cases:
+    """What is to be predicted: for case i, the event after `inputs[i]` events of user `users[i]`."""
+
+    histories: Histories
+    users: np.ndarray  # (cases,)
+    inputs: np.ndarray  # (cases,) number of the user's events that come before the target
+
+    @property
+    def targets(self) -> np.ndarray:
+        """(cases,) int32 rows of the items to be predicted."""
+        return self.histories.rows[self.histories.offsets[self.users] + self.inputs]
+
+
+def cutoff_time(timestamps: np.ndarray) -> int:
+    """The time at which the newest 20% of the span begins."""
+    first, last = int(timestamps.min()), int(timestamps.max())
+    return first + int((last - first) * (1 - TEST_SHARE))
+
+
+def training_part(histories: Histories, holdout: str) -> Histories:
+    """The histories without what a protocol tests on."""
+    if holdout == LEAVE_ONE_OUT:
+        # who has a single event keeps it: there is nothing to predict it from, so it is no target
+        newest = histories.offsets[1:][histories.lengths >= 2] - 1
+        keep = np.ones(len(histories.rows), dtype=bool)
+        keep[newest] = False
+        return histories.select(keep)
+    if holdout == TEMPORAL:
+        return histories.select(histories.timestamps < cutoff_time(histories.timestamps))
+    return histories
+
+
+def cases_of(histories: Histories, protocol: str) -> Cases:
+    """The cases of a protocol; every case has at least one event of input."""
+    if protocol == LEAVE_ONE_OUT:
+        users = np.flatnonzero(histories.lengths >= 2)
+        return Cases(histories, users, histories.lengths[users] - 1)
+    owners = np.repeat(np.arange(len(histories)), histories.lengths)
+    places = np.arange(len(histories.rows)) - histories.offsets[owners]
+    tested = (histories.timestamps >= cutoff_time(histories.timestamps)) & (places > 0)
+    return Cases(histories, owners[tested], places[tested])
+
+
+def case_inputs(cases: Cases, part: slice) -> Histories:
+    """The input histories of some cases."""
+    return cases.histories.oldest(cases.users[part], cases.inputs[part])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contenders
+
+Scored = tuple[np.ndarray, Tensor]  # places of some histories, (B,), and their scores of all own rows, (B, R)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that scores all of its items for a history; R rows of its own, row 0 for none."""
+
+    name: str
+    own_rows: np.ndarray  # (N + 1,) int32, the contender's row of each of the dataset's items, 0 where it has none
+    dataset_rows: np.ndarray  # (R,) int32, the other way round
+    score: Callable[[Histories], Iterator[Scored]]  # of histories in own rows; -inf for what is never recommended
+
+
+def model_contender(name: str, encoder: BehaviourEncoder, catalog: Catalog, items: Catalog) -> Contender:
+    """A model; `items` has every item of its catalog."""
+    dataset_rows = np.array([PADDING_ROW] + [items.row_of[item_id] for item_id in catalog.item_ids[1:]], dtype=np.int32)
+    own_rows = np.zeros(len(items) + 1, dtype=np.int32)
+    own_rows[dataset_rows] = np.arange(len(dataset_rows))
+    encoder.eval()
+    with torch.inference_mode():
+        vectors = encoder.item_vectors(torch.arange(len(catalog) + 1))  # (R, C)
+
+    def score(histories: Histories) -> Iterator[Scored]:
+        return model_scores(encoder, vectors, histories)
+
+    return Contender(name, own_rows, dataset_rows, score)
+
+
+def model_scores(encoder: BehaviourEncoder, vectors: Tensor, histories: Histories) -> Iterator[Scored]:
+    """Scores of the rows whose vectors (R, C) are given, s = uT A v; of whom nothing is known, what is popular."""
+    for places, b in SequenceBatches(histories, encoder.config).inference():
+        interests = encoder.interests(b.kinds, b.gaps, b.values, b.lengths, b.rows)
+        yield places, encoder.queries(interests) @ vectors.T
+    unknown = np.flatnonzero(histories.lengths == 0)
+    popularity = encoder.item_popularity[: len(vectors)]
+    yield unknown, popularity.where(popularity > 0, float("-inf")).repeat(len(unknown), 1)
+
+
+def baseline_contender(name: str, scores: Callable[[Histories], np.ndarray], items: Catalog) -> Contender:
+    """A recommender of lib/evaluation/baselines.py, which has the dataset's rows."""
+    same = np.arange(len(items) + 1, dtype=np.int32)
+
+    def score(histories: Histories) -> Iterator[Scored]:
+        yield np.arange(len(histories)), torch.from_numpy(scores(histories))
+
+    return Contender(name, same, same, score)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a contender made of the cases."""
+
+    ranks: np.ndarray  # (cases,) int64, place of the target, 0 is the top
+    recommended: np.ndarray  # (cases, k) int32, the dataset's rows, 0 for none
+    unknown_targets: int  # cases whose target the contender does not know: misses
+    unknown_inputs: int  # cases of whose input it knows nothing
+
+
+@torch.inference_mode()
+def rank(contender: Contender, cases: Cases, k: int = 10, batch: int = 256) -> Ranking:
+    """Rank all of a contender's items for each case, and find the target."""
+    items = len(contender.own_rows) - 1
+    batch = max(1, min(batch, MOST_SCORES // len(contender.dataset_rows)))
+    own_targets = contender.own_rows[cases.targets].astype(np.int64)
+    ranks = np.zeros(len(cases.users), dtype=np.int64)
+    recommended = np.zeros((len(cases.users), k), dtype=np.int32)
+    unknown_inputs = 0
+    for start in range(0, len(cases.users), batch):
+        inputs = case_inputs(cases, slice(start, start + batch))
+        inputs = replace(inputs, rows=contender.own_rows[inputs.rows])
+        inputs = inputs.select(inputs.rows > 0)
+        unknown_inputs += int((inputs.lengths == 0).sum())
+        for places, scores in contender.score(inputs):
+            remove_seen(scores, inputs, places)
+            # a miss is one however few items are left
+            ranks[start + places] = target_ranks(scores, own_targets[start + places], missed=max(items, k))
+            top = scores.topk(min(k, scores.shape[1]), dim=1)
+            left = torch.where(torch.isneginf(top.values), 0, top.indices).numpy()
+            recommended[start + places, : left.shape[1]] = contender.dataset_rows[left]
+    return Ranking(ranks, recommended, int((own_targets == 0).sum()), unknown_inputs)
+
+
+def target_ranks(scores: Tensor, targets: np.ndarray, missed: int) -> np.ndarray:
+    """(B,) int64 place of each target (B,) among its scores (B, R), 0 is the top; `missed` where its score is -inf.
+
+    Ties count against the target: a model to which all items are alike finds none. -inf has a target that is unknown,
+    or that the user has had before and is removed with the seen items.
+    """
+    own = scores[torch.arange(len(targets)), torch.from_numpy(targets)]
+    found = (scores >= own[:, None]).sum(dim=1) - 1
+    return found.where(torch.isfinite(own), missed).numpy()
+
+
+def remove_seen(scores: Tensor, inputs: Histories, places: np.ndarray) -> None:
+    """Make -inf of the items in each history, and of row 0."""
+    lengths = inputs.lengths[places]
+    seen = inputs.rows[spans(inputs.offsets[places], lengths)]
+    lines = np.repeat(np.arange(len(places)), lengths)
+    scores[torch.from_numpy(lines), torch.from_numpy(seen).long()] = float("-inf")
+    scores[:, PADDING_ROW] = float("-inf")

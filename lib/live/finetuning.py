@@ -1,0 +1,272 @@
+"""What a fine-tuning run is made of: where it starts, what it learns from, and what it is judged by.
+
+It starts from a stored version and learns from the events that the log has had since, each in its user's history, with
+a share of older behaviour beside them at a lower weight, so that this is not forgotten. The newest events are held out.
+The log offset of the result is that of the last event before them: whoever takes it over learns from the held-out
+events next, and from all that came meanwhile, so that the new weights see each event once.
+"""
+
+# pyarrow.compute makes its functions as it is imported, so a type checker cannot see them.
+# pyright: reportAttributeAccessIssue=false
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from lib.data.catalog import Catalog
+from lib.data.dataset import COLUMNS
+from lib.data.events import EVENT_SCHEMA, InputError
+from lib.data.formats.files import parquet_file
+from lib.data.histories import Histories, histories_of
+from lib.data.ingest import checked_events, events_file
+from lib.data.popularity import event_counts, start_weights
+from lib.evaluation.comparison import Comparison, compare
+from lib.evaluation.protocols import Cases, model_contender, rank
+from lib.experiments.split import place_of
+from lib.live.learner import base_of
+from lib.log.feedback import LoggedEvent
+from lib.log.layout import LogReader
+from lib.model.batches import SequenceBatches, target_weights
+from lib.model.buckets import histories_in, table_of
+from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
+from lib.versions.registry import LoadedVersion, Registry, VersionInfo
+
+CHUNK = 10_000  # events that are read at once
+LEAST_HELD_OUT = 20  # events; fewer say nothing
+SCHEMA = pa.schema([EVENT_SCHEMA.field(name) for name in COLUMNS])
+
+
+class TooFewEvents(InputError):
+    """There is too little feedback to fine-tune with."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where the feedback is cut: trained on up to one log offset, held out from there to another."""
+
+    since: int  # the version that training starts from
+    after: int  # its log offset
+    until: int  # the log offset of the result
+    last: int  # the newest event that is held out
+    rival: int  # the version that the result is compared with: what was live at the cut, or is
+
+
+@dataclass(frozen=True)
+class MarkedHistories:
+    """Histories in the order in which they came, of which the newest so many events of each user are marked."""
+
+    histories: Histories
+    counts: np.ndarray  # (U,)
+
+    @property
+    def marked(self) -> np.ndarray:
+        """(E,) bool."""
+        from_end = np.repeat(self.histories.offsets[1:], self.histories.lengths) - np.arange(len(self.histories.rows))
+        return from_end <= np.repeat(self.counts, self.histories.lengths)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """(E,) bool: the marked events that follow another one of their user."""
+        places = np.arange(len(self.histories.rows)) - np.repeat(self.histories.offsets[:-1], self.histories.lengths)
+        return self.marked & (places > 0)
+
+    def save(self, path: Path) -> None:
+        """Write a Parquet file, one line a user."""
+        pq.write_table(table_of(self.histories).append_column("marked", pa.array(self.counts)), path)
+
+    @classmethod
+    def load(cls, path: Path) -> "MarkedHistories":
+        """Read what `save` has written."""
+        table = pq.read_table(path)
+        return cls(histories_in(table.drop_columns(["marked"])), table["marked"].to_numpy())
+
+
+def cut_feedback(
+    registry: Registry, offsets: np.ndarray, live: LoadedVersion, since: int, after: int, held_out: float, most: int
+) -> Cut:
+    """Hold out the newest share of the events since a version and its log offset, at most so many.
+
+    Both sides of the comparison are to have learned from the same events. So the cut is moved to where a version of the
+    live weights was stored, and that one is the rival: the live weights have learned the held-out events since.
+
+    Args:
+        registry: where the versions are.
+        offsets: (E,) of all events that came after that log offset, ascending.
+        live: the newest version.
+        since: the version that training starts from.
+        after: its log offset.
+        held_out: the share.
+        most: events that are held out at most.
+
+    Raises:
+        TooFewEvents: too few would be left on one side.
+    """
+    count = max(min(round(len(offsets) * held_out), most), LEAST_HELD_OUT)
+    if len(offsets) < 2 * count:
+        raise TooFewEvents(
+            f"since: {len(offsets)} events came after version {since}, and it takes at least "
+            f"{2 * LEAST_HELD_OUT} to train and to judge; wait for more feedback, or name an older version"
+        )
+    until, latest = int(offsets[-count - 1]), int(offsets[-LEAST_HELD_OUT - 1])
+    first = int(offsets[LEAST_HELD_OUT - 1])
+    stored = [info for info in _lineage(registry, live) if first <= info.log_offset <= latest]
+    rival = min(stored, key=lambda info: abs(info.log_offset - until), default=None)
+    if rival is None:
+        return Cut(since, after, until, int(offsets[-1]), live.version)
+    return Cut(since, after, rival.log_offset, int(offsets[-1]), rival.version)
+
+
+def _lineage(registry: Registry, live: LoadedVersion) -> Iterator[VersionInfo]:
+    """The stored versions that led to the live weights event by event, newest first; none from before a rollback."""
+    base = base_of(live, registry)
+    lineage = {account.version for account in registry.ledger()}
+    for info in reversed(registry.versions()):
+        if info.version not in lineage:  # it was given up because of damage
+            continue
+        if info.version == base or info.facts.get("base", base) != base or info.facts.get("kind") == "rollback":
+            return
+        yield info
+
+
+def feedback(log: LogReader, after: int, last: int) -> pa.Table:
+    """The events between two log offsets, with a column `offset`, in its order."""
+    tables = [_table(chunk) for chunk in _chunks(log, after, last)]
+    return pa.concat_tables([_table([]), *tables])
+
+
+def _chunks(log: LogReader, after: int, last: int) -> Iterator[list[LoggedEvent]]:
+    while after < last:
+        chunk = [logged for logged in log.read(after, CHUNK) if logged.offset <= last]
+        if not chunk:
+            return
+        yield chunk
+        after = chunk[-1].offset
+
+
+def _table(logged: Sequence[LoggedEvent]) -> pa.Table:
+    columns = [pa.array([getattr(entry.event, field.name) for entry in logged], field.type) for field in SCHEMA]
+    offsets = pa.array([entry.offset for entry in logged], pa.int64())
+    return pa.Table.from_arrays(columns, schema=SCHEMA).append_column("offset", offsets)
+
+
+def dataset_events(data: str | Path) -> Iterator[pa.Table]:
+    """The events of a dataset, piece by piece, with an `offset` of 0.
+
+    Raises:
+        InputError: it is missing, or breaks a rule of lib/data/ingest.py.
+    """
+    path = events_file(data)
+    with parquet_file(path) as file:
+        for batch in file.iter_batches(1 << 17, columns=COLUMNS):
+            events = checked_events(pa.Table.from_batches([batch]), path).select(COLUMNS)
+            yield events.append_column("offset", pa.array(np.zeros(len(events), dtype=np.int64)))
+
+
+def dataset_size(data: str | Path) -> int:
+    """Number of events of a dataset."""
+    with parquet_file(events_file(data)) as file:
+        return file.metadata.num_rows
+
+
+def older_events(
+    log: LogReader, data: str | Path | None, cut: Cut, users: pa.Array, wanted: int, seed: int
+) -> pa.Table:
+    """What came before the version: all of the given users, and about `wanted` events of others, drawn by user."""
+    there = cut.after + (dataset_size(data) if data is not None else 0)
+    share = min(wanted / max(there, 1), 1.0)
+    kept = [_of_users(events, users, share, seed) for events in (dataset_events(data) if data is not None else ())]
+    kept += [_of_users(_table(chunk), users, share, seed) for chunk in _chunks(log, 0, cut.after)]
+    return pa.concat_tables([_table([]), *kept])
+
+
+def _of_users(events: pa.Table, users: pa.Array, share: float, seed: int) -> pa.Table:
+    """The events of the given users, and of that share of all others; a user is drawn or not wherever events are."""
+    codes = events["user_id"].combine_chunks().dictionary_encode()
+    drawn = np.array([place_of(user, f"older {seed}") < share for user in codes.dictionary.to_pylist()], bool)
+    kept = drawn | pc.is_in(codes.dictionary, users).to_numpy(zero_copy_only=False)
+    return events.filter(pa.array(kept[codes.indices.to_numpy()]))
+
+
+def histories_around(
+    events: pa.Table, after: int, catalog: Catalog, event_kinds: Sequence[str], context: int | None = None
+) -> MarkedHistories:
+    """Histories of events in the order in which they came; those beyond a log offset are marked.
+
+    Of a user who has such, at most `context` older ones are kept; kinds of event that are unknown are left out.
+    """
+    events = events.filter(pc.is_in(events["event"], pa.array(event_kinds)))
+    histories = histories_of(events, catalog.row_of, event_kinds, by_time=False)
+    new = events.filter(pc.greater(events["offset"], after))["user_id"].value_counts()
+    new_of = dict(zip(new.field("values").to_pylist(), new.field("counts").to_pylist(), strict=True))
+    counts = np.array([new_of.get(user_id, 0) for user_id in histories.user_ids], dtype=np.int64)
+    if context is not None:
+        kept = np.where(counts > 0, counts + context, histories.lengths)
+        histories = histories.select(MarkedHistories(histories, kept).marked)
+    return MarkedHistories(histories, counts)
+
+
+class WeightedBatches(SequenceBatches):
+    """Training batches in which each event counts by a weight of its own, too; weights is (E,)."""
+
+    def __init__(self, histories: Histories, config: BehaviourEncoderConfig, weights: np.ndarray):
+        super().__init__(histories, config)
+        self.weights = (self.weights * weights).astype(np.float32)
+
+
+def of_users(events: pa.Table, users: pa.Array) -> pa.Table:
+    """The events of some users."""
+    return events.filter(pc.is_in(events["user_id"], users))
+
+
+def count_popularity(encoder: BehaviourEncoder, catalog: Catalog, events: pa.Table, cut: Cut, half_life: float) -> None:
+    """Count the events that are learned, a user's of one item once; half_life in events.
+
+    From there on the counts are relative to the log offset of the result, from which a learner counts on.
+    """
+    encoder.item_popularity *= float(np.exp2((int(encoder.popularity_reference) - cut.until) / half_life))
+    encoder.popularity_reference.fill_(cut.until)
+    events = events.combine_chunks()
+    users = events["user_id"].combine_chunks().dictionary_encode()
+    items = events["item_id"].combine_chunks().dictionary_encode()
+    rows = np.array([catalog.row_of[item_id] for item_id in items.dictionary.to_pylist()], dtype=np.int64)
+    rows, offsets = rows[items.indices.to_numpy()], events["offset"].to_numpy()
+    pairs = users.indices.to_numpy().astype(np.int64) * len(catalog.item_ids) + rows
+    counted = _first_of(pairs) & (offsets > cut.after) & (offsets <= cut.until)
+    weights = start_weights(_first_of(users.indices.to_numpy()))[counted]
+    counts = torch.from_numpy(event_counts(offsets[counted], cut.until, half_life) * weights).float()
+    encoder.item_popularity.index_add_(0, torch.from_numpy(rows[counted]), counts)
+
+
+def _first_of(values: np.ndarray) -> np.ndarray:
+    """(E,) bool, where each value stands for the first time."""
+    first = np.zeros(len(values), dtype=bool)
+    first[np.unique(values, return_index=True)[1]] = True
+    return first
+
+
+def judge(
+    result: tuple[BehaviourEncoder, Catalog], rival: tuple[BehaviourEncoder, Catalog], held_out: MarkedHistories
+) -> Comparison:
+    """Compare a result with its rival (the first) on the marked events that a user aimed at.
+
+    Raises:
+        TooFewEvents: there are none that follow another event of their user.
+    """
+    encoder, catalog = result
+    histories, kinds = held_out.histories, encoder.config.event_kinds
+    assert kinds is not None
+    aimed_at = target_weights(histories.kinds, histories.values, kinds) > 0
+    tested = np.flatnonzero(held_out.targets & aimed_at)
+    if len(tested) == 0:
+        raise TooFewEvents("since: no held-out event follows another one of its user; wait for more feedback")
+    users = np.searchsorted(histories.offsets, tested, side="right") - 1
+    cases = Cases(histories, users, tested - histories.offsets[users])
+    contenders = [model_contender("live", *rival, catalog), model_contender("base", *result, catalog)]
+    rankings = [(contender.name, rank(contender, cases)) for contender in contenders]
+    return compare(rankings, cases, [], np.bincount(histories.rows, minlength=len(catalog) + 1))

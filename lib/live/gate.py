@@ -1,0 +1,360 @@
+"""The gate: what an update must pass before any replica sees it.
+
+Five questions, each of which has its own blind spot, so that all are asked:
+
+- Are all weights and losses finite?
+- Is the loss as it has been, that of the training batch and that on held-out events? Judged by the median of the latest
+  updates and their median absolute deviation, which a few outliers cannot move (Hampel 1974).
+- Have the weights moved as far as they usually do? A learning rate that is wrong shows here first.
+- Does the update rank the held-out window no worse than the live version? The window (lib/data/user_histories.py) holds
+  the newest event of many users who act now, none of them in the update, few for any one item.
+- Have the updates of late, taken together, done harm? Each may stay within its tolerance while their sum does not. So
+  new events are ranked before they are learned, by the live version and by a reference: the live version of some
+  updates ago. Neither has seen them, so that the newer ought to be the better one. Where it is significantly worse, the
+  learner goes back to the reference; and only a version that is no worse than the reference takes its place. Losses
+  say sooner than ranks whether a difference is more than chance, so both must be worse.
+
+What the gate remembers is of this process: after a restart the live version is the reference.
+"""
+
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.data.catalog import Catalog
+from lib.data.events import InputError
+from lib.data.histories import Histories
+from lib.data.user_histories import History, MicroBatch, to_histories
+from lib.evaluation.metrics import ndcg_at
+from lib.model.batches import SequenceBatches, target_weights
+from lib.model.delta import ROW_TENSORS, dense_state, state_of
+from lib.model.encoder import BehaviourEncoder
+
+TABLE = ROW_TENSORS[0]
+TO_SIGMA = 1.4826  # of a median absolute deviation, where what deviates is normal
+FEWEST_LOSSES = 16  # that a baseline is made of
+FEWEST_MOVEMENTS = 8  # that say what is usual
+FEWEST_PAIRS = 64  # new events that the reference is judged by
+FIRST_REST, LONGEST_REST = 8, 512  # updates
+MOST_OF_AN_ITEM = 2  # of the new events of an update
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """What is held out, and how much worse an update may be."""
+
+    held_out_users: int = 64  # in the window; 0 leaves only what needs none
+    held_out_length: int = 20  # events that are read before the one to be ranked
+    held_out_candidates: int = 1000  # it is ranked among so many random items, and all items of the update
+    loss_tolerance: float = 0.25  # a loss may be above the live version's, or the usual one, by this share
+    loss_deviations: float = 6.0  # and above the usual one by so many standard deviations, whichever is more
+    movement_tolerance: float = 4.0  # the weights may move so many times as far as they usually do
+    usual_updates: int = 64  # latest updates that say what is usual
+    quality_tolerance: float = 0.05  # the window's NDCG@10 may fall by this share of it
+    deviations: float = 3.0  # a fall must be so many standard errors to be more than chance
+    reference_updates: int = 32  # after so many updates a version that is no worse becomes the reference
+    reference_tolerance: float = 0.02  # the share of the reference's NDCG@10 by which later versions may be worse
+    reference_users: int = 24  # of an update, whose new event the reference ranks; 0: there is no reference
+    reference_events: int = 512  # the latest of these, by which the versions since are judged
+
+    def __post_init__(self) -> None:
+        for name in ("held_out_users", "reference_users"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: {getattr(self, name)} is below 0")
+        for name in ("held_out_length", "held_out_candidates", "usual_updates", "reference_updates"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)} is too small; give 1 or more")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a version ranks events, one line an event."""
+
+    losses: np.ndarray  # (U,)
+    ndcg: np.ndarray  # (U,) NDCG@10
+
+    @property
+    def loss(self) -> float:
+        """Mean loss; NaN of no event."""
+        return float(self.losses.mean()) if len(self.losses) else float("nan")
+
+    @property
+    def quality(self) -> float:
+        """Mean NDCG@10; NaN of no event."""
+        return float(self.ndcg.mean()) if len(self.ndcg) else float("nan")
+
+
+NOTHING = Standing(np.zeros(0), np.zeros(0))
+
+
+class Reference:
+    """What the weights were at an earlier version, of just what has changed since."""
+
+    def __init__(self, encoder: BehaviourEncoder, version: int, log_offset: int):
+        self.version = version
+        self.log_offset = log_offset
+        self.updates = 0
+        self.events = 0  # learned since
+        self.dense = {name: tensor.clone() for name, tensor in dense_state(encoder).items()}
+        self.places = torch.full((encoder.config.item_rows,), -1)  # of a row in `values`, -1 where it has not changed
+        self.values = encoder.item_embeddings.weight.new_zeros(0, encoder.config.hidden_size)
+        self.count = 0
+
+    def follow(self, rows: Tensor, values: Tensor) -> None:
+        """Keep what rows (R,) held before an update changed them, values (R, C), where it is the first that did."""
+        known = rows < len(self.places)  # later ones are of items that the reference does not have
+        first = known.clone()
+        first[known] = self.places[rows[known]] < 0
+        fresh = rows[first]
+        if self.count + len(fresh) > len(self.values):
+            room = self.values.new_zeros(self.count + len(fresh), self.values.shape[1])
+            self.values = torch.cat([self.values, room])
+        self.values[self.count : self.count + len(fresh)] = values[first]
+        self.places[fresh] = torch.arange(self.count, self.count + len(fresh))
+        self.count += len(fresh)
+
+    @contextmanager
+    def in_place(self, encoder: BehaviourEncoder, rows: Tensor) -> Iterator[None]:
+        """Within the block the encoder is the reference as far as `rows` (R,) go; after it it is itself, to the bit."""
+        rows = rows[rows < len(self.places)]
+        rows = rows[self.places[rows] >= 0]
+        state = state_of(encoder)
+        own_rows = state[TABLE][rows].clone()
+        own_dense = {name: state[name].clone() for name in self.dense}
+        try:
+            state[TABLE][rows] = self.values[self.places[rows]]
+            for name, values in self.dense.items():
+                state[name].copy_(values)
+            yield
+        finally:
+            state[TABLE][rows] = own_rows
+            for name, values in own_dense.items():
+                state[name].copy_(values)
+
+
+class Gate:
+    """Judges the updates of one encoder: `before` each, then `objection`, then `passed` for one that was published."""
+
+    def __init__(
+        self,
+        config: GateConfig,
+        encoder: BehaviourEncoder,
+        catalog: Catalog,
+        kind_codes: dict[str, int],
+        seed: int = 0,
+    ):
+        self.config = config
+        self.encoder = encoder
+        self.catalog = catalog
+        self.kind_codes = kind_codes
+        self.spread = np.random.default_rng(seed).random(config.held_out_candidates)
+        self.losses = {name: deque(maxlen=config.usual_updates) for name in ("training", "held-out")}
+        self.movements: deque[float] = deque(maxlen=config.usual_updates)
+        self.reference: Reference | None = None
+        # of new events that neither had learned, the losses and the NDCG@10 of the live version and of the reference
+        self.pairs: deque[tuple[float, ...]] = deque(maxlen=config.reference_events)
+        self.rest = 0  # updates that are not learned, since those before did harm
+        self.next_rest = FIRST_REST
+        self.candidates = torch.zeros(0, dtype=torch.long)
+        self.window = to_histories([], catalog, kind_codes)
+        self.live = NOTHING
+
+    def before(self, batch: MicroBatch, version: int, log_offset: int) -> None:
+        """Look at the live version before it learns the batch, whose items the catalog has already."""
+        self.candidates = self._candidates(batch)
+        self.window = self._readable(batch.held_out)
+        self.live = self._standing(self.window)
+        if self.reference is None:
+            self.reference = Reference(self.encoder, version, log_offset)
+        elif self.reference.updates:
+            fresh = self._readable(first_new_events(batch, self.config.reference_users))
+            live = self._standing(fresh)
+            needed = torch.unique(torch.cat([self.candidates, torch.from_numpy(fresh.rows.astype(np.int64))]))
+            with self.reference.in_place(self.encoder, needed):
+                earlier = self._standing(fresh)
+            columns = (live.losses, earlier.losses, live.ndcg, earlier.ndcg)
+            self.pairs.extend(zip(*(column.tolist() for column in columns), strict=True))
+
+    def resting(self) -> str | None:
+        """Why nothing is learned for now, if so. What did harm a moment ago would do it again."""
+        if self.rest == 0:
+            return None
+        self.rest -= 1
+        return f"learning rests for {self.rest} more updates: what was learned before it had to be taken back"
+
+    def went_back(self) -> None:
+        """The learner went back to the reference; it rests, twice as long each time until a version proves itself."""
+        self.rest, self.next_rest = self.next_rest, min(2 * self.next_rest, LONGEST_REST)
+
+    def since_reference(self) -> tuple[int, int, int]:
+        """The reference's version and log offset, and the number of events that were learned since."""
+        assert self.reference is not None
+        return self.reference.version, self.reference.log_offset, self.reference.events
+
+    def harm(self) -> str | None:
+        """What the updates since the reference have done together, if it is harm: the learner is to go back to it."""
+        if len(self.pairs) < FEWEST_PAIRS:
+            return None
+        loss, earlier_loss, quality, earlier_quality = np.array(self.pairs).T
+        rise = loss - earlier_loss
+        worse = rise.mean() > self.config.deviations * standard_error(rise)
+        lost = earlier_quality.mean() - quality.mean()
+        if not worse or lost <= self.config.reference_tolerance * earlier_quality.mean():
+            return None
+        assert self.reference is not None
+        return (
+            f"of new events the NDCG@10 is {quality.mean():.3f}, and that of version {self.reference.version}, "
+            f"{self.reference.updates} updates ago, {earlier_quality.mean():.3f}"
+        )
+
+    def objection(
+        self, loss: float | None, rows: Tensor, dense: Mapping[str, Tensor], counted: float = 1.0
+    ) -> str | None:
+        """Why an update must not go live, or None.
+
+        Args:
+            loss: of its training batch, None where there was nothing to train.
+            rows: (R,) rows of the item table that it has changed.
+            dense: the other tensors before it.
+            counted: the share of its learning rate that it was made with.
+        """
+        if not self._finite(rows) or (loss is not None and not np.isfinite(loss)):
+            return "a loss or a weight is not finite"
+        after = self._standing(self.window)
+        return (
+            self._too_far(dense, counted)
+            or self._worse(after)
+            or self._spike("training", float("nan") if loss is None else loss)
+            or self._spike("held-out", after.loss)
+        )
+
+    def passed(self, events: int, version: int, log_offset: int, changed: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """An update was published as a version: `changed` are its rows and their embeddings before it."""
+        reference = self.reference
+        assert reference is not None
+        for rows, values in changed:
+            reference.follow(rows, values)
+        reference.updates += 1
+        reference.events += events
+        if reference.updates % self.config.reference_updates == 0 and self._no_worse():
+            self.forget()
+            self.reference = Reference(self.encoder, version, log_offset)
+            self.next_rest = FIRST_REST
+
+    def forget(self) -> None:
+        """The weights are others now: the next live version is the reference."""
+        self.reference = None
+        self.pairs.clear()
+
+    def _no_worse(self) -> bool:
+        if not self.pairs:
+            return True
+        _, _, quality, earlier_quality = np.array(self.pairs).T
+        return bool(quality.mean() >= earlier_quality.mean())
+
+    def _finite(self, rows: Tensor) -> bool:
+        state = state_of(self.encoder)
+        changed = [*dense_state(self.encoder).values(), *(state[name][rows] for name in ROW_TENSORS)]
+        return all(bool(torch.isfinite(tensor).all()) for tensor in changed)
+
+    def _too_far(self, dense: Mapping[str, Tensor], counted: float) -> str | None:
+        """How much farther than usual the weights have moved, if that is too far."""
+        state = state_of(self.encoder)
+        floating = [name for name, tensor in dense.items() if tensor.is_floating_point()]
+        moved = float(sum(((state[name] - dense[name]) ** 2).sum() for name in floating)) ** 0.5 / max(counted, 1e-3)
+        if moved == 0.0:
+            return None
+        usual = float(np.median(self.movements)) if len(self.movements) >= FEWEST_MOVEMENTS else float("inf")
+        if moved <= self.config.movement_tolerance * usual:
+            self.movements.append(moved)
+            return None
+        return f"the weights moved {moved / usual:.1f} times as far as they usually do"
+
+    def _worse(self, after: Standing) -> str | None:
+        """What the update has made of the window, if that is worse than the live version's."""
+        live = self.live
+        if after.loss > live.loss * (1 + self.config.loss_tolerance):
+            return f"the held-out loss rose from {live.loss:.3f} to {after.loss:.3f}"
+        lost = live.ndcg - after.ndcg
+        tolerance, chance = self.config.quality_tolerance * live.quality, self.config.deviations * standard_error(lost)
+        if len(lost) and lost.mean() > max(tolerance, chance):
+            return f"the held-out NDCG@10 fell from {live.quality:.3f} to {after.quality:.3f}"
+        return None
+
+    def _spike(self, name: str, loss: float) -> str | None:
+        """Whether a loss stands out from the latest ones. It is remembered also where it does: what lasts is usual."""
+        if np.isnan(loss):
+            return None
+        known = np.array(self.losses[name])
+        self.losses[name].append(loss)
+        if len(known) < FEWEST_LOSSES:
+            return None
+        usual = float(np.median(known))
+        deviation = TO_SIGMA * float(np.median(np.abs(known - usual)))
+        bound = usual + max(self.config.loss_deviations * deviation, self.config.loss_tolerance * usual)
+        return f"the {name} loss of {loss:.3f} is a spike: of late it was {usual:.3f}" if loss > bound else None
+
+    def _candidates(self, batch: MicroBatch) -> Tensor:
+        """(K,) rows that events are ranked among; those of the batch are what an update moves most."""
+        spread = 1 + (self.spread * len(self.catalog)).astype(np.int64)
+        new = zip(batch.histories, batch.new_counts, strict=True)
+        own = self.catalog.rows(item_id for history, count in new for item_id in history.item_ids[-count:])
+        return torch.unique(torch.from_numpy(np.concatenate([spread, np.asarray(own, dtype=np.int64)])))
+
+    def _readable(self, histories: Sequence[History]) -> Histories:
+        """Those whose newest event was liked, and has one before it, as the encoder reads them."""
+        newest = [history.newest(self.config.held_out_length + 1) for history in histories]
+        flat = to_histories(newest, self.catalog, self.kind_codes)
+        last = flat.offsets[1:][flat.lengths >= 2] - 1
+        liked = target_weights(flat.kinds[last], flat.values[last], list(self.kind_codes)) > 0
+        return flat.take(np.flatnonzero(flat.lengths >= 2)[liked])
+
+    @torch.no_grad()
+    def _standing(self, flat: Histories) -> Standing:
+        """How the encoder as it is ranks the newest event of each history among the candidates."""
+        losses, ndcg = np.zeros(len(flat)), np.zeros(len(flat))
+        if len(flat) == 0:
+            return NOTHING
+        self.encoder.eval()
+        targets = torch.from_numpy(flat.rows[flat.offsets[1:] - 1].astype(np.int64))
+        vectors = self.encoder.item_vectors(self.candidates)
+        for places, part in SequenceBatches(flat.without_newest(), self.encoder.config).inference():
+            u = self.encoder.interests(part.kinds, part.gaps, part.values, part.lengths, part.rows)
+            queries = self.encoder.queries(u)
+            wanted = targets[torch.from_numpy(places)]
+            own = (queries * self.encoder.item_vectors(wanted)).sum(-1, keepdim=True)
+            rest = queries @ vectors.T
+            rest = rest.masked_fill(wanted[:, None] == self.candidates[None, :], float("-inf"))
+            ranks = (rest >= own).sum(1).numpy()  # ties count against it: where all are alike, nothing is found
+            logits = torch.cat([own, rest], dim=1) / self.encoder.config.temperature
+            ndcg[places] = ndcg_at(ranks, 10)
+            losses[places] = (torch.logsumexp(logits, dim=1) - logits[:, 0]).numpy()
+        return Standing(losses, ndcg)
+
+
+def first_new_events(batch: MicroBatch, count: int) -> list[History]:
+    """Histories that end at their user's first new event, those first that say most of their user.
+
+    So a user counts once, an item no more than twice, and a crowd that came for this one event comes last.
+    """
+    found: list[History] = []
+    items: Counter[str] = Counter()
+    new = zip(batch.histories, batch.new_counts, strict=True)
+    for history, own in sorted(new, key=lambda each: each[1] - len(each[0])):
+        history = history.slice(0, len(history) - own + 1)
+        if len(found) == count or len(history) < 2:
+            break
+        items[history.item_ids[-1]] += 1
+        if items[history.item_ids[-1]] <= MOST_OF_AN_ITEM:
+            found.append(history)
+    return found
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean; 0 where there are too few values to tell."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0

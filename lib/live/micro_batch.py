@@ -1,0 +1,43 @@
+"""What the trigger releases to the learner, made of new events and of everybody's histories."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lib.data.user_histories import History, MicroBatch, SampleSizes, UserHistories
+from lib.log.feedback import LoggedEvent
+
+
+def micro_batch(
+    events: Sequence[LoggedEvent],
+    after: int,
+    histories: UserHistories,
+    sample: SampleSizes,
+    generator: np.random.Generator,
+) -> MicroBatch:
+    """New events (all those beyond log offset `after`, oldest first) in their users' histories, with samples of others.
+
+    The histories may be further on than the events.
+    """
+    new: dict[str, list[LoggedEvent]] = {}
+    for logged in events:
+        new.setdefault(logged.event.user_id, []).append(logged)
+    return MicroBatch(
+        last_offset=events[-1].offset,
+        histories=[_with_context(histories.get(user), own, after, sample.history_length) for user, own in new.items()],
+        new_counts=[len(own) for own in new.values()],
+        received_at=[logged.received_at for logged in events],
+        replay=histories.windows(sample.replay, sample.history_length + 1, after, generator),
+        held_out=histories.held_out(sample.held_out_users, sample.held_out_length + 1, new, generator),
+    )
+
+
+def _with_context(history: History, new: Sequence[LoggedEvent], after: int, length: int) -> History:
+    """A user's new events behind the newest `length` of those that came before.
+
+    The new ones are the log's, so that each is learned once also where more wait than are kept in memory.
+    """
+    context = history.up_to(after, after)[0].newest(length)
+    for logged in new:
+        context.append(logged.event, logged.offset)
+    return context

@@ -1,0 +1,276 @@
+"""Prequential evaluation: a stream of events is answered one by one, each before anything learns from it.
+
+Test-then-train (Dawid 1984; Gama, Sebastiao & Rodrigues 2013): the oldest events are what a model is pretrained on, the
+rest streams in order of time. An arm answers each event's user from what it knows at that moment, and the rank of the
+item that the person then chose is all that counts. Every event counts: of whom nothing is known is answered with what
+is popular. What differs between arms is how they follow the stream:
+
+    batch     nothing moves: weights and histories stay as they were at the split
+    history   weights stay, histories grow
+    live      histories grow, and micro-batches train the weights by the code of the near-line learner
+    daily     histories grow, and each day of the stream's time ends with a fine-tune on all events so far
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from lib.data.catalog import Catalog
+from lib.data.events import Event, InputError
+from lib.data.popularity import DAY, popularity_of
+from lib.data.user_histories import History, UserHistories, to_histories
+from lib.evaluation.protocols import model_scores, remove_seen, target_ranks
+from lib.live.learner import LearnerConfig, NearlineLearner, Rejection
+from lib.live.micro_batch import micro_batch
+from lib.log.feedback import LoggedEvent
+from lib.model.batches import SequenceBatches
+from lib.model.delta import grow_items
+from lib.model.encoder import PADDING_ROW, BehaviourEncoder
+from lib.model.folder import load_model
+from lib.model.trainer import Trainer, TrainingConfig
+from lib.versions.registry import Registry
+
+KEEP_EVENTS = 1000  # of each user's history, as the aggregator keeps them
+REPEATED_SHARE = 0.01  # of events with an item that the user had before: above it people come back to items
+MISSED = np.iinfo(np.int64).max  # rank of a target that is not in an answer
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A dataset cut in two by time."""
+
+    oldest: pa.Table  # what the model is pretrained on
+    newest: pa.Table  # what streams in
+
+    @property
+    def repeats(self) -> bool:
+        """Whether people come back to items: then what they have seen belongs into the answers."""
+        both = pa.concat_tables([self.oldest, self.newest])
+        distinct = both.group_by(["user_id", "item_id"]).aggregate([]).num_rows
+        return len(both) - distinct > REPEATED_SHARE * len(both)
+
+
+def split_by_time(events: pa.Table, share: float) -> Stream:
+    """The oldest `share` of the events and the rest; events of one time keep their order.
+
+    Raises:
+        InputError: one of the two would be empty.
+    """
+    order = np.argsort(events["timestamp"].to_numpy(), kind="stable")
+    events = events.take(pa.array(order))
+    split = int(len(events) * share)
+    if split < 2 or split == len(events):
+        raise InputError(f"data: a share of {share} of {len(events)} events leaves one part empty; ingest more events")
+    return Stream(events.slice(0, split), events.slice(split))
+
+
+def events_of(table: pa.Table) -> list[Event]:
+    """The rows of an event table."""
+    columns = (table[name].to_pylist() for name in ("user_id", "item_id", "event", "value", "timestamp"))
+    return [Event(*values) for values in zip(*columns, strict=True)]
+
+
+class Arm(Protocol):
+    """Something that answers and may learn."""
+
+    def ranks(self, contexts: Sequence[History], targets: Sequence[str]) -> np.ndarray:
+        """(E,) int64 place of each target in the answer to its context, 0 is the top, MISSED where it is not in it."""
+        ...
+
+    def learn(self, events: Sequence[LoggedEvent], histories: UserHistories) -> None:
+        """Take events that were answered; the histories have them."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What it has to say of its learning; `events_read` are the events that went through training steps."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an arm made of a stream."""
+
+    ranks: np.ndarray  # (E,)
+    facts: dict[str, Any] = field(default_factory=dict)  # the arm's, and seconds of CPU for answers and learning
+
+
+def replay(stream: Stream, arm: Arm, batch_events: int = 64, live_histories: bool = True) -> Outcome:
+    """Answer every event of the stream's newest part; what is answered is learned in micro-batches.
+
+    Args:
+        stream: what was before, and what streams in.
+        arm: who answers.
+        batch_events: events of a micro-batch: the arm learns when so many have been answered.
+        live_histories: whether histories grow with the stream.
+    """
+    histories = UserHistories(KEEP_EVENTS)
+    for event in events_of(stream.oldest):
+        histories.append(event)
+    ranks: list[np.ndarray] = []
+    answer_seconds = learn_seconds = 0.0
+    events = events_of(stream.newest)
+    for start in range(0, len(events), batch_events):
+        part = [LoggedEvent(start + i + 1, e, e.timestamp) for i, e in enumerate(events[start : start + batch_events])]
+        contexts = []
+        for logged in part:
+            contexts.append(histories.get(logged.event.user_id))
+            if live_histories:
+                histories.append(logged.event, logged.offset)
+        begin = time.process_time()
+        ranks.append(arm.ranks(contexts, [logged.event.item_id for logged in part]))
+        answered = time.process_time()
+        arm.learn(part, histories)
+        answer_seconds += answered - begin
+        learn_seconds += time.process_time() - answered
+    seconds = {"answer_seconds": answer_seconds, "learn_seconds": learn_seconds}
+    return Outcome(np.concatenate(ranks), seconds | arm.facts())
+
+
+@torch.inference_mode()
+def ranks_of(
+    encoder: BehaviourEncoder,
+    catalog: Catalog,
+    contexts: Sequence[History],
+    targets: Sequence[str],
+    exclude_seen: bool,
+) -> np.ndarray:
+    """(E,) int64 place of each target among all items by s = uT A v, or by popularity for an empty history.
+
+    Ties count against the target; MISSED where the catalog does not know it or it is removed as seen.
+    """
+    encoder.eval()
+    flat = to_histories(contexts, catalog, encoder.config.kind_codes)
+    vectors = encoder.item_vectors(torch.arange(len(catalog) + 1))  # (R, C)
+    scores = torch.empty(len(contexts), len(vectors))
+    for places, part in model_scores(encoder, vectors, flat):
+        scores[torch.from_numpy(places)] = part
+    if exclude_seen:
+        remove_seen(scores, flat, np.arange(len(contexts)))
+    scores[:, PADDING_ROW] = float("-inf")
+    rows = np.array([catalog.row_of.get(target, PADDING_ROW) for target in targets], dtype=np.int64)
+    return target_ranks(scores, rows, missed=MISSED)
+
+
+class ModelArm:
+    """A model that ranks all of its items."""
+
+    def __init__(self, encoder: BehaviourEncoder, catalog: Catalog, exclude_seen: bool):
+        self.encoder = encoder
+        self.catalog = catalog
+        self.exclude_seen = exclude_seen
+
+    def ranks(self, contexts: Sequence[History], targets: Sequence[str]) -> np.ndarray:
+        """Where the targets rank."""
+        return ranks_of(self.encoder, self.catalog, contexts, targets, self.exclude_seen)
+
+
+class Frozen(ModelArm):
+    """A model whose weights stay: the arms `batch` and `history`."""
+
+    def __init__(self, model: Path, exclude_seen: bool):
+        encoder, catalog, _ = load_model(model)
+        super().__init__(encoder, catalog, exclude_seen)
+
+    def learn(self, events: Sequence[LoggedEvent], histories: UserHistories) -> None:
+        """Nothing is learned."""
+
+    def facts(self) -> dict[str, Any]:
+        """Nothing to say."""
+        return {}
+
+
+class Live(ModelArm):
+    """The near-line learner itself, with its replay sample, its gate and its registry: the arm `live`."""
+
+    def __init__(self, model: Path, state: Path, config: LearnerConfig, exclude_seen: bool, seed: int = 0):
+        registry = Registry(state)
+        registry.start_from(model)
+        self.learner = NearlineLearner(registry, config)
+        super().__init__(self.learner.encoder, self.learner.catalog, exclude_seen)
+        self.generator = np.random.default_rng(seed)
+        self.rejected: list[str] = []
+        self.events_read = 0
+
+    def learn(self, events: Sequence[LoggedEvent], histories: UserHistories) -> None:
+        """One micro-batch."""
+        learner = self.learner
+        batch = micro_batch(events, events[0].offset - 1, histories, learner.sample_sizes, self.generator)
+        result = learner.learn(batch)
+        self.events_read += sum(map(len, batch.histories)) + sum(map(len, batch.replay))
+        if isinstance(result, Rejection):
+            self.rejected.append(result.reason)
+
+    def facts(self) -> dict[str, Any]:
+        """Versions, and what the gate held back."""
+        return {
+            "events_read": self.events_read,
+            "version": self.learner.version,
+            "rejected_updates": len(self.rejected),
+            "rejections": sorted(set(self.rejected)),
+        }
+
+
+class Daily(ModelArm):
+    """A fine-tune on all events so far at the end of each day of the stream's time: the arm `daily`.
+
+    Each is `epochs` passes over everything, from the weights of the day before, with a learning rate that decays.
+    """
+
+    def __init__(self, model: Path, exclude_seen: bool, epochs: int, learning_rate: float, half_life: float = 7 * DAY):
+        encoder, catalog, manifest = load_model(model)
+        super().__init__(encoder, catalog, exclude_seen)
+        self.epochs = epochs
+        self.half_life = half_life
+        self.events_per_batch = int(manifest.training["events_per_batch"])
+        self.trainer = Trainer(self.encoder, len(self.catalog), TrainingConfig(learning_rate=learning_rate))
+        self.day: int | None = None
+        self.fine_tunes = 0
+        self.events_read = 0
+
+    def learn(self, events: Sequence[LoggedEvent], histories: UserHistories) -> None:
+        """Fine-tune when a new day has begun."""
+        day = events[-1].event.timestamp // DAY
+        if self.day is not None and day > self.day:
+            self._fine_tune(histories)
+        self.day = day
+
+    def _fine_tune(self, histories: UserHistories) -> None:
+        every = [histories.get(user_id) for user_id in histories.users(len(histories))]
+        self._add_items(every)
+        flat = to_histories(every, self.catalog, self.encoder.config.kind_codes)
+        batches = SequenceBatches(flat, self.encoder.config)
+        peak = self.trainer.config.learning_rate
+        for epoch in range(self.epochs):
+            generator = np.random.default_rng((self.fine_tunes, epoch))
+            self.trainer.learning_rate = peak * (1 - epoch / self.epochs)
+            for batch in batches.epoch(self.events_per_batch, generator):
+                self.trainer.step(batch)
+            self.events_read += len(flat.rows)
+        newest = int(flat.timestamps.max())
+        totals = popularity_of(flat, newest, self.half_life, self.encoder.config.item_rows)
+        self.encoder.item_popularity.copy_(torch.from_numpy(totals.astype(np.float32)))
+        self.fine_tunes += 1
+
+    def _add_items(self, histories: Sequence[History]) -> None:
+        """Give rows to items that were not in the catalog: the mean of the others, a little apart."""
+        known = len(self.catalog)
+        self.catalog.extend(item_id for history in histories for item_id in history.item_ids)
+        missing = len(self.catalog) + 1 - self.encoder.config.item_rows
+        if missing > 0:
+            grow_items(self.encoder, self.encoder.config.item_rows + missing)
+            self.trainer.row_optimizer.grow(self.encoder.config.item_rows)
+        self.trainer.items = len(self.catalog)
+        table = self.encoder.item_embeddings.weight.detach()
+        added = table[known + 1 : len(self.catalog) + 1]
+        noise = torch.randn(added.shape, generator=torch.Generator().manual_seed(known))
+        added.copy_(table[1 : known + 1].mean(dim=0) + noise * self.encoder.config.initializer_range)
+
+    def facts(self) -> dict[str, Any]:
+        """How often, and how much."""
+        return {"events_read": self.events_read, "fine_tunes": self.fine_tunes}

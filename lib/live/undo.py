@@ -1,0 +1,48 @@
+"""What an update can be taken back with."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.model.delta import ROW_TENSORS, dense_state, state_of
+from lib.model.trainer import Trainer
+
+
+class UndoJournal:
+    """What the weights and the optimiser were before an update, of just those rows that it changes."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.dense = {name: tensor.clone() for name, tensor in dense_state(trainer.encoder).items()}
+        self.optimizer = {n: v.copy() for n, v in trainer.optimizer_state(np.zeros(0, dtype=np.int64)).items()}
+        self.rows: list[Tensor] = []
+        self.saved: list[tuple[Tensor, ...]] = []
+
+    def record(self, rows: Tensor) -> None:
+        """Remember rows that are about to change."""
+        row = self.trainer.row_optimizer
+        encoder = self.trainer.encoder
+        tensors = (encoder.item_embeddings.weight, encoder.item_popularity, row.first, row.second, row.steps)
+        self.rows.append(rows)
+        self.saved.append(tuple(tensor.detach()[rows].clone() for tensor in tensors))
+
+    def embeddings(self) -> list[tuple[Tensor, Tensor]]:
+        """Recorded rows (R,) with their embeddings (R, C), the oldest record first."""
+        return [(rows, saved[0]) for rows, saved in zip(self.rows, self.saved, strict=True)]
+
+    def changed_rows(self) -> Tensor:
+        """(R,) all recorded rows, ascending."""
+        return torch.unique(torch.cat(self.rows)) if self.rows else torch.zeros(0, dtype=torch.long)
+
+    def undo(self) -> None:
+        """Put everything back, the newest record first."""
+        row = self.trainer.row_optimizer
+        encoder = self.trainer.encoder
+        state = state_of(encoder)
+        for rows, saved in zip(reversed(self.rows), reversed(self.saved), strict=True):
+            targets = (state[ROW_TENSORS[0]], encoder.item_popularity, row.first, row.second, row.steps)
+            for target, values in zip(targets, saved, strict=True):
+                target[rows] = values
+        for name, values in self.dense.items():
+            state[name].copy_(values)
+        self.trainer.load_optimizer_state(self.optimizer, np.zeros(0, dtype=np.int64))

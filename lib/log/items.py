@@ -1,0 +1,92 @@
+"""The durable record of items that were put or deleted while live: the newest state of each, in the order of change.
+
+It is small beside the feedback log, and it is written seldom: one SQLite file, one transaction with its fsync a call.
+"""
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lib.data.events import InputError
+from lib.log.feedback import last_commit_is_torn, write_error
+
+# A change takes the place of the one before, so that a new reader reads each item once. The newest change always
+# stays, so the highest revision is the last one that was given.
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS items(item_id TEXT PRIMARY KEY, revision INTEGER NOT NULL UNIQUE, attributes TEXT);
+"""
+PUT = """
+INSERT INTO items(item_id, revision, attributes) VALUES(?, ?, ?)
+ON CONFLICT(item_id) DO UPDATE SET revision = excluded.revision, attributes = excluded.attributes
+"""
+
+
+class ItemChange(NamedTuple):
+    """What an item is since a revision."""
+
+    revision: int
+    item_id: str
+    attributes: dict[str, Any] | None  # None: it is deleted
+
+
+class ItemLog:
+    """Writes and reads the record; thread-safe.
+
+    Raises:
+        InputError: the file cannot be used; the message names it.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self.torn = last_commit_is_torn(path)
+        with self._errors():
+            self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            for statement in ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", SCHEMA):
+                self._connection.execute(statement)
+            self.revision: int = self._connection.execute("SELECT COALESCE(MAX(revision), 0) FROM items").fetchone()[0]
+
+    def append(self, items: Sequence[tuple[str, dict[str, Any] | None]]) -> int:
+        """Record items with their attributes, None for a deleted one; durable when it returns the newest revision.
+
+        Raises:
+            LogWriteError: the file could not be written; nothing of the call is recorded then.
+        """
+        revision = self.revision
+        try:
+            with self._lock, self._connection:
+                self._connection.execute("BEGIN IMMEDIATE")
+                for item_id, attributes in items:
+                    revision += 1
+                    text = None if attributes is None else json.dumps(attributes)
+                    self._connection.execute(PUT, (item_id, revision, text))
+        except sqlite3.Error as error:
+            raise write_error(f"item log {self.path}", error) from error
+        self.revision = revision
+        return revision
+
+    def after(self, revision: int) -> list[ItemChange]:
+        """The items that changed after a revision, in the order of their newest change."""
+        with self._lock, self._errors():
+            rows = self._connection.execute(
+                "SELECT revision, item_id, attributes FROM items WHERE revision > ? ORDER BY revision", (revision,)
+            ).fetchall()
+        return [ItemChange(r, item_id, None if text is None else json.loads(text)) for r, item_id, text in rows]
+
+    def close(self) -> None:
+        """End it."""
+        self._connection.close()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise InputError(
+                f"item log {self.path} cannot be used: {error}; free the disk or restore a copy"
+            ) from error

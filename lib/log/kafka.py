@@ -1,0 +1,355 @@
+"""The feedback log on Kafka: a topic is the log, and a SQLite file beside the aggregator is a copy to read it from.
+
+Notable features:
+
+- A partition is a shard. A message is the events of one append, so they stay together; it is acknowledged once all
+  in-sync replicas of the partition have it (acks=all, an idempotent producer).
+- Offsets are no field of a message: they number the distinct events of the partition in its order, from 1 and without
+  gaps. Whoever reads the same messages gives the same offsets, so a lost copy is made again and nothing depends on it.
+- Duplicates are found in the copy before they are sent, and once more where messages are read, so also what came twice
+  (a message that was written although its acknowledgement was lost) counts once.
+- After a failed write the copy takes over what the partition really holds before anything else is written; so it does
+  where another writer has put a message in between. The next append then tells of those events.
+
+The topic must keep its messages: retention.ms=-1, retention.bytes=-1, no compaction. A missing message is noticed.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, cast
+from urllib.parse import parse_qsl, urlsplit
+
+import orjson
+
+from lib.data.events import EVENT_SCHEMA, Event, InputError
+from lib.log.feedback import (
+    Append,
+    AppendResult,
+    FeedbackLog,
+    LogCorrupt,
+    LoggedEvent,
+    LogWriteError,
+    insert_rows,
+    last_offset_of,
+    row_of,
+    transaction,
+)
+from lib.log.layout import COPY_HINT, Shard
+
+try:
+    from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+except ImportError as error:
+    raise InputError("log: Kafka needs confluent-kafka; pip install 'afterclick[kafka]'") from error
+
+logger = logging.getLogger(__name__)
+LARGEST_MESSAGE = 16 << 20  # bytes before compression; the broker's own limit is of what is left after it
+MESSAGES_AT_ONCE = 1_000
+POSITION = "CREATE TABLE IF NOT EXISTS position(next INTEGER NOT NULL)"  # of the partition's messages, from 0
+
+
+class BrokersAway(InputError):
+    """The brokers cannot be reached; the message names their address."""
+
+
+@dataclass(frozen=True)
+class Topic:
+    """Where the log is: the topic, how to reach its brokers, and what to call it in a message."""
+
+    name: str
+    location: str
+    settings: dict[str, str]
+
+    @classmethod
+    def of(cls, location: str) -> "Topic":
+        """Read kafka://host:port[,host:port]/topic[?setting=value&...]; the settings are librdkafka's.
+
+        Raises:
+            InputError: it is no such location.
+        """
+        parts = urlsplit(location)
+        name = parts.path.strip("/")
+        if parts.scheme != "kafka" or not parts.netloc or not name or "/" in name:
+            raise InputError(f"log: {location} must be kafka://host:port/topic, or sqlite")
+        settings = {"bootstrap.servers": parts.netloc, **dict(parse_qsl(parts.query))}
+        return cls(name, location.partition("?")[0], settings)
+
+    def check(self, partitions: int, timeout: float) -> None:
+        """Refuse a topic that cannot be reached, or that has fewer partitions than there are shards.
+
+        Raises:
+            InputError: it says which, and what to do; BrokersAway where it cannot be reached.
+        """
+        with self.reading(timeout) as consumer:
+            found = consumer.list_topics(self.name, timeout=timeout).topics[self.name]
+        if found.error is not None and found.error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+            raise InputError(
+                f"log: {self.location} does not exist; make the topic with {partitions} partitions and retention.ms=-1"
+            )
+        if found.error is not None:
+            raise InputError(f"log: {self.location} cannot be used: {found.error.str()}")
+        if len(found.partitions) < partitions:
+            raise InputError(
+                f"log: {self.location} has {len(found.partitions)} partitions, and {partitions} aggregators need "
+                "one each; use fewer aggregators, or another topic"
+            )
+
+    @contextmanager
+    def reading(self, timeout: float) -> Iterator[Consumer]:
+        """A consumer for the length of a block.
+
+        Raises:
+            BrokersAway: they do not answer.
+        """
+        own = {"group.id": "afterclick", "enable.auto.commit": False, "auto.offset.reset": "error", "log_level": 2}
+        try:
+            with closing(Consumer(self.settings | own)) as consumer:
+                yield consumer
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError._INVALID_ARG:
+                raise InputError(f"log: {self.location} has a wrong setting: {error.args[0].str()}") from error
+            raise BrokersAway(
+                f"log: {self.location} cannot be reached within {timeout:g} s ({error.args[0].str()}); "
+                "start its brokers, or correct the address"
+            ) from error
+
+    def producer(self, timeout: float) -> Producer:
+        """A producer whose acknowledged messages are durable; it gives up after `timeout` seconds."""
+        usual = {"message.max.bytes": LARGEST_MESSAGE, "compression.type": "lz4", "linger.ms": 0}
+        promised = {"acks": "all", "enable.idempotence": True, "message.timeout.ms": int(timeout * 1000)}
+        return Producer(usual | self.settings | promised)
+
+
+class _Message(NamedTuple):
+    place: int  # in the partition
+    rows: list[tuple]  # of its events
+    received_at: int
+
+
+class KafkaLog(FeedbackLog):
+    """The log of one shard in a partition of a topic, with its copy at `copy`; the interface of FeedbackLog.
+
+    `timeout` is how many seconds a write may take until it fails; `wait_for_brokers` waits for those that are away.
+
+    Raises BrokersAway when the topic cannot be reached, InputError when it cannot be used, and LogLocked and LogCorrupt
+    as FeedbackLog does.
+    """
+
+    def __init__(
+        self,
+        location: str,
+        shard: Shard,
+        copy: Path,
+        *,
+        wait_for_lock: float = 0.0,
+        wait_for_brokers: bool = False,
+        timeout: float = 10.0,
+    ) -> None:
+        self.topic = Topic.of(location)
+        self.shard = shard
+        self.timeout = timeout
+        self._others: list[LoggedEvent] = []  # taken over and not yet told of
+        self._patiently(lambda: self.topic.check(shard.count, timeout), wait_for_brokers)
+        try:
+            super().__init__(copy, wait_for_lock=wait_for_lock)
+        except LogCorrupt as error:
+            raise LogCorrupt(f"{error}; {COPY_HINT.format(self.name)}") from error
+        try:
+            # a power loss may take the newest commits of a copy, which are read again
+            self.torn = False
+            self._connection.execute("PRAGMA synchronous = NORMAL")
+            self._connection.execute(POSITION)
+            self._connection.execute("INSERT INTO position SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM position)")
+            self._patiently(self._catch_up, wait_for_brokers)
+            self._others.clear()  # they are in the log that is opened
+            self._producer: Producer | None = self.topic.producer(timeout)
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def _patiently(call: Callable[[], object], wait: bool) -> None:
+        """Call again as long as the brokers are away, if it is to wait for them."""
+        while True:
+            try:
+                call()
+                return
+            except BrokersAway as error:
+                if not wait:
+                    raise
+                logger.warning("waiting for the brokers: %s", error)
+
+    @property
+    def name(self) -> str:
+        """The location of the topic, without settings."""
+        return self.topic.location
+
+    def erase(self, user_id: str) -> int:
+        """Not to be had: what a topic has taken in stays in it.
+
+        Raises InputError.
+        """
+        raise InputError(
+            f"log: {self.name} cannot forget a user, as a topic keeps its messages; where users must be erased, "
+            "keep the log in SQLite (--log sqlite)"
+        )
+
+    def close(self) -> None:
+        """Write what still waits, then close the copy and the connections; a second close does nothing."""
+        super().close()
+        self._producer = None
+
+    def _append_group(self, group: list[Append]) -> list[AppendResult | Exception]:
+        if self._producer is None:  # an earlier write failed, and what became of it is not known
+            self._catch_up()
+            self._producer = self.topic.producer(self.timeout)
+        producer, self._producer = self._producer, None
+        new = [[row for row in append.rows if not self._holds(row)] for append in group]
+        received_at = time.time_ns() // 1_000_000
+        places, failures = self._send(producer, new, received_at)
+        sent = sorted(_Message(place, new[index], received_at) for index, place in places.items())
+        follow = [message.place for message in sent] == list(range(self._position(), self._position() + len(sent)))
+        offsets = self._store(sent) if follow else self._catch_up()
+        if not failures:
+            self._producer = producer
+        self.commits += len(sent) > 0
+        own = {offset for place in places.values() for offset in offsets[place]}
+        self._others = [other for other in self._others if other.offset not in own]
+        results: list[AppendResult | Exception] = []
+        for index, (append, rows) in enumerate(zip(group, new, strict=True)):
+            given = offsets[places[index]] if index in places else []
+            results.append(failures[index] if index in failures else _result(append, rows, given))
+        self._tell_of_others([result for result in results if isinstance(result, AppendResult)])
+        return results
+
+    def _tell_of_others(self, results: list[AppendResult]) -> None:
+        """Put each event that came otherwise with the result that follows it, or with the last one."""
+        for result in results:
+            last = max((offset for offset in result.offsets if offset is not None), default=0)
+            before = [other for other in self._others if other.offset < last]
+            result.others.extend(self._others if result is results[-1] else before)
+            del self._others[: len(result.others)]
+
+    def _send(
+        self, producer: Producer, new: list[list[tuple]], received_at: int
+    ) -> tuple[dict[int, int], dict[int, Exception]]:
+        """Send the rows of each append as a message, if there are any; its place in the partition, or its failure."""
+        places: dict[int, int] = {}
+        failures: dict[int, Exception] = {}
+
+        def fail(index: int, error: KafkaError) -> None:
+            failures[index] = LogWriteError(f"feedback log {self.name} could not be written: {error.str()}")
+
+        def delivered(index: int, error: KafkaError | None, message: Message) -> None:
+            if error is not None:
+                fail(index, error)
+            else:
+                places[index] = cast("int", message.offset())
+
+        for index, rows in enumerate(new):
+            if not rows:
+                continue
+            try:
+                producer.produce(
+                    self.topic.name,
+                    self._encoded(rows, received_at),
+                    partition=self.shard.number,
+                    on_delivery=partial(delivered, index),
+                )
+            except KafkaException as error:
+                fail(index, error.args[0])
+        producer.flush()  # each message is delivered or has failed after the timeout
+        return places, failures
+
+    def _encoded(self, rows: list[tuple], received_at: int) -> bytes:
+        events = [
+            {name: value for name, value in zip(EVENT_SCHEMA.names, row[1:], strict=True) if value is not None}
+            for row in rows
+        ]
+        shard = [self.shard.number, self.shard.count]
+        return orjson.dumps({"shard": shard, "received_at": received_at, "events": events})
+
+    def _decoded(self, message: Message) -> _Message:
+        place, error = cast("int", message.offset()), message.error()
+        if error is not None:
+            raise KafkaException(error)
+        try:
+            fields = orjson.loads(message.value() or b"")
+            count, received_at = fields["shard"][1], int(fields["received_at"])
+            rows = [row_of(index, Event(**{"value": None, **event})) for index, event in enumerate(fields["events"])]
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"log: message {place} in partition {self.shard.number} of {self.name} is no feedback of such a log "
+                f"({error!r}); use a topic of its own"
+            ) from error
+        if count != self.shard.count:
+            raise InputError(f"log: {self.name} was written by {count} aggregators; start with --aggregators {count}")
+        return _Message(place, rows, received_at)
+
+    def _catch_up(self) -> dict[int, list[int | None]]:
+        """Take over what the partition holds beyond the copy; the offsets of each message by its place."""
+        offsets: dict[int, list[int | None]] = {}
+        position = self._position()
+        with self.topic.reading(self.timeout) as consumer:
+            partition = TopicPartition(self.topic.name, self.shard.number, position)
+            end = self._end(consumer.get_watermark_offsets(partition, timeout=self.timeout), position)
+            consumer.assign([partition])
+            while position < end:
+                messages = consumer.consume(min(MESSAGES_AT_ONCE, end - position), self.timeout)
+                if not messages:
+                    raise BrokersAway(f"log: {self.name} gave no message within {self.timeout:g} s; see to its brokers")
+                read = [self._decoded(message) for message in messages]
+                offsets |= self._store(read)
+                for place, rows, received_at in read:
+                    given = zip(offsets[place], rows, strict=True)
+                    self._others += [LoggedEvent(o, Event(*row[1:]), received_at) for o, row in given if o is not None]
+                position = read[-1].place + 1
+        return offsets
+
+    def _end(self, watermarks: tuple[int, int] | None, position: int) -> int:
+        """Where the partition ends, once it is known to hold everything that the copy lacks."""
+        if watermarks is None:
+            raise BrokersAway(f"log: {self.name} did not answer within {self.timeout:g} s; see to its brokers")
+        first, end = watermarks
+        if first > position:
+            raise InputError(
+                f"log: messages {position} to {first - 1} in partition {self.shard.number} of {self.name} are gone; "
+                "restore the topic, and set its retention.ms and retention.bytes to -1"
+            )
+        if end < position:
+            raise InputError(
+                f"log: partition {self.shard.number} of {self.name} ends at message {end}, and {self.path} has read "
+                f"{position}; restore the topic, or begin another folder with --state"
+            )
+        return end
+
+    def _store(self, messages: Sequence[_Message]) -> dict[int, list[int | None]]:
+        """Write the events of messages into the copy; the offsets of each message by its place."""
+        offsets: dict[int, list[int | None]] = {}
+        if not messages:
+            return offsets
+        with transaction(self._connection) as connection:
+            last = last_offset_of(connection)
+            for place, rows, received_at in messages:
+                offsets[place] = insert_rows(connection, last, rows, received_at)
+                last += len(rows) - offsets[place].count(None)
+            connection.execute("UPDATE given SET last_offset = ?", (last,))
+            connection.execute("UPDATE position SET next = ?", (messages[-1].place + 1,))
+        return offsets
+
+    def _position(self) -> int:
+        return self._connection.execute("SELECT next FROM position").fetchone()[0]
+
+    def _holds(self, row: tuple) -> bool:
+        return self._connection.execute("SELECT 1 FROM events WHERE key = ?", row[:1]).fetchone() is not None
+
+
+def _result(append: Append, new: list[tuple], offsets: list[int | None]) -> AppendResult:
+    """The offsets of all rows of an append from those of its new ones; the others are duplicates."""
+    given = iter(offsets)
+    sent = {id(row) for row in new}
+    return AppendResult([next(given) if id(row) in sent else None for row in append.rows])

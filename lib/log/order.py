@@ -1,0 +1,152 @@
+"""One order of the events of several logs, so that a single offset says how far all of them have been learned.
+
+Each shard of the feedback log numbers its own events as it makes them durable, and waits for no other. The learner puts
+them in one order, a run of one shard's events at a time, and makes the order durable before it learns a run: so offsets
+are without gaps, are given once, and mean the same event for good (Ding et al. 2020, "Scalog: seamless reconfiguration
+and total order in a scalable shared log"). Versions, ledger, gate and popularity know nothing of shards.
+"""
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from lib.data.events import InputError
+from lib.log.feedback import transaction
+
+# Runs that follow each other in one shard are one, so that there are no more of them than the order has turns.
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS runs(
+    after  INTEGER PRIMARY KEY,
+    shard  INTEGER NOT NULL,
+    place  INTEGER NOT NULL,
+    length INTEGER NOT NULL,
+    UNIQUE(shard, place)
+);
+"""
+SELECT = "SELECT after, shard, place, length FROM runs"
+
+
+class Run(NamedTuple):
+    """`length` events that follow offset `after`: those that follow offset `place` of a shard's own log."""
+
+    after: int
+    shard: int
+    place: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """The offset of the last one."""
+        return self.after + self.length
+
+    @property
+    def last_place(self) -> int:
+        """The offset of the last one in the shard's own log."""
+        return self.place + self.length
+
+    def beyond(self, offset: int) -> "Run":
+        """What follows an offset of the run."""
+        passed = offset - self.after
+        return Run(offset, self.shard, self.place + passed, self.length - passed)
+
+
+class LogOrder:
+    """The order in one file; thread-safe, and the same to any number of processes.
+
+    Raises:
+        InputError: the file is missing or damaged; the message names it.
+        OSError: it cannot be read, or written, now; each method may raise the same.
+    """
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise InputError(f"order of the feedback log {path} is missing; restore it from a copy")
+        self.path = path
+        self._lock = threading.Lock()
+        with self._errors():
+            self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            for statement in ("PRAGMA synchronous = FULL", "PRAGMA fullfsync = ON", f"{SELECT} LIMIT 1"):
+                self._connection.execute(statement)
+
+    @classmethod
+    def create(cls, path: Path) -> None:
+        """Make an empty one, unless there is one."""
+        if path.exists():
+            return
+        unfinished = path.with_name(f"{path.name}.new")
+        unfinished.unlink(missing_ok=True)
+        connection = sqlite3.connect(unfinished, isolation_level=None)
+        connection.executescript(f"PRAGMA journal_mode = WAL; {SCHEMA}")
+        connection.close()
+        unfinished.rename(path)
+
+    def end(self) -> int:
+        """The last offset that was given, 0 for none."""
+        last = self._run("ORDER BY after DESC LIMIT 1")
+        return 0 if last is None else last.end
+
+    def place(self, shard: int) -> int:
+        """How far into its own log a shard's events are in the order."""
+        last = self._run("WHERE shard = ? ORDER BY place DESC LIMIT 1", shard)
+        return 0 if last is None else last.last_place
+
+    def after(self, offset: int) -> Run | None:
+        """The events that follow an offset, as far as they are of one shard; None where the order ends there."""
+        run = self._run("WHERE after <= ? ORDER BY after DESC LIMIT 1", offset)
+        return None if run is None or offset >= run.end else run.beyond(offset)
+
+    def offset_of(self, shard: int, place: int) -> int:
+        """The offset of the event at a place of a shard's own log, which is in the order already."""
+        run = self._run("WHERE shard = ? AND place < ? ORDER BY place DESC LIMIT 1", shard, place)
+        assert run is not None, f"no event of shard {shard} has an offset"
+        assert place <= run.last_place, f"place {place} of shard {shard} has no offset yet"
+        return run.after + place - run.place
+
+    def extend(self, shard: int, place: int, last_place: int) -> Run:
+        """Give offsets to a shard's events behind `place`, up to `last_place`; durable when it returns.
+
+        Raises:
+            InputError: the order of this shard does not end at `place`: another learner is at work.
+        """
+        with self._lock, self._errors(), transaction(self._connection) as connection:
+            last = _run_of(connection, "ORDER BY after DESC LIMIT 1")
+            own = _run_of(connection, "WHERE shard = ? ORDER BY place DESC LIMIT 1", shard)
+            if place != (0 if own is None else own.last_place):
+                raise InputError(f"order of the feedback log {self.path}: another learner extends it; stop that first")
+            run = Run(0 if last is None else last.end, shard, place, last_place - place)
+            if last is not None and last == own:
+                connection.execute("UPDATE runs SET length = length + ? WHERE after = ?", (run.length, last.after))
+            else:
+                connection.execute("INSERT INTO runs(after, shard, place, length) VALUES(?, ?, ?, ?)", run)
+        return run
+
+    def close(self) -> None:
+        """End it."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _run(self, which: str, *parameters: int) -> Run | None:
+        with self._lock, self._errors():
+            return _run_of(self._connection, which, *parameters)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise OSError(f"order of the feedback log {self.path} cannot be used ({error})") from error
+        except sqlite3.DatabaseError as error:
+            raise InputError(f"order of the feedback log {self.path} is damaged ({error}); restore a copy") from error
+
+
+def _run_of(connection: sqlite3.Connection, which: str, *parameters: int) -> Run | None:
+    row = connection.execute(f"{SELECT} {which}", parameters).fetchone()
+    return None if row is None else Run(*row)

@@ -1,0 +1,194 @@
+"""Snapshots and deltas of a model's weights, and the fingerprint that proves two copies equal to the bit.
+
+A state is the encoder's named tensors. Three of them are row tensors, one line per item: a delta carries just their
+changed rows, and of the other tensors those that changed.
+"""
+
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from torch import Tensor, nn
+
+from lib.model.encoder import BehaviourEncoder
+
+ROW_TENSORS = ("item_embeddings.weight", "item_popularity", "item_attributes")
+ATTRIBUTE_TABLE = "attribute_embeddings.weight"
+OPTIMIZER_PREFIX = "optimizer."
+
+
+class DeltaMismatch(ValueError):
+    """A delta does not follow from the state that it was applied to, or its bytes are damaged."""
+
+
+def state_of(encoder: BehaviourEncoder) -> dict[str, Tensor]:
+    """The encoder's tensors by name, sharing memory with it."""
+    return {name: tensor.detach() for name, tensor in encoder.state_dict().items()}
+
+
+def dense_state(encoder: BehaviourEncoder) -> dict[str, Tensor]:
+    """Of the tensors that are no row tensors, those that training may change: what it freezes stays as it is."""
+    frozen = {name for name, parameter in encoder.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in state_of(encoder).items() if name not in frozen | set(ROW_TENSORS)}
+
+
+@dataclass
+class Delta:
+    """What changed from version `parent` to `version`."""
+
+    version: int
+    parent: int
+    checksum: str  # fingerprint of the whole state after this delta
+    log_offset: int  # the newest event of the feedback log that the state has learned from
+    item_rows: int  # rows of the item table after this delta
+    rows: np.ndarray  # (R,) int64 changed rows, ascending
+    tensors: dict[str, np.ndarray]  # row tensors as (R, ...), other tensors whole
+    new_items: list[str] = field(default_factory=list)  # items that got the next rows of the catalog
+    facts: dict[str, Any] = field(default_factory=dict)  # what the learner says of it: counts, losses, reasons
+
+    def to_bytes(self, optimizer: Mapping[str, np.ndarray] | None = None) -> bytes:
+        """Safetensors bytes; with the optimiser's tensors for storage, without them for the way to the replicas."""
+        header = json.dumps({name: value for name, value in vars(self).items() if name not in ("rows", "tensors")})
+        tensors = {"rows": self.rows, **self.tensors}
+        tensors |= {OPTIMIZER_PREFIX + name: value for name, value in (optimizer or {}).items()}
+        contiguous = {name: np.require(value, requirements="C") for name, value in tensors.items()}
+        return safetensors.numpy.save(contiguous, metadata={"delta": header, "digest": _digest(header, contiguous)})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Delta":
+        """Read a delta; an optimiser's tensors stay in `tensors` under their prefix.
+
+        Raises:
+            DeltaMismatch: the bytes are not a whole delta.
+        """
+        try:
+            tensors = safetensors.numpy.load(data)
+            length = int.from_bytes(data[:8], "little")
+            metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+            header, digest = metadata["delta"], metadata["digest"]
+        except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise DeltaMismatch(f"the bytes are not a whole delta: {error!r}") from error
+        if _digest(header, tensors) != digest:
+            raise DeltaMismatch("the bytes are not a whole delta: their digest is another")
+        return cls(rows=tensors.pop("rows"), tensors=tensors, **json.loads(header))
+
+
+def _digest(header: str, tensors: Mapping[str, np.ndarray]) -> str:
+    """What tells a damaged delta; unlike the fingerprint it covers the header and the optimiser's tensors."""
+    digest = hashlib.blake2b(header.encode(), digest_size=16)
+    for name in sorted(tensors):
+        array = tensors[name]
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def apply_delta(encoder: BehaviourEncoder, delta: Delta) -> None:
+    """Bring the encoder's tensors in place to the state of the delta's version."""
+    grow_items(encoder, delta.item_rows)
+    state = state_of(encoder)
+    rows = torch.from_numpy(np.array(delta.rows))
+    for name, values in delta.tensors.items():
+        if name.startswith(OPTIMIZER_PREFIX):
+            continue
+        source = torch.from_numpy(np.array(values))  # a copy: shared memory is read-only
+        if name in ROW_TENSORS:
+            state[name][rows] = source.to(state[name].device)
+        else:
+            state[name].copy_(source)
+
+
+def grow_items(encoder: BehaviourEncoder, item_rows: int) -> None:
+    """Lengthen the item table to `item_rows` rows; new rows are zero until a delta or a learner fills them."""
+    missing = item_rows - encoder.item_embeddings.num_embeddings
+    if missing <= 0:
+        return
+    table = encoder.item_embeddings.weight
+    grown = torch.cat([table.detach(), table.new_zeros(missing, table.shape[1])])
+    encoder.item_embeddings.weight = nn.Parameter(grown, requires_grad=table.requires_grad)
+    encoder.item_embeddings.num_embeddings = item_rows
+    for name in ("item_popularity", "item_attributes"):
+        known = getattr(encoder, name)
+        setattr(encoder, name, torch.cat([known, known.new_zeros(missing, *known.shape[1:])]))
+    encoder.config.item_rows = item_rows
+
+
+def difference(
+    encoder: BehaviourEncoder, target: Mapping[str, Tensor], rows: Tensor | None = None
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Rows and tensors that lead from the encoder's state to the target's, which has as many rows."""
+    state = state_of(encoder)
+    if rows is None:
+        changed = torch.zeros(len(target[ROW_TENSORS[0]]), dtype=torch.bool)
+        for name in ROW_TENSORS:
+            changed |= (state[name] != target[name]).reshape(len(changed), -1).any(dim=1)
+        rows = changed.nonzero().flatten()
+    tensors = {name: target[name][rows].numpy() for name in ROW_TENSORS}
+    for name, tensor in target.items():
+        if name not in ROW_TENSORS and not torch.equal(tensor, state[name]):
+            tensors[name] = tensor.numpy()
+    return rows.numpy(), tensors
+
+
+class Fingerprint:
+    """A 64-bit checksum of a state that follows a delta at the cost of its changed rows.
+
+    Every line of a row tensor, and every other tensor, is hashed by a multilinear function of its 32-bit words
+    (Carter & Wegman 1979) and mixed with its name and place; the checksum is their sum modulo 2^64.
+    """
+
+    def __init__(self, encoder: BehaviourEncoder):
+        self._parts: dict[str, np.ndarray] = {}  # of the row tensors, the hash of each line
+        self._totals: dict[str, int] = {}  # of every tensor
+        state = state_of(encoder)
+        self.update(state, np.zeros(0, dtype=np.int64))
+
+    def update(self, state: Mapping[str, Tensor], rows: np.ndarray, names: set[str] | None = None) -> str:
+        """Hash anew the given rows and the named other tensors (None: all); returns the checksum."""
+        for name, tensor in state.items():
+            if name in ROW_TENSORS:
+                parts = self._parts.get(name, np.zeros(0, dtype=np.uint64))
+                lines = np.union1d(rows, np.arange(len(parts), len(tensor)))
+                if len(tensor) > len(parts):
+                    parts = np.concatenate([parts, np.zeros(len(tensor) - len(parts), dtype=np.uint64)])
+                before = int(parts[lines].sum(dtype=np.uint64))
+                parts[lines] = _hash_lines(name, tensor[torch.from_numpy(lines)], lines)
+                self._parts[name] = parts
+                self._totals[name] = self._totals.get(name, 0) - before + int(parts[lines].sum(dtype=np.uint64))
+            elif names is None or name in names:
+                self._totals[name] = int(_hash_lines(name, tensor.reshape(1, -1), np.zeros(1, dtype=np.int64))[0])
+        return self.checksum
+
+    @property
+    def checksum(self) -> str:
+        """16 hexadecimal digits."""
+        return f"{sum(self._totals.values()) & 0xFFFFFFFFFFFFFFFF:016x}"
+
+
+def fingerprint(encoder: BehaviourEncoder) -> str:
+    """The checksum of an encoder's whole state."""
+    return Fingerprint(encoder).checksum
+
+
+def _hash_lines(name: str, lines: Tensor, places: np.ndarray) -> np.ndarray:
+    """(L,) uint64 hash of each line of a tensor, bound to the tensor's name and the line's place."""
+    words = lines.reshape(len(places), math.prod(lines.shape[1:])).cpu().contiguous().numpy().view(np.uint32)
+    seed = zlib.crc32(name.encode())
+    coefficients = np.random.Generator(np.random.PCG64(seed)).integers(
+        0, 2**64, size=words.shape[1], dtype=np.uint64, endpoint=False
+    )
+    hashes = np.empty(len(places), dtype=np.uint64)
+    for start in range(0, len(places), 65_536):  # bounds the memory of the 64-bit products
+        part = slice(start, start + 65_536)
+        hashes[part] = (words[part].astype(np.uint64) * (coefficients | np.uint64(1))).sum(axis=1, dtype=np.uint64)
+    hashes += (places.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64's finaliser
+        hashes = (hashes ^ (hashes >> np.uint64(shift))) * np.uint64(factor)
+    return hashes ^ (hashes >> np.uint64(31))

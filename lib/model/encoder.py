@@ -1,0 +1,389 @@
+"""The behaviour encoder: a person's recent events in, an interest vector out.
+
+Notable features:
+- one table of item embeddings serves as input and as output (tied), so a click on an item moves its vector too
+- inputs per event: the item (with its attributes), the kind of event, the time since the event before, the value
+- positions are counted back from the newest event, so "the last thing they did" has one place at every length
+- pre-norm blocks: causal attention and SwiGLU, each residual branch behind a sigmoid gate of its input; the gate and
+  what it gates come of one matrix product
+- dropout on the branches and not on attention weights (no loss of quality; a fifth of a step on a CPU)
+- sequences are padded on the right: under a causal mask no real event ever looks at padding, so no mask is built; on a
+  GPU in half precision the blocks run on the real events alone (variable-length attention)
+- the score is s = uT A v with u and v of unit length and A learned (it starts as the identity)
+
+Sources: SASRec (Kang & McAuley 2018) for the causal trunk; SwiGLU (Shazeer 2020); gated branches (Qiu et al. 2025,
+"Gated attention for large language models"); L2-normalised softmax with temperature (Yi et al. 2019).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.configuration_utils import PreTrainedConfig
+
+from lib.data.events import InputError
+from lib.model.loss import unit_length
+
+WEIGHTS = "model.safetensors"
+PADDING_ROW = 0  # row 0 of the item table belongs to no item
+INPUTS = ("kind", "gap", "value", "attributes")  # what can be read of an event beside its item and its place
+DEFAULT_INPUTS = ("kind", "value", "attributes")  # the gap gained nothing on any data set (tests/benchmarks/results)
+
+
+class BehaviourEncoderConfig(PreTrainedConfig):
+    """What a model folder's config.json holds: the encoder's shape and how events become its inputs."""
+
+    model_type = "afterclick_behaviour_encoder"
+
+    item_rows: int = 1  # rows of the item table, padding row and spare rows included
+    hidden_size: int = 64
+    intermediate_size: int = 128
+    num_hidden_layers: int = 1
+    num_attention_heads: int = 2
+    max_length: int = 50  # events of a history that are read
+    dropout: float = 0.3
+    temperature: float = 0.05
+    event_kinds: list[str] | None = None  # kind code = place in this list + 1
+    value_boundaries: list[float] | None = None  # value bucket = number of boundaries at or below the value, + 1
+    gap_buckets: int = 32  # log2 seconds
+    inputs: list[str] | None = None  # of INPUTS
+    attribute_values: list[str] | None = None  # "genres=Comedy": the code of an attribute is its place here + 1
+    attributes_per_item: int = 1  # width of the table of codes
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+
+    @property
+    def kind_codes(self) -> dict[str, int]:
+        """The code of each kind of event; 0 is padding."""
+        return {kind: place + 1 for place, kind in enumerate(self.event_kinds or [])}
+
+    def __post_init__(self, **kwargs):
+        """Fill in the lists, which must not be shared between configurations.
+
+        Raises:
+            InputError: a width that the heads do not divide, or an unknown input.
+        """
+        self.event_kinds = list(self.event_kinds or [])
+        self.inputs = list(DEFAULT_INPUTS if self.inputs is None else self.inputs)
+        self.value_boundaries = list(self.value_boundaries or [])
+        self.attribute_values = list(self.attribute_values or [])
+        super().__post_init__(**kwargs)
+        unknown = [name for name in self.inputs if name not in INPUTS]
+        if unknown:
+            raise InputError(f"inputs: {', '.join(unknown)} unknown; there are {', '.join(INPUTS)}")
+        if self.hidden_size % self.num_attention_heads != 0:
+            raise InputError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+
+
+class Dropout(nn.Module):
+    """Dropout with cheap masks: torch draws them one by one on a CPU, which was a fifth of a training step."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape; on a CPU the rate is rounded to 1/256."""
+        threshold = round(self.rate * 256)
+        if not self.training or threshold == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.rate)
+        # seeded by torch, so that torch.manual_seed and the recomputation of a checkpointed block give the same mask
+        generator = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
+        drawn = torch.from_numpy(generator.integers(0, 256, x.numel(), dtype=np.uint8))
+        return x * (drawn >= threshold).view(x.shape).to(x.dtype).mul_(256 / (256 - threshold))
+
+
+class CausalAttention(nn.Module):
+    """Multi-head causal self-attention, its result behind a sigmoid gate of the input."""
+
+    def __init__(self, config: BehaviourEncoderConfig):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.query_key_value_gate = nn.Linear(config.hidden_size, 4 * config.hidden_size, bias=False)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, packing: "Packing | None") -> Tensor:
+        """(B, T, C) -> (B, T, C), or (N, C) -> (N, C) with the packing of N real events."""
+        width = x.shape[-1]
+        query_key_value, gate = self.query_key_value_gate(x).split([3 * width, width], dim=-1)
+        heads = query_key_value.unflatten(-1, (3, self.heads, width // self.heads))  # (..., 3, H, C / H)
+        attended = packing.attend(heads) if packing is not None else causal_attention(heads)
+        return torch.sigmoid(gate) * self.output(attended.flatten(-2))
+
+    def newest(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, C) -> (B, C): what `forward` gives at each history's newest event.
+
+        With one query a history, keys and values need not be computed: q (W x) = (q W) x, and the weighted mean of
+        values is the projection of the weighted mean. That leaves two products of H rows with x.
+        """
+        batch, length, width = x.shape
+        weights = self.query_key_value_gate.weight.view(4, self.heads, width // self.heads, width)
+        query_weight, key_weight, value_weight, gate_weight = weights  # each (H, D, C)
+        last = x[torch.arange(batch, device=x.device), lengths - 1]  # (B, C)
+        query = torch.einsum("bc,hdc->hbd", last, query_weight) * (width // self.heads) ** -0.5
+        scores = (query @ key_weight).transpose(0, 1) @ x.transpose(1, 2)  # (B, H, C) @ (B, C, T)
+        padding = torch.arange(length, device=x.device) >= lengths[:, None]  # (B, T)
+        attention = scores.masked_fill_(padding[:, None], float("-inf")).softmax(dim=-1)
+        pooled = (attention @ x).transpose(0, 1)  # (H, B, C)
+        attended = (pooled @ value_weight.transpose(1, 2)).transpose(0, 1).flatten(1)  # (B, C)
+        return torch.sigmoid(F.linear(last, gate_weight.flatten(0, 1))) * self.output(attended)
+
+
+def causal_attention(heads: Tensor) -> Tensor:
+    """(B, T, 3, H, D) queries, keys and values -> (B, T, H, D)."""
+    query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+    if heads.device.type != "cpu":
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+    # torch's blockwise kernel takes two to three times as long on a CPU for many short sequences
+    length = query.shape[2]
+    future = torch.full((length, length), float("-inf"), dtype=query.dtype).triu_(1)
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2)).add_(future)  # (B, H, T, T)
+    return torch.matmul(scores.softmax(dim=-1), value).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the real events of a padded batch stand, so that no layer works on padding (on a GPU in half precision)."""
+
+    places: Tensor  # (N,) of each real event in the flattened (B, T)
+    offsets: Tensor  # (B + 1,) int32, where each sequence begins in N
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Tensor, length: int) -> "Packing":
+        """The packing of (B,) lengths, padded on the right to `length`."""
+        real = torch.arange(length, device=lengths.device) < lengths[:, None]  # (B, T)
+        offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        return cls(real.flatten().nonzero().flatten(), offsets, length)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (N, C)."""
+        return x.flatten(0, 1).index_select(0, self.places)
+
+    def unpack(self, x: Tensor, batch: int) -> Tensor:
+        """(N, C) -> (B, T, C), zero at padded places."""
+        padded = x.new_zeros(batch * self.longest, x.shape[-1]).index_copy(0, self.places, x)
+        return padded.view(batch, self.longest, -1)
+
+    def attend(self, heads: Tensor) -> Tensor:
+        """(N, 3, H, D) -> (N, H, D): causal attention within each sequence."""
+        query, key, value = heads.unbind(1)
+        offsets, longest = self.offsets, self.longest
+        if heads.device.type == "cpu":  # for tests: the kernel is CUDA's alone
+            return torch.cat([causal_attention(part[None])[0] for part in heads.split(offsets.diff().tolist())])
+        from torch.nn.attention.varlen import varlen_attn  # a second of imports that no CPU needs
+
+        attended = varlen_attn(query, key, value, offsets, offsets, longest, longest, window_size=(-1, 0))
+        assert isinstance(attended, Tensor)
+        return attended
+
+
+class FeedForward(nn.Module):
+    """SwiGLU layer behind a sigmoid gate of its input: sigmoid(gate(x)) * down(silu(inner(x)) * up(x))."""
+
+    def __init__(self, config: BehaviourEncoderConfig):
+        super().__init__()
+        self.widths = [config.intermediate_size, config.intermediate_size, config.hidden_size]
+        self.inner_up_gate = nn.Linear(config.hidden_size, sum(self.widths), bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        inner, up, gate = self.inner_up_gate(x).split(self.widths, dim=-1)
+        return torch.sigmoid(gate) * self.down(F.silu(inner) * up)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in float32, also where a sharded block is gathered in half precision."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape (..., C)."""
+        return F.layer_norm(input.float(), self.normalized_shape, self.weight.float(), None, self.eps)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: BehaviourEncoderConfig):
+        super().__init__()
+        self.attention_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        self.attention = CausalAttention(config)
+        self.feed_forward_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        self.feed_forward = FeedForward(config)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, x: Tensor, packing: Packing | None) -> Tensor:
+        """(B, T, C) -> (B, T, C), or (N, C) -> (N, C) with a packing."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), packing))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+    def newest(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, C) -> (B, C): what `forward` gives at each history's newest event; no dropout."""
+        last = x[torch.arange(len(x), device=x.device), lengths - 1]
+        last = last + self.attention.newest(self.attention_norm(x), lengths)
+        return last + self.feed_forward(self.feed_forward_norm(last))
+
+
+class BehaviourEncoder(nn.Module):
+    """Reads histories and gives one interest vector per position; the last real position is the user's.
+
+    A plain module that reads and writes the files of a PreTrainedModel: to import that costs a process 2.6 s of CPU,
+    which every start of a replica would pay.
+    """
+
+    item_popularity: Tensor
+    popularity_reference: Tensor
+    item_attributes: Tensor
+
+    def __init__(self, config: BehaviourEncoderConfig):
+        super().__init__()
+        self.config = config
+        assert config.event_kinds is not None
+        assert config.value_boundaries is not None
+        assert config.attribute_values is not None
+        width = config.hidden_size
+        self.item_embeddings = nn.Embedding(config.item_rows, width, padding_idx=PADDING_ROW)
+        self.position_embeddings = nn.Embedding(config.max_length, width)
+        self.kind_embeddings = nn.Embedding(len(config.event_kinds) + 1, width)
+        self.gap_embeddings = nn.Embedding(config.gap_buckets, width)
+        self.value_embeddings = nn.Embedding(len(config.value_boundaries) + 2, width)  # bucket 0: no value
+        self.activation_checkpointing = False  # blocks compute their activations anew in the backward pass
+        self.input_dropout = Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.final_norm = nn.LayerNorm(width, eps=config.layer_norm_eps, bias=False)
+        self.interest_to_item = nn.Parameter(torch.eye(width))  # A in s = uT A v
+        # what is popular of late, for people of whom nothing is known; no gradient, but part of every version
+        self.register_buffer("item_popularity", torch.zeros(config.item_rows))
+        # what each item is (lib/data/attributes.py); 0: nothing
+        self.attribute_embeddings = nn.Embedding(len(config.attribute_values) + 1, width, padding_idx=PADDING_ROW)
+        self.attribute_embeddings.requires_grad_(bool(config.attribute_values))
+        for name in ("kind", "gap", "value"):
+            self.get_submodule(f"{name}_embeddings").requires_grad_(name in (config.inputs or ()))
+        self.register_buffer(
+            "item_attributes", torch.zeros(config.item_rows, config.attributes_per_item, dtype=torch.int32)
+        )
+        self.register_buffer("popularity_reference", torch.zeros(1, dtype=torch.int64))  # the log offset of a 1
+        self.apply(self._initialise)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read config.json and model.safetensors; ready to answer, not to be trained.
+
+        Raises:
+            OSError, ValueError, RuntimeError, safetensors.SafetensorError: a file is missing or damaged.
+        """
+        config = BehaviourEncoderConfig.from_pretrained(folder)
+        with torch.device("meta"):  # no weights are drawn for those of the file to replace
+            encoder = cls(config)
+        encoder.load_state_dict(load_file(Path(folder) / WEIGHTS), assign=True)
+        return encoder.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors."""
+        self.config.architectures = [type(self).__name__]
+        self.config.save_pretrained(folder)
+        state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
+        save_file(state, Path(folder) / WEIGHTS, metadata={"format": "pt"})
+
+    def _initialise(self, module: nn.Module) -> None:
+        deviation = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=deviation)
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=deviation)
+            if module.padding_idx is not None:
+                nn.init.zeros_(module.weight[module.padding_idx])
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.interest_to_item.device
+
+    def forward(
+        self,
+        kinds: Tensor,
+        gaps: Tensor,
+        values: Tensor,
+        lengths: Tensor,
+        rows: Tensor | None = None,
+        item_vectors: Tensor | None = None,
+    ) -> Tensor:
+        """Interest vectors u of every position, of unit length.
+
+        Args:
+            kinds: (B, T) kind code of each event, oldest first, padded on the right.
+            gaps: (B, T) bucket of the time since the event before.
+            values: (B, T) value bucket.
+            lengths: (B,) number of real events of each history, 1 or more.
+            rows: (B, T) rows of the item table; or else
+            item_vectors: (B, T, C) what `described` gave for them, so that the trainer can own their gradient.
+
+        Returns:
+            (B, T, C); what stands at padded places has no meaning.
+        """
+        if item_vectors is None:
+            assert rows is not None
+            item_vectors = self.described(self.item_embeddings(rows), rows)
+        x = self.embedded(kinds, gaps, values, lengths, item_vectors)
+        return unit_length(self.trunk(self.input_dropout(x), lengths))
+
+    def embedded(self, kinds: Tensor, gaps: Tensor, values: Tensor, lengths: Tensor, item_vectors: Tensor) -> Tensor:
+        """(B, T, C) what the first block reads: each event's item, place, kind, gap and value added up."""
+        length = kinds.shape[1]
+        places = (lengths[:, None] - 1 - torch.arange(length, device=kinds.device)).clamp(min=0)  # (B, T)
+        x = item_vectors + self.position_embeddings(places)
+        for name, codes in (("kind", kinds), ("gap", gaps), ("value", values)):
+            if name in (self.config.inputs or ()):
+                x = x + self.get_submodule(f"{name}_embeddings")(codes)
+        return x
+
+    def trunk(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C): all blocks and the final norm; in half precision on a GPU without the padding."""
+        packing = None
+        if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+            packing = Packing.of(lengths, x.shape[1])
+        hidden = x if packing is None else packing.pack(x)
+        for block in self.blocks:
+            if self.training and self.activation_checkpointing:
+                hidden = checkpoint(block, hidden, packing, use_reentrant=False)
+            else:
+                hidden = block(hidden, packing)
+        hidden = self.final_norm(hidden).float()
+        return hidden if packing is None else packing.unpack(hidden, len(x))
+
+    def interests(self, kinds: Tensor, gaps: Tensor, values: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+        """(B, C): the vector u of each history's newest event; the last block computes nothing of the others."""
+        x = self.embedded(kinds, gaps, values, lengths, self.described(self.item_embeddings(rows), rows))
+        *others, last = self.blocks
+        for block in others:
+            x = block(x, None)
+        return unit_length(self.final_norm(last.newest(x, lengths)).float())  # pyright: ignore[reportCallIssue]
+
+    def queries(self, interests: Tensor) -> Tensor:
+        """(B, C) u -> (B, C) uT A, whose inner product with an item vector v is the score s = uT A v."""
+        return interests @ self.interest_to_item
+
+    def item_vectors(self, rows: Tensor | None = None) -> Tensor:
+        """(N, C) item vectors v of unit length, of the given rows or of all."""
+        rows = torch.arange(self.config.item_rows, device=self.item_embeddings.weight.device) if rows is None else rows
+        return unit_length(self.described(self.item_embeddings.weight[rows], rows))
+
+    def described(self, embeddings: Tensor, rows: Tensor) -> Tensor:
+        """(..., C) an item's own embedding plus the mean of its attributes', so that items of a kind stand together."""
+        if not self.config.attribute_values:
+            return embeddings
+        codes = self.item_attributes[rows]  # (..., F)
+        count = (codes > 0).sum(dim=-1, keepdim=True).clamp(min=1)
+        return embeddings + self.attribute_embeddings(codes).sum(dim=-2) / count

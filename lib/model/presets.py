@@ -1,0 +1,82 @@
+"""The model's size, length and number of epochs: three presets, of which the smallest is fitted to the data."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lib.data.histories import Histories
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What `pretrain` uses where the user says nothing."""
+
+    hidden_size: int = 64
+    num_hidden_layers: int = 1
+    num_attention_heads: int = 2
+    max_length: int = 50
+    dropout: float = 0.3
+    epochs: int = 60
+    events_per_batch: int = 2048
+    learning_rate: float = 2e-3
+    gpu_precision: str = "float32"  # on a CPU it is float32 always, unless asked for
+    activation_checkpointing: bool = False
+    accumulation: int = 1
+
+    def shape(self) -> dict[str, Any]:
+        """What it says of the encoder, as settings of BehaviourEncoderConfig."""
+        return {
+            "hidden_size": self.hidden_size,
+            "intermediate_size": 2 * self.hidden_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "max_length": self.max_length,
+            "dropout": self.dropout,
+        }
+
+
+# A block of width C has 12 C^2 weights. Heads are 64 wide, what attention kernels are made for.
+PRESETS = {
+    "small": Preset(),
+    "base": Preset(  # 25 million weights in the blocks
+        hidden_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        max_length=200,
+        dropout=0.2,
+        epochs=20,
+        events_per_batch=16_384,
+        learning_rate=5e-4,
+        gpu_precision="bfloat16",
+    ),
+    "large": Preset(  # 151 million
+        hidden_size=1024,
+        num_hidden_layers=12,
+        num_attention_heads=16,
+        max_length=500,
+        dropout=0.1,
+        epochs=10,
+        events_per_batch=32_768,
+        learning_rate=2e-4,
+        gpu_precision="bfloat16",
+        activation_checkpointing=True,
+    ),
+}
+
+
+def preset_for(histories: Histories, name: str = "small") -> Preset:
+    """A preset; `small` with length from the users' activity, and epochs from the number of events per item.
+
+    Measured on the second-newest event (ml-100k, amazon-beauty): see tests/benchmarks. The larger ones are not
+    measured: their sizes and rates are those that language models of their width are trained with.
+    """
+    preset = PRESETS[name]
+    if name != "small":
+        return preset
+    lengths = histories.lengths[histories.lengths > 0]
+    typical = int(np.quantile(lengths, 0.95)) if len(lengths) else 1
+    max_length = 50 if typical <= 50 else 100
+    items = max(len(np.unique(histories.rows)), 1)
+    dense = len(histories.rows) / items > 40  # many events an item: learned in fewer passes
+    return replace(preset, max_length=max_length, epochs=30 if dense else 60)

@@ -1,0 +1,262 @@
+"""Ranking rules: what a shop, a channel or a newsroom wants of every answer beside what suits the person.
+
+`RankingRules` is the configuration, each rule off by default; `BoundRules` is the same for one catalog: which rows are
+pinned, boosted, buried or limited. lib/ranking/rerank.py applies them to one person's candidates.
+
+Weights and temperature are in units of the score s = uT A v, about a cosine: from -1 to 1, the best items of an answer
+some hundredths apart. 0.05 moves an item by a few places, 0.3 past most others, 2 past all.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lib.data.attributes import text_parts
+from lib.data.catalog import Catalog
+from lib.data.events import InputError
+from lib.errors import objection
+from lib.ranking.filters import ItemFilter
+
+LAST = 1e6  # far more than scores and weights can make up for
+MOST_GROUPS = 16  # of rows with equal weights, each of which is one search
+RULE = ConfigDict(frozen=True, extra="forbid")
+
+
+def _readable(filter: dict[str, Any]) -> dict[str, Any]:
+    if ItemFilter.of(filter) is None:
+        raise InputError('filter: it is empty; say which items are meant, e.g. {"genres": "Comedy"}')
+    return filter
+
+
+Weight = Annotated[float, Field(gt=0, le=100, strict=True)]
+ItemId = Annotated[str, Field(min_length=1, strict=True)]
+Filter = Annotated[dict[str, Any], AfterValidator(_readable)]  # as in a request, see ItemFilter
+
+
+class Boost(BaseModel):
+    """Items that pass a filter gain `weight` in score."""
+
+    model_config = RULE
+
+    filter: Filter
+    weight: Weight
+
+
+class Bury(BaseModel):
+    """Items that pass a filter lose `weight` in score; without a weight they come behind all others."""
+
+    model_config = RULE
+
+    filter: Filter
+    weight: Weight | None = None
+
+
+class RankingRules(BaseModel):
+    """What every answer has to keep to; `active` is False where no rule is set.
+
+    Args:
+        pin: place (from 1) -> item id. It stands there if it passes the request's filter and is not seen; else, and
+            until the catalog has it, the place goes to another. In an answer with fewer places it is not shown.
+        boost: items that gain in score. They are found however far they are: see `BoundRules.searches`.
+        bury: items that lose in score, or come last.
+        at_most: attribute -> how many items of one answer may share a value of it. A hard limit: where nothing else is
+            left the answer is shorter. Pinned items are counted, and shown even where they alone exceed it. The values
+            of an item are the members of a list; of a text its parts, as the encoder sees them (lib/data/attributes.py:
+            between | , ; or words that many texts share, "Comedy Drama", but "The North Face" whole); else the value.
+        diversity_lambda: lambda of maximal marginal relevance, off at 1; the lower, the less alike are the items.
+        exploration_temperature: of the softmax from which each place is drawn, off at 0. 0.05 is the temperature that
+            the encoder is trained with; 0.01 trades little but neighbouring places.
+        candidates: how many of the best items limits, diversity and exploration choose from; at least 2 k.
+    """
+
+    model_config = RULE
+
+    pin: dict[Annotated[int, Field(ge=1)], ItemId] = Field(default={}, max_length=100)
+    boost: tuple[Boost, ...] = ()
+    bury: tuple[Bury, ...] = ()
+    at_most: dict[str, Annotated[int, Field(ge=1, strict=True)]] = {}
+    diversity_lambda: float = Field(default=1.0, ge=0.01, le=1, strict=True)
+    exploration_temperature: float = Field(default=0.0, ge=0, le=1, strict=True)
+    candidates: int = Field(default=200, ge=1, le=10_000, strict=True)
+
+    @field_validator("pin")
+    @classmethod
+    def _pinned_once(cls, pin: dict[int, str]) -> dict[int, str]:
+        twice = [item_id for item_id in pin.values() if list(pin.values()).count(item_id) > 1]
+        if twice:
+            raise InputError(f"pin: item {twice[0]!r} has more than one place; keep one")
+        return pin
+
+    @classmethod
+    def of(cls, written: Mapping[str, Any]) -> "RankingRules":
+        """Read the JSON or YAML form.
+
+        Raises:
+            InputError: an unknown rule, or a value that it cannot have.
+        """
+        try:
+            return cls.model_validate(written)
+        except ValidationError as error:
+            raise InputError(objection(error, cls, Bury, whole="ranking")) from error
+
+    @property
+    def active(self) -> bool:
+        """Whether any rule is set; if not, the nearest items are the answer and nothing here needs to be called."""
+        return bool(self.pin or self.boost or self.bury or self.chooses)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether an item's place depends on the items above it, so that more than k candidates are needed."""
+        return bool(self.at_most) or self.diversity_lambda < 1 or self.exploration_temperature > 0
+
+
+@dataclass(frozen=True)
+class Categories:
+    """Which values of a limited attribute each row has; code 0 is none."""
+
+    limit: int  # items of one answer with the same code
+    entry_of_row: np.ndarray  # (R,) int32, the line of `codes`
+    codes: np.ndarray  # (D, F) int32, one line for each distinct set of values, the last of them empty
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """(n, F) codes of rows (n,)."""
+        return self.codes[self.entry_of_row[rows]]
+
+    def without(self, full: Sequence[int]) -> np.ndarray:
+        """(R,) bool: the rows that have none of these codes."""
+        admitted = ~np.logical_or.reduce(np.isin(self.codes, full), axis=1)  # (D,)
+        return admitted[self.entry_of_row]
+
+
+@dataclass(frozen=True)
+class BoundRules:
+    """Ranking rules for one catalog, computed once (`BoundRules.of`) and anew when they no longer `fit` it.
+
+    The candidates of one person are: for each of `searches` the `candidates(k)` best rows that pass it and the
+    request's mask and are not seen; and `pinned(mask, seen)`. With boost and bury alone that gives exactly the k items
+    of the whole catalog whose score with its weight is highest, as each search covers the rows of one weight.
+    """
+
+    rules: RankingRules
+    attributes: pa.Table | None  # of the catalog that it was made for
+    items: int
+    pins: Mapping[int, int]  # row -> place, from 0
+    weights: np.ndarray  # (R,) float64, added to a row's score
+    searches: tuple[np.ndarray | None, ...]  # (R,) bool each, no row in two; None is all rows
+    categories: tuple[Categories, ...]
+
+    @classmethod
+    def of(cls, rules: RankingRules, catalog: Catalog, rows: int | None = None) -> "BoundRules":
+        """Bind rules to a catalog whose item vectors have this many rows (by default one more than it has items).
+
+        Raises:
+            InputError: a rule names an attribute that the catalog does not have, or a condition has another form.
+        """
+        rows = len(catalog) + 1 if rows is None else rows
+        pins = {catalog.row_of[item]: place - 1 for place, item in rules.pin.items() if item in catalog.row_of}
+        weights, groups = _weighted(rules, catalog, rows)
+        for group in groups:
+            group[list(pins)] = False
+        whole = len(groups) == 1 and not pins
+        categories = _limited(rules.at_most, catalog, rows)
+        searches = (None,) if whole else tuple(groups)
+        return cls(rules, catalog.attributes, len(catalog), pins, weights, searches, categories)
+
+    def fits(self, catalog: Catalog, rows: int) -> bool:
+        """Whether the catalog and the number of rows are those that the rules were bound to."""
+        return self.attributes is catalog.attributes and self.items == len(catalog) and len(self.weights) == rows
+
+    def candidates(self, k: int) -> int:
+        """How many rows each search has to find for an answer of k."""
+        return max(2 * k, self.rules.candidates) if self.rules.chooses else k
+
+    def pinned(self, mask: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """The pinned rows that pass the request's mask (R,) and are not among the rows seen."""
+        return np.array([row for row in self.pins if mask[row] and row not in seen], dtype=np.int64)
+
+
+def _weighted(rules: RankingRules, catalog: Catalog, rows: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(R,) the weight of each row, and the rows of each weight as masks (R,)."""
+    weights = np.zeros(rows)
+    groups: list[np.ndarray] = [np.ones(rows, dtype=bool)]
+    signed = [(f"boost.{place}", rule.filter, rule.weight) for place, rule in enumerate(rules.boost)]
+    signed += [
+        (f"bury.{place}", rule.filter, -LAST if rule.weight is None else -rule.weight)
+        for place, rule in enumerate(rules.bury)
+    ]
+    for name, filter, weight in signed:
+        mask = np.zeros(rows, dtype=bool)
+        mask[: len(catalog) + 1] = _mask(name, filter, catalog)
+        weights[mask] += weight
+        parts: list[np.ndarray] = [part for group in groups for part in (group & mask, group & ~mask)]
+        groups = [part for part in parts if part.any()]
+        if len(groups) > MOST_GROUPS:
+            raise InputError(f"{name}: the rules make more than {MOST_GROUPS} sums of weights; let fewer rules overlap")
+    return weights, groups
+
+
+def _mask(name: str, filter: dict[str, Any], catalog: Catalog) -> np.ndarray:
+    readable = ItemFilter.of(filter)
+    assert readable is not None
+    try:
+        return readable.mask(catalog)
+    except InputError as error:
+        raise InputError(f"{name}.{error}") from error
+
+
+def _limited(at_most: Mapping[str, int], catalog: Catalog, rows: int) -> tuple[Categories, ...]:
+    if not at_most:
+        return ()
+    attributes = catalog.attributes
+    if attributes is None:
+        name = next(iter(at_most))
+        raise InputError(f"at_most.{name}: the catalog has no attributes; ingest the dataset with an items table")
+    known = [column for column in attributes.column_names if column != "item_id"]
+    for name in at_most:
+        if name not in known:
+            raise InputError(f"at_most.{name}: no such attribute; the catalog has {', '.join(known)}")
+    row_of = catalog.row_of  # an item that is described need not have a row yet
+    described = np.array([row_of.get(item_id, 0) for item_id in attributes["item_id"].to_pylist()], dtype=np.int64)
+    return tuple(_categories(attributes[name], name, limit, described, rows) for name, limit in at_most.items())
+
+
+def _categories(column: pa.ChunkedArray, name: str, limit: int, described: np.ndarray, rows: int) -> Categories:
+    entries, values = _distinct(column, name)
+    code_of: dict[str, int] = {}
+    own = [sorted({code_of.setdefault(value, len(code_of) + 1) for value in line if value}) for line in values]
+    codes = np.zeros((len(own) + 1, max(map(len, own), default=0)), dtype=np.int32)
+    for entry, line in enumerate(own):
+        codes[entry, : len(line)] = line
+    entry_of_row = np.full(rows, len(own), dtype=np.int32)
+    entry_of_row[described] = entries
+    entry_of_row[0] = len(own)
+    return Categories(limit, entry_of_row, codes)
+
+
+def _distinct(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, list[list[str]]]:
+    """(items,) the place of each item's value among the distinct ones, or their number for none; and their parts."""
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        places: dict[tuple[str, ...], int] = {}
+        members = (tuple(str(member) for member in line or () if member is not None) for line in column.to_pylist())
+        entries = np.array([places.setdefault(line, len(places)) for line in members], dtype=np.int32)
+        return entries, [list(line) for line in places]
+    try:
+        texts = pc.cast(column, pa.string())
+    except pa.ArrowNotImplementedError as error:
+        raise InputError(f"at_most.{name}: type {column.type} has no values to count; use another attribute") from error
+    encoded = texts.combine_chunks().dictionary_encode()
+    distinct = encoded.dictionary.to_pylist()
+    split: Callable[[list[str]], list[list[str]]] = (
+        text_parts if _is_text(column.type) else lambda lines: [[x] for x in lines]
+    )
+    return encoded.indices.fill_null(len(distinct)).to_numpy(zero_copy_only=False), split(distinct)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)

@@ -1,0 +1,126 @@
+"""Retrieval: the items whose vectors have the largest inner product with a query.
+
+The rows of the index are the rows of the item table, so a pushed row is overwritten in place and is found by the very
+next search. Exact for catalogs up to EXACT_ROWS, approximate above; on a card where FAISS sees one.
+"""
+
+from collections.abc import Sequence
+
+import faiss
+import numpy as np
+import torch
+
+from lib.retrieval.approximate import ApproximateIndex
+from lib.retrieval.exact import exact_search
+from lib.retrieval.faiss_lists import choose_device
+
+# measured on a processor: from here on lists are faster; as many filtered rows are searched exactly
+EXACT_ROWS = 50_000
+SPARE_SHARE = 8  # room for an eighth more rows before all are copied
+
+
+def use_threads(count: int) -> None:
+    """How many threads a search of this process takes; more than one pays for large catalogs and idle cores only."""
+    faiss.omp_set_num_threads(count)
+    torch.set_num_threads(count)
+
+
+def search_device() -> torch.device:
+    """Where searches run: on the first card that FAISS sees, else on the processor."""
+    return choose_device(faiss.get_num_gpus())
+
+
+class ItemIndex:
+    """Maximum inner product search over (N, C) float32 item vectors.
+
+    Args:
+        vectors: (N, C) float32; zero where a row is padding or not in use.
+        exact_rows: the largest catalog, rows of zeros not counted, that is searched exactly; 256 or more.
+    """
+
+    def __init__(self, vectors: np.ndarray, exact_rows: int = EXACT_ROWS):
+        self._device = search_device()
+        self._exact_rows = exact_rows
+        self._count = 0
+        self._storage = np.empty((0, vectors.shape[1]), dtype=np.float32)
+        self._reserve(len(vectors))
+        self._write(np.arange(len(vectors)), vectors)
+        self._count = len(vectors)
+        self._approximate = ApproximateIndex(self.vectors, self._device) if self._is_large() else None
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """(N, C) the index's own memory, to be read only."""
+        return self._storage[: self._count]
+
+    @property
+    def merging(self) -> bool:
+        """Whether changed rows are being moved into the approximate index by another thread."""
+        return self._approximate is not None and self._approximate.merging
+
+    @torch.inference_mode()
+    def update(self, rows: np.ndarray, vectors: np.ndarray) -> None:
+        """Overwrite rows, each given once; rows beyond the end extend the index (they must follow each other).
+
+        Raises:
+            ValueError: new rows leave a gap.
+        """
+        added = rows[rows >= self._count]
+        if not np.array_equal(added, np.arange(self._count, self._count + len(added))):
+            raise ValueError(f"rows {added[:5]}... do not follow the index's {self._count} rows")
+        self._reserve(self._count + len(added))
+        changed = self._write(rows, vectors)
+        self._count += len(added)
+        if self._approximate is not None:
+            self._approximate.update(rows, changed, self.vectors)
+        elif self._is_large():  # searched exactly until another thread has built the lists
+            self._approximate = ApproximateIndex(self.vectors, self._device, wait=False)
+
+    def _is_large(self) -> bool:
+        if self._count <= self._exact_rows:
+            return False
+        return int(np.count_nonzero(self.vectors.any(axis=1))) > self._exact_rows
+
+    def _write(self, rows: np.ndarray, vectors: np.ndarray) -> torch.Tensor:
+        """Write rows here and, where there is a card, on it; the vectors (R, C) on the device."""
+        self._storage[rows] = vectors
+        changed = torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32)).to(self._device)
+        if self._device.type == "cuda":
+            self._tensor[torch.from_numpy(rows).to(self._device)] = changed
+        return changed
+
+    def _reserve(self, count: int) -> None:
+        if count <= len(self._storage):
+            return
+        grown = np.empty((count + count // SPARE_SHARE, self._storage.shape[1]), dtype=np.float32)
+        grown[: self._count] = self.vectors
+        self._storage = grown
+        self._tensor = torch.from_numpy(grown).to(self._device)  # on a processor the same memory
+
+    @torch.inference_mode()
+    def search(
+        self,
+        queries: np.ndarray | torch.Tensor,
+        k: int,
+        mask: np.ndarray | None = None,
+        seen: Sequence[np.ndarray] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (B, k) and rows (B, k) of the best items, best first; minus infinity and -1 where fewer exist.
+
+        Args:
+            queries: (B, C) float32; a tensor on the index's device is not moved.
+            k: how many; that many are found whenever so many pass mask and seen.
+            mask: (N,) bool, the rows that may be found; None for all.
+            seen: for each query the rows that it must not find, ascending, such as a person's history; None for none.
+        """
+        given = torch.from_numpy(queries) if isinstance(queries, np.ndarray) else queries
+        vectors = self._tensor[: self._count]
+        given = given.to(self._device, torch.float32).contiguous()
+        if self._approximate is None or (mask is not None and np.count_nonzero(mask) <= self._exact_rows):
+            scores, rows = exact_search(vectors, given, k, mask, seen)
+        else:
+            scores, rows = self._approximate.search(vectors, given, k, mask, seen)
+        return scores.cpu().numpy(), rows.cpu().numpy()

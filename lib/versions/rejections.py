@@ -1,0 +1,91 @@
+"""The durable list of rejected updates, beside the versions: which events the weights have not learned from, and why.
+
+Lines of JSON, one a rejection, in files of at most LINES_A_FILE that are named by the number of their first line. A
+file is written anew with each line, so that it is whole or not there, also on storage that cannot append.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lib.model.delta import Delta
+from lib.versions.registry import Registry
+
+REJECTIONS = "rejections"
+LINES_A_FILE = 256
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """An update that failed its gate: nothing of it is left in the weights."""
+
+    version: int  # that was live, and is so still
+    after_offset: int  # of the log; the events are those beyond it,
+    last_offset: int  # up to this one
+    events: int
+    events_rejected: int  # with those of all rejections before
+    reason: str
+    harmful: bool = True  # False: learning rests, whatever the events are; they may be replayed
+    time: int = field(default_factory=lambda: time.time_ns() // 1_000_000, compare=False)  # milliseconds
+    delta: Delta | None = field(default=None, compare=False)  # where earlier updates, too, had to be taken back
+
+    def facts(self) -> dict[str, Any]:
+        """What is stored and shown of it."""
+        return {name: value for name, value in vars(self).items() if name != "delta"}
+
+
+class Rejections:
+    """The list in one registry; for its one learner."""
+
+    def __init__(self, registry: Registry):
+        self.registry = registry
+        files = registry.files(REJECTIONS)
+        self.first = int(files[-1]) if files else 1  # number of the newest file's first line
+        self.lines = registry.read(f"{REJECTIONS}/{files[-1]}").decode().splitlines() if files else []
+        # (S, 2) log offsets of what did harm, ascending and apart: behind the first of each, up to the second
+        self._spans = np.zeros((0, 2), dtype=np.int64)
+        self.remember(*self.all())
+
+    def __len__(self) -> int:
+        """How many updates were ever rejected."""
+        return self.first - 1 + len(self.lines)
+
+    @property
+    def newest(self) -> Rejection | None:
+        """The latest one."""
+        return Rejection(**json.loads(self.lines[-1])) if self.lines else None
+
+    def add(self, rejection: Rejection) -> None:
+        """Make one durable."""
+        full = len(self.lines) >= LINES_A_FILE
+        first, lines = (self.first + len(self.lines), []) if full else (self.first, self.lines)
+        lines = [*lines, json.dumps(rejection.facts())]
+        self.registry.replace(f"{REJECTIONS}/{first:010d}", "\n".join([*lines, ""]).encode())
+        self.first, self.lines = first, lines  # only now: where it could not be stored, it is tried again
+
+    def remember(self, *rejections: Rejection) -> None:
+        """Know of some; every worker of a learner does, and the first one also makes them durable."""
+        spans = [(each.after_offset, each.last_offset) for each in rejections if each.harmful]
+        joined: list[list[int]] = []
+        for after, last in sorted([*map(tuple, self._spans.tolist()), *spans]):
+            if joined and after <= joined[-1][1]:
+                joined[-1][1] = max(joined[-1][1], last)
+            else:
+                joined.append([after, last])
+        self._spans = np.array(joined, dtype=np.int64).reshape(-1, 2)
+
+    def cover(self, offsets: np.ndarray) -> np.ndarray:
+        """(E,) bool, which events are of a harmful update, by their log offsets (0: in no log)."""
+        if len(self._spans) == 0:
+            return np.zeros(len(offsets), dtype=bool)
+        place = np.searchsorted(self._spans[:, 0], offsets) - 1  # of the newest span that begins before
+        return (place >= 0) & (offsets <= self._spans[np.maximum(place, 0), 1])
+
+    def all(self) -> list[Rejection]:
+        """Every one, the oldest first."""
+        names = [f"{REJECTIONS}/{name}" for name in self.registry.files(REJECTIONS)]
+        lines = [line for name in names for line in self.registry.read(name).decode().splitlines()]
+        return [Rejection(**json.loads(line)) for line in lines]

@@ -1,0 +1,138 @@
+"""The near-line learner on several workers: each trains on its part of a micro-batch, and all stay equal to the bit.
+
+The first worker is the learner's own process. It has the gate's word, and it alone publishes and pushes; the others
+do what it does, beside it. Gradients are summed over all of them (lib/model/distributed.py), so that they learn what
+one would. A worker that dies takes the others with it, and the learner that Ray starts again continues from the
+registry.
+"""
+
+import logging
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as distributed
+from ray.actor import ActorHandle
+from ray.util import get_node_ip_address
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from lib.data.events import InputError
+from lib.data.user_histories import MicroBatch
+from lib.live.learner import LearnerConfig, NearlineLearner, Rejection
+from lib.log.items import ItemChange
+from lib.model.delta import Delta
+from lib.model.distributed import require_equal
+from lib.model.trainer import keep_freed_memory
+from lib.versions.registry import Registry
+
+logger = logging.getLogger(__name__)
+NICENESS = 10  # below the replicas, and still moving when they take all of the cores
+PATIENCE = timedelta(minutes=5)  # with a worker that hangs; one that dies is known at once
+LOOPBACK = "127.0.0.1"
+
+
+def yield_to_replicas() -> None:
+    """Lower priority and one thread, for the process's life."""
+    os.nice(NICENESS)
+    torch.set_num_threads(1)
+    keep_freed_memory()
+
+
+class LearnerWorkers:
+    """A NearlineLearner (`first`) and the workers beside it; one worker is that learner and nothing else."""
+
+    def __init__(
+        self,
+        state: str,
+        config: LearnerConfig,
+        when_storage_fails: Callable[[OSError], None] | None = None,
+        workers: int = 1,
+    ):
+        self.others: list[ActorHandle] = []
+        if workers > 1:
+            host = get_node_ip_address()
+            store = TCPStore(host, 0, workers, is_master=True, wait_for_workers=False)
+            other: Any = ray.remote(LearnerWorker).options(num_cpus=0.5)
+            places = [(host, store.port, rank, workers) for rank in range(1, workers)]
+            self.others = [other.remote(state, config, place) for place in places]
+            _join(host, store, 0, workers)
+        self.first = NearlineLearner(Registry(state), config, when_storage_fails)
+        self._together("agree")
+
+    def learn(self, batch: MicroBatch) -> Delta | Rejection:
+        """NearlineLearner.learn, by all workers."""
+        return self._together("learn", batch, seen_by_others=replace(batch, held_out=[]))
+
+    def change_items(self, changes: Sequence[ItemChange]) -> Delta | None:
+        """NearlineLearner.change_items, by all workers."""
+        return self._together("change_items", changes)
+
+    def store_whole(self) -> Delta:
+        """NearlineLearner.store_whole, by all workers."""
+        return self._together("store_whole")
+
+    def restore(self, version: int) -> Delta | None:
+        """NearlineLearner.restore, by all workers.
+
+        Raises:
+            InputError: the version is not stored.
+        """
+        return self._together("restore", version)
+
+    def take_over(self, name: str) -> None:
+        """NearlineLearner.take_over, by all workers.
+
+        Raises:
+            InputError: the model is damaged, or describes its items differently.
+        """
+        self._together("take_over", name)
+
+    def _together(self, method: str, *arguments: Any, seen_by_others: Any = None) -> Any:
+        if not self.others:
+            return _do(self.first, method, *arguments)
+        given = [ray.put(each) for each in (arguments if seen_by_others is None else (seen_by_others,))]
+        calls = [other.do.remote(method, *given) for other in self.others]
+        try:
+            outcome = _do(self.first, method, *arguments)
+        except InputError:  # the others have the same; after any other error they wait in vain
+            ray.get(calls)
+            raise
+        ray.get(calls)
+        return outcome
+
+
+class LearnerWorker:
+    """The actor of each worker but the first."""
+
+    def __init__(self, state: str, config: LearnerConfig, place: tuple[str, int, int, int]):
+        host, port, rank, workers = place
+        yield_to_replicas()
+        _join(host, TCPStore(host, port, workers, is_master=False), rank, workers)
+        self.learner = NearlineLearner(Registry(state), config)
+
+    def do(self, method: str, *arguments: Any) -> None:
+        """What the first worker does now; without this worker the others cannot go on, so an error ends the process."""
+        try:
+            _do(self.learner, method, *arguments)
+        except InputError:
+            return  # the first worker has the same, and answers it
+        except Exception:
+            logger.error("a worker of the learner ends:\n%s", traceback.format_exc())
+            os._exit(1)
+
+
+def _do(learner: NearlineLearner, method: str, *arguments: Any) -> Any:
+    if method == "agree":
+        return require_equal(learner.checksum)
+    return getattr(learner, method)(*arguments)
+
+
+def _join(host: str, store: TCPStore, rank: int, workers: int) -> None:
+    if host == LOOPBACK:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else it listens on whatever the machine's name stands for
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=workers, timeout=PATIENCE)

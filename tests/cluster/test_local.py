@@ -1,0 +1,95 @@
+"""The configuration for a cluster, and how Ray is found or started."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+from ray import serve
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+from ray.serve.schema import ServeDeploySchema
+
+from cluster.local import HOST, connect, free_port, prepare_environment, require_free_port
+from lib.data.catalog import Catalog
+from lib.data.events import InputError
+from lib.model.folder import Manifest, save_model
+from lib.versions.registry import Registry
+from serving.app import ServeArguments, build
+from serving.names import APPLICATION, DEPLOYMENT
+from tests.helpers.tiny import item_ids, tiny_encoder
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGURATION = yaml.safe_load((ROOT / "cluster" / "serve.yaml").read_text())
+
+
+def test_serve_deploy_accepts_the_configuration():
+    schema = ServeDeploySchema.model_validate(CONFIGURATION)
+    (application,) = schema.applications
+    assert application.name == APPLICATION
+    assert application.import_path == f"{build.__module__}:{build.__name__}"
+    arguments = ServeArguments.model_validate(application.args)
+    (deployment,) = application.deployments
+    assert deployment.name == DEPLOYMENT
+    assert deployment.num_replicas == arguments.replicas
+
+
+def test_the_application_is_built_from_its_arguments(tmp_path):
+    save_model(tmp_path / "model", tiny_encoder(), Catalog(item_ids(24)), Manifest())
+    given = CONFIGURATION["applications"][0]["args"] | {"model": str(tmp_path / "model"), "data": None}
+    application = call_user_app_builder_with_args_if_necessary(build, given)
+    assert isinstance(application, serve.Application)
+    assert Registry(tmp_path / "model" / "live").head() == 1
+
+
+def test_replicas_scale_where_a_most_is_given(tmp_path):
+    save_model(tmp_path / "model", tiny_encoder(), Catalog(item_ids(24)), Manifest())
+    given = {"model": str(tmp_path / "model"), "replicas": 2}
+    fixed = build(ServeArguments(**given))._bound_deployment._deployment_config
+    assert (fixed.num_replicas, fixed.autoscaling_config) == (2, None)
+    scaled = build(ServeArguments(**given, most_replicas=8))._bound_deployment._deployment_config.autoscaling_config
+    assert scaled is not None
+    assert (scaled.min_replicas, scaled.max_replicas) == (2, 8)
+    assert scaled.target_ongoing_requests == ServeArguments(**given).autoscaling.target_ongoing_requests
+    with pytest.raises(InputError, match=r"^most_replicas: 1 are fewer than the 2"):
+        build(ServeArguments(**given, most_replicas=1))
+
+
+def test_an_argument_that_there_is_not_is_refused():
+    given = CONFIGURATION["applications"][0]["args"] | {"port": 1}
+    with pytest.raises(ValueError, match=r"(?s)port.*Extra inputs are not permitted"):
+        call_user_app_builder_with_args_if_necessary(build, given)
+
+
+def test_what_the_user_has_set_stays(monkeypatch):
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
+    monkeypatch.delenv("RAY_TRAIN_V2_ENABLED")
+    prepare_environment()
+    assert os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
+    assert os.environ["RAY_TRAIN_V2_ENABLED"] == "1"
+
+
+def test_a_free_port_is_free_until_it_is_taken():
+    port = free_port()
+    require_free_port(port)
+    with socket.socket() as taken:
+        taken.bind((HOST, port))
+        taken.listen()
+        with pytest.raises(InputError, match=rf"^port: {port} cannot be used \(.*\); choose another with --port$"):
+            require_free_port(port)
+
+
+def test_the_ray_that_runs_is_joined(ray_session):
+    assert connect() is False
+
+
+def test_a_cluster_that_is_not_there_is_bad_input(monkeypatch):
+    def init(**options: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance.\nPlease start one.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(InputError, match=r"^RAY_ADDRESS: no Ray cluster answers at auto; correct or unset it$"):
+        connect()

@@ -1,0 +1,401 @@
+"""The command line as a person meets it: help, one line for whatever goes wrong, and the exit status."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import NamedTuple
+
+import pytest
+
+from jobs import command_line
+from jobs.command_line import COMMANDS, SUMMARY
+from lib.data.events import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def afterclick(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """`afterclick ...` in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["afterclick", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            command_line.main()
+        printed = capsys.readouterr()
+        return Outcome(int(end.value.code or 0), printed.out, printed.err)
+
+    return run
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | type[BaseException]], None]:
+    """Make `afterclick status` a command that raises."""
+
+    def install(error: Exception | type[BaseException]) -> None:
+        def fail() -> None:
+            raise error
+
+        monkeypatch.setattr("jobs.status.status_command", fail)
+
+    return install
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder, untrained; not to be changed."""
+    from lib.data.catalog import Catalog
+    from lib.model.folder import Manifest, save_model
+    from tests.helpers.tiny import item_ids, tiny_encoder
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    save_model(folder, tiny_encoder(), Catalog(item_ids(24)), Manifest())
+    return folder
+
+
+@pytest.fixture
+def keep_signals() -> Iterator[None]:
+    """`serve` takes SIGINT and SIGTERM for the rest of its process."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def assert_one_line(outcome: Outcome, beginning: str, remedy: str, status: int = 2) -> None:
+    """One plain line on stderr, nothing else."""
+    assert outcome.err.startswith(beginning), outcome
+    assert remedy in outcome.err
+    assert outcome.err.endswith("\n")
+    assert outcome.err.count("\n") == 1
+    assert outcome.out == ""
+    assert outcome.status == status
+
+
+# -------------------------------------------------------------------------------------------------------- help, version
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_the_verbs_are_listed(afterclick, arguments):
+    outcome = afterclick(*arguments)
+    assert (outcome.status, outcome.err) == (0, "")
+    for verb in COMMANDS:
+        assert f"  {verb} " in outcome.out
+        assert SUMMARY[verb] in outcome.out
+    assert "AFTERCLICK_TRACEBACK=1" in outcome.out
+
+
+def test_version(afterclick):
+    assert afterclick("--version") == (0, f"afterclick {importlib.metadata.version('afterclick')}\n", "")
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_every_verb_has_help(afterclick, verb):
+    outcome = afterclick(verb, "--help")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert f"afterclick {verb}" in outcome.out
+    assert "--help" in outcome.out
+
+
+def test_help_does_not_wait_for_what_only_the_job_needs():
+    verbs = ["ingest", "pretrain", "finetune", "evaluate", "status", "versions", "rollback"]
+    program = (
+        "import importlib, sys\n"
+        "from jobs.command_line import COMMANDS\n"
+        f"for verb in {verbs}:\n"
+        "    importlib.import_module(f'jobs.{COMMANDS[verb][0]}')\n"
+        "print([name for name in ('torch', 'ray', 'transformers', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "beginning", "remedy"),
+    [
+        (
+            ["pretrian"],
+            "error: 'pretrian' is not a verb of afterclick; did you mean pretrain? There are demo, ",
+            "serve",
+        ),
+        (["xyz"], "error: 'xyz' is not a verb of afterclick; there are demo, ", "rollback"),
+        (["status", "--urk", "x"], "error: No such option: --urk", "--url"),
+        (["status", "extra"], "error: Got unexpected extra argument", "--help lists the options"),
+        (["rollback"], "error: Missing option '--version'", "--help lists the options"),
+        (["rollback", "--version", "x"], "error: Invalid value for '--version': ", "valid integer"),
+        (["rollback", "--version", "0"], "error: Invalid value for '--version': ", "1"),
+        (["status", "--url"], "error: Option '--url' requires an argument", "--help lists the options"),
+        (["pretrain", "--data", "d", "--out", "o", "--set", "epochs=x"], "error: epochs: ", "valid integer"),
+        (
+            ["pretrain", "--data", "d", "--out", "o", "--config", "no.yaml"],
+            "error: config: no.yaml ",
+            "name a YAML file",
+        ),
+        (["evaluate", "--data", "d", "--model", "m", "--protocol", "luck"], "error: protocol: 'luck'", "leave-one-out"),
+        (
+            ["evaluate", "--data", "d", "--model", "m", "--plot", "p.pdf"],
+            "error: plot: p.pdf is no PNG",
+            "ends in .png",
+        ),
+        (["evaluate", "--data", "d"], "error: Missing option '--model'", "--help lists the options"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(afterclick, arguments, beginning, remedy):
+    assert_one_line(afterclick(*arguments), beginning, remedy)
+
+
+def test_a_message_of_many_lines_becomes_one(afterclick, command):
+    command(InputError("data: wrong\n  in two ways"))
+    assert_one_line(afterclick("status"), "error: data: wrong in two ways\n", "")
+
+
+def test_input_that_an_actor_refused_is_bad_input(afterclick, command):
+    class FromActor(RuntimeError):
+        cause = InputError("data: wrong there, too")
+
+    command(FromActor("a long traceback of another process"))
+    assert_one_line(afterclick("status"), "error: data: wrong there, too\n", "")
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "evaluate", "demo"])
+def test_a_missing_dataset(afterclick, tmp_path, tiny_model, verb):
+    data = tmp_path / "absent"
+    options = {"pretrain": ["--out", tmp_path / "out"], "evaluate": ["--model", tiny_model, "--allow-leak"], "demo": []}
+    outcome = afterclick(verb, "--data", data, *options[verb])
+    if verb == "demo":  # says first what it does
+        outcome = outcome._replace(out="")
+    assert_one_line(outcome, f"error: data '{data}' does not exist", "make it with 'afterclick ingest")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "versions", "serve"])
+def test_a_missing_model(afterclick, tmp_path, shop_dataset, keep_signals, verb):
+    options = {"evaluate": ["--data", shop_dataset]}.get(verb, [])
+    outcome = afterclick(verb, "--model", tmp_path / "absent", *options)
+    assert_one_line(outcome, f"error: model: no folder at {tmp_path / 'absent'}", "afterclick pretrain")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "catalog.parquet", "manifest.json"])
+@pytest.mark.parametrize("damage", ["removed", "truncated"])
+@pytest.mark.parametrize("verb", ["evaluate", "serve"])
+def test_a_damaged_model(afterclick, tmp_path, tiny_model, shop_dataset, keep_signals, verb, damage, name):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    path = model / name
+    if damage == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    options = {"evaluate": ["--data", shop_dataset]}.get(verb, [])
+    outcome = afterclick(verb, "--model", model, *options)
+    assert_one_line(outcome, f"error: model: {model}", "pretrain")
+    assert name in outcome.err
+
+
+def test_a_port_that_is_taken(afterclick, tiny_model, keep_signals):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        outcome = afterclick("serve", "--model", tiny_model, "--port", port)
+        assert_one_line(outcome, f"error: port: {port} cannot be used", "--port")
+        outcome = afterclick("demo", "--port", port)
+        assert_one_line(outcome, f"error: port: {port} cannot be used", "--port")
+
+
+def test_versions_that_are_nowhere(afterclick, tmp_path, tiny_model):
+    outcome = afterclick("versions", "--model", tiny_model, "--state", tmp_path)
+    assert_one_line(outcome, f"error: state: no versions are stored at {tmp_path}", "--state")
+
+
+# -------------------------------------------------------------------------------------------- a service that is not one
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ("boots: []", ["boots", "there are pin, boost"]),
+        ("boost: [{filter: {genre: Comedy}, weight: 0.1}]", ["boost.0.filter", "attributes"]),
+        ("at_most: {genres: 0}", ["at_most.genres", "1"]),
+        ("- pin", ["ranking", "mapping"]),
+        ("pin: [", ["ranking", "YAML"]),
+    ],
+)
+def test_bad_ranking_rules_are_refused_before_anything_starts(afterclick, tiny_model, tmp_path, rules, words):
+    file = tmp_path / "rules.yaml"
+    file.write_text(rules)
+    outcome = afterclick("serve", "--model", tiny_model, "--ranking", file)
+    assert_one_line(outcome, f"error: {words[0]}", *words[1:])
+    missing = afterclick("serve", "--model", tiny_model, "--ranking", tmp_path / "none.yaml")
+    assert_one_line(missing, "error: ranking:", "none.yaml")
+
+
+def test_fewer_replicas_at_most_than_at_least_are_refused(afterclick, tiny_model):
+    outcome = afterclick("serve", "--model", tiny_model, "--replicas", 3, "--most-replicas", 2)
+    assert_one_line(outcome, "error: most_replicas: 2 are fewer", "the 3 of replicas")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "beginning"),
+    [
+        (["--challenger", "/nowhere"], "error: challenger: model: no folder at /nowhere"),
+        (["--challenger", "3"], "error: challenger: version: 3 is not stored"),
+        (["--challenger", "3", "--challenger-share", "1.5"], "error: challenger.share: input should be less than 1"),
+        (["--challenger", "3", "--challenger-set", "rewards=likes"], "error: challenger.rewards: no such setting"),
+        (["--shadow"], "error: challenger: name the second model with --challenger"),
+        (["--challenger", "3", "--challenger-set", "reward"], "error: --set reward: write key=value"),
+    ],
+)
+def test_a_bad_challenger_is_refused_before_anything_starts(afterclick, tiny_model, arguments, beginning):
+    assert_one_line(afterclick("serve", "--model", tiny_model, *arguments), beginning, "")
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[int, str], str]]:
+    """An HTTP server that gives one answer to everything; returns its URL."""
+    servers: list[HTTPServer] = []
+
+    def start(status: int, body: str) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self) -> None:
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(body.encode())
+
+            do_GET = do_POST = answer
+
+            def log_message(self, format: str, *arguments: object) -> None:
+                pass
+
+        server = HTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        Thread(target=server.serve_forever).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["rollback", "--version", "1"]])
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "127.0.0.1:1", "http://[", "ftp://127.0.0.1"])
+def test_no_service_at_the_url(afterclick, arguments, url):
+    outcome = afterclick(*arguments, "--url", url)
+    assert_one_line(outcome, f"error: url: no service answers at {url} (", "start one with `afterclick serve`")
+
+
+def test_what_a_service_refuses_is_bad_input(afterclick, answering):
+    url = answering(404, '{"detail": "version: 7 is not stored"}')
+    outcome = afterclick("rollback", "--version", 7, "--url", url)
+    assert_one_line(outcome, f"error: the service at {url} refused: version: 7 is not stored", "")
+
+
+def test_another_service_at_the_url(afterclick, answering):
+    url = answering(404, "<html>no such page</html>")
+    assert_one_line(
+        afterclick("status", "--url", url), f"error: url: what answers at {url} is no afterclick", "/v1/status"
+    )
+
+
+def test_a_service_that_fails_is_a_failure(afterclick, answering, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    url = answering(503, '{"detail": "no learner is running"}')
+    outcome = afterclick("rollback", "--version", 1, "--url", url)
+    assert_one_line(
+        outcome, f"failed: RuntimeError: the service at {url} answered 503: no learner is running", "(log: ", status=1
+    )
+
+
+def test_a_status_is_shown_and_kept(afterclick, answering, tmp_path):
+    replica = dict.fromkeys(("replica_id", "version", "checksum", "answers", "deltas", "catch_ups"), "r1")
+    status = {"model_version": 3, "replicas": [replica], "learner": {"loss": 1.25}, "aggregator": {"users": 4}}
+    url = answering(200, json.dumps(status))
+    outcome = afterclick("status", "--url", url, "--json", tmp_path / "reports" / "status.json")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "model version 3" in outcome.out
+    assert json.loads((tmp_path / "reports" / "status.json").read_text()) == status
+
+
+# -------------------------------------------------------------------------------------------------- failures and Ctrl-C
+
+
+def test_a_failure_is_one_line_that_names_its_log(afterclick, command, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    command(OSError("the disk\nis full"))
+    outcome = afterclick("status")
+    (log,) = tmp_path.iterdir()
+    assert outcome == (1, "", f"failed: OSError: the disk is full (log: {log})\n")
+    assert "Traceback (most recent call last)" in log.read_text()
+    assert "in fail" in log.read_text()
+
+
+def test_the_traceback_is_printed_on_request(afterclick, command, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("AFTERCLICK_TRACEBACK", "1")
+    command(OSError("no"))
+    outcome = afterclick("status")
+    assert outcome.status == 1
+    assert outcome.err.startswith("Traceback (most recent call last)")
+    assert outcome.err.splitlines()[-1].startswith("failed: OSError: no (log: ")
+
+
+def test_ctrl_c_is_130_without_a_word(afterclick, command):
+    command(KeyboardInterrupt)
+    assert afterclick("status") == (130, "", "")
+
+
+def test_ctrl_c_of_a_process(tmp_path):
+    # a service that takes the connection and never answers
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jobs.command_line", "status", "--url", url],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+        )
+        connection, _ = silent.accept()
+        with connection:
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, b"", b"")
+
+
+def test_a_job_is_a_module_too(tmp_path):
+    arguments = ["--model", str(tmp_path / "absent")]
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.versions", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: model: no folder at ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_loading_a_model_draws_no_bar(capfd, tiny_model):
+    from lib.model.folder import load_model
+
+    load_model(tiny_model)
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,217 @@
+"""Items that are put and deleted while live: their row, first vector and attributes, in every later version."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from lib.data.attributes import attribute_codes, attribute_values
+from lib.data.catalog import Catalog
+from lib.data.events import InputError
+from lib.live.learner import LearnerConfig, NearlineLearner
+from lib.log.items import ItemChange
+from lib.model.encoder import BehaviourEncoder
+from lib.model.folder import Manifest
+from lib.ranking.filters import ItemFilter
+from lib.ranking.recommender import Question, Recommender
+from lib.versions.registry import Registry
+from serving.recommendations import Recommendations
+from tests.helpers.tiny import history, item_ids, micro_batch, tiny_encoder
+
+ITEMS = 24
+
+
+def described() -> Catalog:
+    """Every third item is of one kind; the year is the number."""
+    names = item_ids(ITEMS)
+    attributes = {
+        "item_id": names,
+        "kind": [f"kind{number % 3}" for number in range(1, ITEMS + 1)],
+        "year": list(range(1, ITEMS + 1)),
+    }
+    return Catalog(names, pa.table(attributes))
+
+
+def encoder_of(catalog: Catalog, read: bool) -> BehaviourEncoder:
+    values = attribute_values(catalog) if read else []
+    encoder = tiny_encoder(ITEMS, attribute_values=values, attributes_per_item=2)
+    if read:
+        encoder.item_attributes[: ITEMS + 1] = torch.from_numpy(attribute_codes(catalog, values, 2))
+    return encoder
+
+
+@pytest.fixture(params=[True, False], ids=["attributes read by the model", "attributes in the catalog alone"])
+def registry(request, tmp_path) -> Registry:
+    registry, catalog = Registry(tmp_path), described()
+    registry.publish_snapshot(encoder_of(catalog, request.param), catalog, Manifest(version=1), None)
+    return registry
+
+
+@pytest.fixture
+def learner(registry) -> NearlineLearner:
+    return NearlineLearner(registry, LearnerConfig())
+
+
+def recommender_of(registry: Registry, version: int | None = None) -> Recommender:
+    loaded = registry.load(version)
+    return Recommender(loaded.encoder, loaded.catalog, loaded.version, loaded.log_offset)
+
+
+def put(item_id: str, revision: int = 1, **attributes) -> ItemChange:
+    return ItemChange(revision, item_id, attributes)
+
+
+def recommended(recommender: Recommender, k: int = 100, **filter) -> list[str]:
+    question = Question(history([3, 6]), k, ItemFilter.of(filter))
+    return [item.item_id for item in recommender.recommend([question])[0]]
+
+
+def test_a_new_item_has_a_row_and_is_recommended_by_what_it_is(registry, learner):
+    delta = learner.change_items([put("new", kind="kind0")])
+    assert delta is not None
+    assert delta.new_items == ["new"]
+    assert delta.rows.tolist() == [ITEMS + 1]
+    assert delta.log_offset == 0
+    replica = recommender_of(registry, 1)
+    replica.catalog_changed({"new": {"kind": "kind0"}})
+    assert "new" not in recommended(replica), "it has no row yet"
+    replica.apply(delta)
+    assert replica.checksum == learner.checksum
+    assert recommended(replica, kind="kind0")
+    assert "new" in recommended(replica, kind="kind0")
+    assert "new" not in recommended(replica, kind="kind1")
+
+
+def test_a_new_item_starts_as_the_items_that_are_like_it(learner):
+    learner.change_items([put("new", kind="kind0"), put("other", 2, kind="kind1"), put("unlike", 3, kind="another")])
+    table = learner.encoder.item_embeddings.weight.detach()
+    noise = 5 * learner.encoder.config.initializer_range
+    for row, likes in ((25, range(3, 25, 3)), (26, range(1, 25, 3)), (27, range(1, 25))):
+        assert torch.allclose(table[row], table[list(likes)].mean(dim=0), atol=noise)
+    assert not torch.allclose(table[25], table[27], atol=noise / 2)
+
+
+def test_other_attributes_of_a_known_item_are_read_by_the_model(registry, learner):
+    before = learner.encoder.item_vectors(torch.tensor([5, 6]))
+    delta = learner.change_items([put("i5", kind="kind0", year=5)])
+    read = bool(learner.encoder.config.attribute_values)
+    assert (delta is not None) == read, "without a model that reads it, no weight changes"
+    after = learner.encoder.item_vectors(torch.tensor([5, 6]))
+    assert torch.equal(after[0], before[0]) != read
+    assert torch.equal(after[1], before[1])
+    if delta is not None:
+        replica = recommender_of(registry, 1)
+        replica.apply(delta)
+        assert np.allclose(replica.index.vectors[5], after[0].numpy(), atol=1e-6)
+
+
+def test_the_same_changes_once_more_change_nothing(learner):
+    changes = [put("new", kind="kind0"), put("i5", 2, kind="kind2"), ItemChange(3, "i6", None)]
+    learner.change_items(changes)
+    version, checksum = learner.version, learner.checksum
+    assert learner.change_items(changes) is None
+    assert (learner.version, learner.checksum) == (version, checksum)
+
+
+def test_a_restarted_learner_asks_for_all_and_comes_to_the_same(registry, learner):
+    changes = [put("new", kind="kind0"), put("i5", 2, kind="kind2"), ItemChange(3, "i6", None)]
+    learner.change_items(changes)
+    again = NearlineLearner(registry, LearnerConfig())
+    assert again.item_revision == 0
+    assert again.change_items(changes) is None
+    assert again.checksum == learner.checksum
+    assert again.catalog.removed == {"i6"}
+    assert again.item_revision == 3
+
+
+def test_a_snapshot_holds_attributes_and_removals(registry, learner):
+    learner.change_items([put("new", kind="kind0", title="New"), ItemChange(2, "i6", None)])
+    learner.save_snapshot({})
+    replica = recommender_of(registry)
+    assert replica.catalog.titles["new"] == "New"
+    assert "new" in recommended(replica, kind="kind0")
+    assert "i6" not in recommended(replica)
+
+
+def test_a_deleted_item_is_in_no_answer_until_it_is_put_again(registry):
+    replica = recommender_of(registry)
+    replica.encoder.item_popularity[9] = 5.0
+    assert "i9" in recommended(replica)
+    replica.catalog_changed({"i9": None})
+    assert "i9" not in recommended(replica)
+    assert "i9" not in recommended(replica, allow=["i9", "i10"])
+    assert "i9" not in [item.item_id for item in replica.popular(100)]
+    assert "i9" not in [item.item_id for item in replica.similar("i12", 100)]
+    with pytest.raises(KeyError):
+        replica.similar("i9", 5)
+    assert len(recommended(replica)) == ITEMS - 3
+    replica.catalog_changed({"i9": {"kind": "kind0"}})
+    assert "i9" in recommended(replica)
+
+
+def test_feedback_for_a_described_item_that_nobody_met_finds_its_row(learner):
+    learner.change_items([put("new", kind="kind0")])
+    learner.learn(micro_batch(1, [history([3, "new"])]))
+    assert len(learner.catalog) == ITEMS + 1
+
+
+@pytest.mark.parametrize(
+    ("attributes", "word"),
+    [({"year": "last"}, "year"), ({"kind": 3}, "kind"), ({"kind": ["a"]}, "kind"), ({"item_id": "x"}, "item_id")],
+)
+def test_attributes_of_another_type_are_refused_and_change_nothing(attributes, word):
+    catalog = described()
+    before = catalog.attributes
+    for refuse in (catalog.check, catalog.change):
+        with pytest.raises(InputError, match=word):
+            refuse({"good": {"kind": "kind1"}, "bad": attributes})
+    assert catalog.attributes is before
+    assert catalog.removed == set()
+
+
+def test_described_items_keep_what_the_others_have(tmp_path):
+    catalog = described()
+    catalog.change({"i2": {"kind": "kind0", "colour": "red"}, "new": {"tags": ["a", "b"], "title": "N"}, "i3": None})
+    catalog.extend(["new"])
+    catalog.save(tmp_path / "catalog.parquet")
+    for one in (catalog, Catalog.load(tmp_path / "catalog.parquet")):
+        assert np.flatnonzero(one.mask({"kind": "kind0"})).tolist() == [2, *range(3, 25, 3)]
+        assert np.flatnonzero(one.mask({"colour": "red"})).tolist() == [2]
+        assert np.flatnonzero(one.mask({"tags": "b"})).tolist() == [25]
+        assert np.flatnonzero(one.mask({"year": {"min": 23}})).tolist() == [23, 24]
+        assert np.flatnonzero(one.mask({"year": {"max": 2}})).tolist() == [1], "a put item is what it was put as"
+        assert one.titles == {"new": "N"}
+        assert one.removed == {"i3"}
+
+
+def test_a_catalog_without_attributes_gets_its_first():
+    catalog = Catalog(["a", "b"])
+    catalog.change({"a": {"price": 2.5, "empty": None}})
+    assert np.flatnonzero(catalog.mask({"price": {"max": 3}})).tolist() == [1]
+    catalog.change({"b": {"price": 3}})
+    assert np.flatnonzero(catalog.mask({"price": {"max": 3}})).tolist() == [1, 2]
+
+
+def test_numbers_of_new_items_fall_into_the_buckets_that_were_learned():
+    prices = [round(0.37 * number, 2) for number in range(400)]
+    names = item_ids(400)
+    catalog = Catalog(names, pa.table({"item_id": names, "price": prices}))
+    values = attribute_values(catalog)
+    learned = attribute_codes(catalog, values)
+    alone = catalog.described(["i7", "i200", "i399"])
+    assert np.array_equal(attribute_codes(alone, values)[1:], learned[[7, 200, 399]])
+
+
+def test_an_older_answer_of_the_aggregator_does_not_undo_a_newer_one(registry):
+    """A replica reads the changes in several tasks, whose answers may come back in the other order."""
+    replica = Recommendations.__new__(Recommendations)  # just the part that knows items
+    replica.recommender, replica.challenger = recommender_of(registry), None
+    replica.item_changes, replica.item_revision = {}, 0
+    first, old, new = put("1", revision=1, kind="a"), put("2", revision=2, kind="old"), put("2", revision=3, kind="new")
+    replica._change_items([first, new])
+    replica._change_items([first, old])
+    assert replica.item_revision == 3
+    assert replica.item_changes == {"1": {"kind": "a"}, "2": {"kind": "new"}}
+    attributes = replica.recommender.catalog.described(["2"]).attributes
+    assert attributes is not None
+    assert attributes["kind"].to_pylist() == ["new"]

@@ -1,0 +1,210 @@
+"""Snapshots, deltas and fingerprints: two copies are equal to the bit, or it is noticed."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from lib.model.delta import (
+    OPTIMIZER_PREFIX,
+    ROW_TENSORS,
+    Delta,
+    DeltaMismatch,
+    Fingerprint,
+    apply_delta,
+    difference,
+    fingerprint,
+    grow_items,
+    state_of,
+)
+from lib.model.encoder import BehaviourEncoder
+from tests.helpers.tiny import assert_same_state, copied_state, tiny_encoder
+
+
+def changed(encoder: BehaviourEncoder, seed: int, rows: list[int], dense: bool, item_rows: int | None = None) -> Delta:
+    """Change an encoder at random and say how."""
+    random = torch.Generator().manual_seed(seed)
+    before = tiny_encoder()
+    grow_items(before, encoder.config.item_rows)
+    before.load_state_dict(copied_state(encoder))
+    grow_items(encoder, item_rows or encoder.config.item_rows)
+    grow_items(before, encoder.config.item_rows)
+    with torch.no_grad():
+        encoder.item_embeddings.weight[rows] += torch.randn(len(rows), 16, generator=random)
+        encoder.item_popularity[rows] += torch.rand(len(rows), generator=random)
+        if dense:
+            encoder.interest_to_item.add_(torch.randn(16, 16, generator=random))
+            encoder.popularity_reference += seed
+    found, tensors = difference(before, state_of(encoder))
+    return Delta(seed + 1, seed, fingerprint(encoder), seed * 10, encoder.config.item_rows, found, tensors)
+
+
+@pytest.fixture
+def delta() -> Delta:
+    made = changed(tiny_encoder(), 1, [2, 5], dense=True)
+    made.new_items, made.facts = ["ä", 'quote"'], {"loss": 1.5, "kind": "nearline"}
+    return made
+
+
+def test_a_delta_survives_its_bytes(delta):
+    read = Delta.from_bytes(delta.to_bytes())
+    assert {**vars(read), "rows": 0, "tensors": 0} == {**vars(delta), "rows": 0, "tensors": 0}
+    assert np.array_equal(read.rows, delta.rows)
+    assert read.tensors.keys() == delta.tensors.keys()
+    for name, values in delta.tensors.items():
+        assert read.tensors[name].dtype == values.dtype
+        assert np.array_equal(read.tensors[name], values)
+
+
+def test_a_delta_holds_what_changed_and_nothing_else(delta):
+    assert delta.rows.tolist() == [2, 5]
+    assert set(delta.tensors) == {*ROW_TENSORS, "interest_to_item", "popularity_reference"}
+    assert delta.tensors["item_embeddings.weight"].shape == (2, 16)
+    small = changed(tiny_encoder(), 1, [3], dense=False)
+    assert set(small.tensors) == set(ROW_TENSORS)
+    assert len(small.to_bytes()) < 1200
+
+
+def test_the_optimisers_state_goes_to_storage_and_not_to_the_replicas(delta):
+    moments = {"rows.first": np.ones((2, 16), np.float32), "steps": np.array([7]), "scalar": np.array(2.0, np.float32)}
+    stored = Delta.from_bytes(delta.to_bytes(moments))
+    for name, values in moments.items():
+        assert np.array_equal(stored.tensors[OPTIMIZER_PREFIX + name], values)
+        assert stored.tensors[OPTIMIZER_PREFIX + name].shape == values.shape
+    assert not any(name.startswith(OPTIMIZER_PREFIX) for name in Delta.from_bytes(delta.to_bytes()).tensors)
+    encoder = tiny_encoder()
+    apply_delta(encoder, stored)  # takes the weights alone
+    assert fingerprint(encoder) == delta.checksum
+
+
+def test_a_snapshot_and_its_deltas_give_the_final_state_to_the_bit():
+    leader, follower = tiny_encoder(), tiny_encoder()
+    plans = [([1, 4], True, None), ([], True, None), ([24, 26], False, 30), ([], False, None), ([0 + 2], False, 41)]
+    for seed, (rows, dense, item_rows) in enumerate(plans, start=1):
+        delta = changed(leader, seed, rows, dense, item_rows)
+        apply_delta(follower, Delta.from_bytes(delta.to_bytes()))
+        assert_same_state(copied_state(leader), copied_state(follower))
+        assert follower.config.item_rows == leader.config.item_rows == len(follower.item_embeddings.weight)
+        assert fingerprint(follower) == delta.checksum
+
+
+def test_applying_does_not_bind_the_encoder_to_the_deltas_memory(delta):
+    encoder = tiny_encoder()
+    apply_delta(encoder, delta)
+    before = copied_state(encoder)
+    for values in delta.tensors.values():
+        values += 1
+    assert_same_state(before, copied_state(encoder))
+
+
+def test_growth_keeps_the_rows_and_adds_zeros():
+    encoder = tiny_encoder()
+    before = copied_state(encoder)
+    grow_items(encoder, 40)
+    after = state_of(encoder)
+    for name in ROW_TENSORS:
+        assert torch.equal(after[name][:25], before[name])
+        assert not after[name][25:].any()
+    grow_items(encoder, 30)  # never shrinks
+    assert encoder.config.item_rows == encoder.item_embeddings.num_embeddings == 40
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The fingerprint
+
+
+def bits_of(encoder: BehaviourEncoder) -> Iterator[tuple[str, np.ndarray]]:
+    for name, tensor in state_of(encoder).items():
+        yield name, tensor.numpy().reshape(-1).view(np.uint32)
+
+
+def test_the_fingerprint_changes_with_any_bit_of_any_tensor():
+    encoder = tiny_encoder()
+    original = fingerprint(encoder)
+    random = np.random.default_rng(0)
+    for name, words in bits_of(encoder):
+        for bit in range(32):
+            place = int(random.integers(len(words)))
+            words[place] ^= np.uint32(1 << bit)
+            assert fingerprint(encoder) != original, f"bit {bit} of word {place} of {name}"
+            words[place] ^= np.uint32(1 << bit)
+    assert fingerprint(encoder) == original
+
+
+def test_the_fingerprint_sees_what_changes_places():
+    encoder = tiny_encoder()
+    original = fingerprint(encoder)
+    state = state_of(encoder)
+    table = state["item_embeddings.weight"]
+    table[[3, 4]] = table[[4, 3]]
+    assert fingerprint(encoder) != original
+    table[[3, 4]] = table[[4, 3]]
+    one, other = state["blocks.0.attention_norm.weight"], state["blocks.0.feed_forward_norm.weight"]
+    one[:], other[:] = 2.0, 3.0
+    before = fingerprint(encoder)
+    one[:], other[:] = 3.0, 2.0
+    assert fingerprint(encoder) != before
+
+
+def test_the_fingerprint_of_a_longer_table_is_another():
+    encoder = tiny_encoder()
+    before = fingerprint(encoder)
+    grow_items(encoder, 26)
+    assert fingerprint(encoder) != before
+
+
+@pytest.mark.parametrize(
+    ("rows", "dense", "item_rows"),
+    [
+        ([2, 9], False, None),
+        ([], True, None),
+        ([24], True, None),
+        ([24, 27], False, 30),
+        ([], False, 26),
+        ([], False, None),
+    ],
+    ids=["rows", "dense", "both", "growth", "spare rows", "nothing"],
+)
+def test_a_followed_fingerprint_is_the_one_made_from_scratch(rows, dense, item_rows):
+    encoder = tiny_encoder()
+    followed = Fingerprint(encoder)
+    for seed in (1, 2):  # growing happens once, the rest twice
+        delta = changed(encoder, seed, rows, dense, item_rows)
+        found = followed.update(state_of(encoder), delta.rows, set(delta.tensors))
+        assert found == followed.checksum == fingerprint(encoder)
+    assert len(found) == 16
+    int(found, 16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damage
+
+
+def test_truncated_bytes_are_no_delta(delta):
+    data = delta.to_bytes({"steps": np.array([3])})
+    for length in [*range(0, 200, 7), *range(200, len(data), 97), len(data) - 1]:
+        with pytest.raises(DeltaMismatch, match="not a whole delta"):
+            Delta.from_bytes(data[:length])
+    with pytest.raises(DeltaMismatch, match="not a whole delta"):
+        Delta.from_bytes(data + b"\0")
+
+
+def test_a_flipped_bit_anywhere_is_noticed(delta):
+    data = delta.to_bytes({"steps": np.array([3])})
+    header = 8 + int.from_bytes(data[:8], "little")
+    random = np.random.default_rng(0)
+    for place in [*range(header), *random.integers(header, len(data), 200).tolist()]:
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << int(random.integers(8))
+        with pytest.raises(DeltaMismatch, match="not a whole delta"):
+            Delta.from_bytes(bytes(damaged))
+
+
+def test_other_safetensors_are_no_delta():
+    import safetensors.numpy
+
+    with pytest.raises(DeltaMismatch):
+        Delta.from_bytes(safetensors.numpy.save({"rows": np.zeros(2)}))
+    with pytest.raises(DeltaMismatch):
+        Delta.from_bytes(safetensors.numpy.save({"rows": np.zeros(2)}, metadata={"delta": "{}"}))

@@ -1,0 +1,97 @@
+"""Ranking takes out what must not come, and filters say which items may."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from lib.data.catalog import Catalog
+from lib.data.events import InputError
+from lib.ranking.filters import ItemFilter, most_popular
+
+
+def test_the_most_popular_come_in_order_without_padding():
+    popularity = np.array([99.0, 1.0, 5.0, 3.0, 0.0, 5.0])
+    scores, rows = most_popular(popularity, None, 3)
+    assert (scores.tolist(), rows.tolist()) == ([5.0, 5.0, 3.0], [2, 5, 3])
+    mask = np.array([True, True, False, True, True, False])
+    assert most_popular(popularity, mask, 10)[1].tolist() == [3, 1, 4]
+    assert mask[0]  # the mask that was given stays as it is
+    assert most_popular(popularity, np.zeros(6, dtype=bool), 3)[1].tolist() == []
+    everything = np.random.default_rng(0).random(500)
+    assert most_popular(everything, None, 20)[1].tolist() == (np.argsort(-everything[1:])[:20] + 1).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Filters
+
+
+@pytest.fixture
+def catalog() -> Catalog:
+    attributes = pa.table({"item_id": ["a", "b", "c"], "colour": ["red", "red", "blue"], "price": [1.0, 2.0, 3.0]})
+    return Catalog(["a", "b", "c", "d"], attributes)
+
+
+@pytest.mark.parametrize(
+    ("written", "items"),
+    [
+        ({"colour": "red"}, "ab"),
+        ({"colour": "red", "price": {"min": 2}}, "b"),
+        ({"allow": ["a", "d", "unknown"]}, "ad"),
+        ({"allow": []}, ""),
+        ({"deny": ["a", "unknown"]}, "bcd"),
+        ({"deny": []}, "abcd"),
+        ({"allow": ["a", "b"], "deny": ["b"]}, "a"),
+        ({"colour": "red", "allow": ["b", "c"]}, "b"),
+        ({"colour": "red", "deny": ["b"]}, "a"),
+    ],
+)
+def test_filters(catalog, written, items):
+    filter = ItemFilter.of(written)
+    assert filter is not None
+    mask = filter.mask(catalog)
+    assert mask.shape == (5,)
+    assert "".join(catalog.item_ids[row] for row in np.flatnonzero(mask)) == items
+    assert not mask[0]
+
+
+def test_filters_of_equal_conditions_do_not_disturb_each_other(catalog):
+    for written, items in (({"deny": ["b"]}, [1]), ({"allow": ["b"]}, [2]), ({}, [1, 2])):
+        filter = ItemFilter.of({"colour": "red", **written})
+        assert filter is not None
+        assert np.flatnonzero(filter.mask(catalog)).tolist() == items
+
+
+def test_no_filter():
+    assert ItemFilter.of(None) is None
+    assert ItemFilter.of({}) is None
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"allow": "a"}, "filter.allow: give a list of item ids"),
+        ({"allow": None}, "filter.allow: give a list of item ids"),
+        ({"deny": [1]}, "filter.deny: give a list of item ids"),
+        ({"deny": {"a": 1}}, "filter.deny: give a list of item ids"),
+        (["a"], "filter: give an object such as"),
+        ("red", "filter: give an object such as"),
+        ([], "filter: give an object such as"),
+    ],
+)
+def test_a_malformed_filter_names_the_field(written, message):
+    with pytest.raises(InputError, match=message):
+        ItemFilter.of(written)
+
+
+def test_an_unknown_attribute_is_named(catalog):
+    filter = ItemFilter.of({"size": 3, "deny": ["a"]})
+    assert filter is not None
+    with pytest.raises(InputError, match=r"filter\.size: no such attribute; the catalog has item_id, colour, price"):
+        filter.mask(catalog)
+
+
+def test_equal_filters_are_one(catalog):
+    one = ItemFilter.of({"colour": "red", "price": {"min": 1, "max": 2}})
+    other = ItemFilter.of({"price": {"max": 2, "min": 1}, "colour": "red"})
+    assert one == other
+    assert len({one, other, None, ItemFilter.of({"colour": "blue"})}) == 3

@@ -1,0 +1,479 @@
+"""Ranking rules: each does what it promises, and says how likely what it drew was."""
+
+from itertools import permutations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from lib.data.catalog import Catalog
+from lib.data.events import InputError
+from lib.ranking.rerank import Arrangement, arrange, estimated_value, propensities_of
+from lib.ranking.rules import BoundRules, RankingRules
+
+ITEMS = 60
+COLOURS = ("red", "blue", "green")
+GENRES = ("Comedy", "Drama", "War", "Western")
+NOTHING = np.zeros(0, dtype=np.int64)
+
+
+@pytest.fixture(scope="module")
+def catalog() -> Catalog:
+    """Items i1 ... i60; what i61 and i62 are is known, but they have no row."""
+    generator = np.random.default_rng(5)
+    numbers = range(1, ITEMS + 3)
+    several = [list(generator.choice(GENRES, generator.integers(0, 3), replace=False)) for _ in numbers]
+    attributes = {
+        "item_id": [f"i{number}" for number in numbers],
+        "colour": [COLOURS[number % 3] for number in numbers],
+        "genres": [" ".join(sorted(members)) or None for members in several],
+        "tags": several,
+        "price": [number % 7 for number in numbers],
+    }
+    return Catalog([f"i{number}" for number in range(1, ITEMS + 1)], pa.table(attributes))
+
+
+@pytest.fixture(scope="module")
+def vectors() -> np.ndarray:
+    vectors = np.random.default_rng(0).standard_normal((ITEMS + 1, 8)).astype(np.float32)
+    vectors[0] = 0
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+
+
+@pytest.fixture(scope="module")
+def scores(vectors) -> np.ndarray:
+    """(items + 1,) what one person thinks of every item."""
+    query = np.random.default_rng(1).standard_normal(8).astype(np.float32)
+    return vectors @ (query / np.linalg.norm(query))
+
+
+def bound(catalog: Catalog, **rules) -> BoundRules:
+    return BoundRules.of(RankingRules.of(rules), catalog)
+
+
+def best(scores: np.ndarray, mask: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The index, the long way."""
+    rows = np.flatnonzero(mask & (np.arange(len(mask)) > 0))
+    rows = rows[np.argsort(-scores[rows], kind="stable")[:count]]
+    return rows, scores[rows]
+
+
+def answer(
+    rules: BoundRules,
+    scores: np.ndarray,
+    vectors: np.ndarray,
+    k: int,
+    mask: np.ndarray | None = None,
+    seen: np.ndarray = NOTHING,
+    seed: int = 0,
+) -> Arrangement:
+    """An answer whose candidates come from the searches that the rules ask for."""
+    mask = np.ones(len(scores), dtype=bool) if mask is None else mask.copy()
+    pinned = rules.pinned(mask, seen)
+    mask[seen] = False
+    masks = [mask if group is None else mask & group for group in rules.searches]
+    rows = np.concatenate([best(scores, one, rules.candidates(k))[0] for one in masks] + [pinned])
+    generator = np.random.default_rng(seed)
+    return arrange(rows, scores[rows], k, rules, vectors, generator, lambda more: best(scores, mask & more, 20))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+def test_every_rule_is_off_by_default(catalog, scores, vectors):
+    assert not RankingRules.of({}).active
+    found = answer(bound(catalog), scores, vectors, 10)
+    assert found.rows.tolist() == best(scores, scores < 9, 10)[0].tolist()
+    assert found.scores.tolist() == scores[found.rows].tolist()
+    assert found.propensities is None
+    assert bound(catalog).candidates(10) == 10
+    assert bound(catalog).searches == (None,)
+
+
+@pytest.mark.parametrize(
+    ("written", "candidates"),
+    [
+        ({"pin": {1: "i3"}}, 10),
+        ({"boost": [{"filter": {"colour": "red"}, "weight": 0.1}]}, 10),
+        ({"bury": [{"filter": {"deny": ["i2"]}}]}, 10),
+        ({"at_most": {"genres": 3}}, 200),
+        ({"diversity_lambda": 0.7}, 200),
+        ({"exploration_temperature": 0.02}, 200),
+        ({"exploration_temperature": 0.02, "candidates": 5}, 20),
+    ],
+)
+def test_any_rule_makes_the_rules_active(catalog, written, candidates):
+    rules = RankingRules.of(written)
+    assert rules.active
+    assert BoundRules.of(rules, catalog).candidates(10) == candidates
+    assert RankingRules.model_validate_json(rules.model_dump_json()) == rules
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"boots": []}, "boots: no such setting; there are pin, boost, bury, at_most"),
+        ({"pin": ["i3"]}, "pin: input should be a valid dictionary"),
+        ({"pin": {0: "i3"}}, "pin.0: input should be greater than or equal to 1, got 0"),
+        ({"pin": {1: 50}}, "pin.1: input should be a valid string, got 50"),
+        ({"pin": {1: "i3", 2: "i3"}}, "pin: item 'i3' has more than one place; keep one"),
+        ({"boost": [{"filter": {"colour": "red"}}]}, "boost.0.weight: field required; add it"),
+        ({"boost": [{"filter": {}, "weight": 1}]}, "boost.0.filter: it is empty; say which items"),
+        ({"boost": [{"filter": {"deny": "i3"}, "weight": 1}]}, "boost.0.filter.deny: give a list of item ids"),
+        ({"boost": [{"filter": {"colour": "red"}, "weight": -1}]}, "boost.0.weight: input should be greater than 0"),
+        ({"boost": [{"filter": {"colour": "red"}, "weight": True}]}, "boost.0.weight: input should be a valid number"),
+        (
+            {"bury": [{"filter": {"colour": "red"}, "wait": 1}]},
+            "bury.0.wait: no such setting; there are filter, weight",
+        ),
+        ({"at_most": {"genres": 0}}, "at_most.genres: input should be greater than or equal to 1, got 0"),
+        ({"at_most": {"genres": "3"}}, "at_most.genres: input should be a valid integer, got '3'"),
+        ({"diversity_lambda": 0}, "diversity_lambda: input should be greater than or equal to 0.01, got 0"),
+        ({"diversity_lambda": 1.5}, "diversity_lambda: input should be less than or equal to 1, got 1.5"),
+        ({"exploration_temperature": float("nan")}, "exploration_temperature: input should be "),
+        ({"candidates": 0}, "candidates: input should be greater than or equal to 1, got 0"),
+    ],
+)
+def test_a_wrong_rule_is_named(written, message):
+    with pytest.raises(InputError) as raised:
+        RankingRules.of(written)
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"boost": [{"filter": {"size": 3}, "weight": 1}]}, "boost.0.filter.size: no such attribute; the catalog has"),
+        ({"bury": [{"filter": {"price": {"low": 1}}}]}, "bury.0.filter.price: a range is written"),
+        ({"at_most": {"size": 3}}, "at_most.size: no such attribute; the catalog has colour, genres, tags, price"),
+        ({"at_most": {"item_id": 3}}, "at_most.item_id: no such attribute"),
+    ],
+)
+def test_a_rule_that_the_catalog_cannot_keep_is_named(catalog, written, message):
+    with pytest.raises(InputError) as raised:
+        bound(catalog, **written)
+    assert str(raised.value).startswith(message)
+
+
+def test_limits_need_attributes():
+    with pytest.raises(InputError, match=r"at_most\.genres: the catalog has no attributes; ingest"):
+        bound(Catalog(["a"]), at_most={"genres": 1})
+
+
+def test_too_many_sums_of_weights_are_refused(catalog):
+    boost = [{"filter": {"price": {"min": price}, "deny": [f"i{price}"]}, "weight": 1} for price in range(1, 7)]
+    boost += [{"filter": {"colour": colour}, "weight": 2} for colour in COLOURS]
+    with pytest.raises(InputError, match=r"boost\.\d: the rules make more than 16 sums of weights; let fewer"):
+        bound(catalog, boost=boost)
+
+
+def test_rules_are_bound_anew_when_the_catalog_changed():
+    catalog = Catalog(["a", "b"], pa.table({"item_id": ["a", "b"], "colour": ["red", "blue"]}))
+    rules = RankingRules.of({"boost": [{"filter": {"colour": "red"}, "weight": 1}], "pin": {1: "c"}})
+    old = BoundRules.of(rules, catalog, rows=5)  # two spare rows
+    assert old.fits(catalog, 5)
+    assert not old.fits(catalog, 6)
+    catalog.change({"b": {"colour": "red"}})
+    assert not old.fits(catalog, 5)
+    new = BoundRules.of(rules, catalog, rows=5)
+    assert (old.weights.tolist(), new.weights.tolist()) == ([0, 1, 0, 0, 0], [0, 1, 1, 0, 0])
+    catalog.extend(["c"])
+    assert not new.fits(catalog, 5)
+    assert (dict(new.pins), dict(BoundRules.of(rules, catalog, rows=5).pins)) == ({}, {3: 0})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pin, boost, bury
+
+
+def test_pinned_items_stand_at_their_places(catalog, scores, vectors):
+    rules = bound(catalog, pin={1: "i7", 3: "i8", 9: "i9", 2: "unknown"})
+    found = answer(rules, scores, vectors, 5).rows.tolist()
+    others = np.ones(ITEMS + 1, dtype=bool)
+    others[[7, 8, 9]] = False
+    first, second, third = best(scores, others, 3)[0].tolist()
+    assert found == [7, first, 8, second, third]
+
+
+PINS = {2: "i7", 5: "i8", 50: "i9"}
+BOOSTS = [{"filter": {"colour": "red"}, "weight": 2}, {"filter": {"colour": "blue"}, "weight": 3}]
+
+
+@pytest.mark.parametrize(
+    "written", [{}, {"bury": [{"filter": {"colour": "red"}}]}, {"pin": PINS}, {"pin": PINS, "boost": BOOSTS}]
+)
+@pytest.mark.parametrize("k", [1, 4, 5, 70])
+def test_a_rule_that_changes_nothing_changes_nothing(catalog, scores, vectors, written, k):
+    """Answers that are sorted are those that are filled place by place."""
+    idle = bound(catalog, at_most={"colour": 100}, candidates=1, **written)
+    assert (
+        answer(bound(catalog, **written), scores, vectors, k).rows.tolist()
+        == answer(idle, scores, vectors, k).rows.tolist()
+    )
+
+
+def test_pinned_items_that_are_filtered_or_seen_give_way(catalog, scores, vectors):
+    rules = bound(catalog, pin={1: "i7", 2: "i8", 3: "i9"})
+    mask = np.ones(ITEMS + 1, dtype=bool)
+    mask[7] = False
+    found = answer(rules, scores, vectors, 5, mask, seen=np.array([8])).rows.tolist()
+    assert found[2] == 9
+    assert not {7, 8} & set(found)
+    assert len(found) == 5
+
+
+def test_in_a_short_answer_pinned_items_move_up(catalog, scores, vectors):
+    mask = np.zeros(ITEMS + 1, dtype=bool)
+    mask[[4, 7]] = True
+    assert answer(bound(catalog, pin={5: "i7"}), scores, vectors, 10, mask).rows.tolist() == [4, 7]
+
+
+def test_weights_reach_the_whole_catalog(catalog, scores, vectors):
+    boost = [{"filter": {"colour": "red"}, "weight": 0.4}, {"filter": {"price": {"max": 1}}, "weight": 0.7}]
+    rules = bound(catalog, boost=boost, bury=[{"filter": {"genres": "War"}, "weight": 0.5}])
+    weighted = scores + 0.4 * catalog.mask({"colour": "red"}) + 0.7 * catalog.mask({"price": {"max": 1}})
+    weighted -= 0.5 * catalog.mask({"genres": "War"})
+    for k in (1, 3, 10, ITEMS):
+        found = answer(rules, scores, vectors, k)
+        assert found.rows.tolist() == best(weighted, scores < 9, k)[0].tolist()
+        assert found.scores.tolist() == scores[found.rows].tolist()  # s, without the weight
+
+
+def test_a_weight_of_two_puts_before_all_others(catalog, scores, vectors):
+    worst = int(best(-scores, scores < 9, 1)[0][0])
+    rules = bound(catalog, boost=[{"filter": {"allow": [f"i{worst}"]}, "weight": 2}])
+    assert answer(rules, scores, vectors, 3).rows[0] == worst
+
+
+@pytest.mark.parametrize("others", [{}, {"diversity_lambda": 0.3}, {"exploration_temperature": 1.0}])
+def test_what_is_buried_comes_last(catalog, scores, vectors, others):
+    buried = catalog.mask({"colour": ["red", "blue"]})
+    boost = [{"filter": {"colour": "red"}, "weight": 50}]
+    rules = bound(catalog, bury=[{"filter": {"colour": ["red", "blue"]}}], boost=boost, **others)
+    found = answer(rules, scores, vectors, 30).rows
+    assert len(found) == 30
+    assert buried[found].tolist() == [False] * 20 + [True] * 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# At most n of a category
+
+
+def categories_of(catalog: Catalog, row: int, attribute: str) -> list[str]:
+    assert catalog.attributes is not None
+    value = catalog.attributes[attribute].to_pylist()[row - 1]
+    return value.split() if attribute == "genres" and value else value if isinstance(value, list) else [str(value)]
+
+
+def limited(catalog: Catalog, order: np.ndarray, at_most: dict[str, int], k: int) -> list[int]:
+    """The first k rows of an order that keep the limits, the long way."""
+    found: list[int] = []
+    counts: dict[str, int] = {}
+    for row in order.tolist():
+        own = [
+            (f"{name}={value}", n) for name, n in at_most.items() for value in categories_of(catalog, row, name) or []
+        ]
+        if len(found) < k and all(counts.get(value, 0) < n for value, n in own):
+            found.append(row)
+            counts.update({value: counts.get(value, 0) + 1 for value, _ in own})
+    return found
+
+
+@pytest.mark.parametrize("at_most", [{"colour": 2}, {"tags": 1}, {"tags": 3}, {"price": 2, "colour": 4}])
+@pytest.mark.parametrize("candidates", [1, 200])
+def test_at_most_n_of_a_category(catalog, scores, vectors, at_most, candidates):
+    """The best that the limit admits, also where the first candidates are used up and more are searched for."""
+    rules = bound(catalog, at_most=at_most, candidates=candidates)
+    expected = limited(catalog, best(scores, scores < 9, ITEMS)[0], at_most, 8)
+    found = answer(rules, scores, vectors, 8).rows.tolist()
+    assert found[: len(expected)] == expected
+    assert len(found) == len(expected)
+
+
+def test_the_words_of_a_text_are_categories_where_texts_share_them(catalog, scores, vectors):
+    found = answer(bound(catalog, at_most={"genres": 2}), scores, vectors, 20).rows.tolist()
+    assert found == answer(bound(catalog, at_most={"tags": 2}), scores, vectors, 20).rows.tolist()
+    brands = pa.table({"item_id": list("abcd"), "brand": ["The North Face", "The Body Shop", "The Body Shop", None]})
+    other = Catalog(list("abcd"), brands)
+    rows, values = np.arange(1, 5), np.array([0.4, 0.3, 0.2, 0.1])
+    rules = bound(other, at_most={"brand": 1})
+    found = arrange(rows, values, 4, rules, vectors, np.random.default_rng(0))
+    assert found.rows.tolist() == [1, 2, 4]
+
+
+def test_the_limit_is_hard(catalog, scores, vectors):
+    found = answer(bound(catalog, at_most={"colour": 2}), scores, vectors, 30).rows
+    assert sorted(categories_of(catalog, row, "colour")[0] for row in found) == sorted(COLOURS * 2)
+
+
+def test_pinned_items_count_and_are_shown_whatever_the_limit(catalog, scores, vectors):
+    red = [f"i{row}" for row in np.flatnonzero(catalog.mask({"colour": "red"}))[:2]]
+    rules = bound(catalog, pin={2: red[0], 6: red[1]}, at_most={"colour": 1})
+    found = answer(rules, scores, vectors, 10).rows
+    assert [categories_of(catalog, row, "colour")[0] for row in found].count("red") == 2
+    assert len(found) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Diversity
+
+
+def marginal_relevance(rows: np.ndarray, scores: np.ndarray, vectors: np.ndarray, trade: float, k: int) -> list[int]:
+    """Carbonell & Goldstein 1998, the long way."""
+    found: list[int] = []
+    for _ in range(k):
+        merit = {}
+        for row in set(rows.tolist()) - set(found):
+            likeness = max((float(vectors[row] @ vectors[other]) for other in found), default=0.0)
+            merit[row] = trade * scores[row] - (1 - trade) * likeness
+        found.append(max(merit, key=lambda row: merit[row]))
+    return found
+
+
+@pytest.mark.parametrize("trade", [0.9, 0.5, 0.1])
+def test_diversity_is_maximal_marginal_relevance(catalog, scores, vectors, trade):
+    rules = bound(catalog, diversity_lambda=trade)
+    expected = marginal_relevance(np.arange(1, ITEMS + 1), scores, vectors, trade, 12)
+    assert answer(rules, scores, vectors, 12).rows.tolist() == expected
+
+
+def test_a_lower_lambda_makes_answers_less_alike(catalog, scores, vectors):
+    likeness = []
+    for trade in (1.0, 0.7, 0.4):
+        found = vectors[answer(bound(catalog, diversity_lambda=trade), scores, vectors, 10).rows]
+        likeness.append(float((found @ found.T).mean()))
+    assert likeness[0] > likeness[1] > likeness[2]
+
+
+def test_candidates_that_are_searched_later_are_compared_with_the_answer(catalog, scores, vectors):
+    written = {"diversity_lambda": 0.4, "at_most": {"colour": 3}}
+    rules = bound(catalog, **written)
+    rows = np.flatnonzero(catalog.mask({"colour": "red"}))
+    generator = np.random.default_rng(0)
+    found = arrange(rows, scores[rows], 4, rules, vectors, generator, lambda more: best(scores, more, ITEMS)).rows
+    others = np.flatnonzero(~catalog.mask({"colour": "red"}))[1:]
+    merit = 0.4 * scores[others] - 0.6 * (vectors[others] @ vectors[found[:3]].T).max(axis=1)
+    assert found[3] == others[merit.argmax()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exploration
+
+EXPLORING = [
+    {},
+    {"at_most": {"colour": 1}},
+    {"diversity_lambda": 0.5},
+    {"pin": {2: "i4"}, "at_most": {"price": 1}, "bury": [{"filter": {"deny": ["i5", "i6"]}, "weight": 0.2}]},
+]
+
+
+def all_lists(
+    rules: BoundRules, rows: np.ndarray, scores: np.ndarray, vectors: np.ndarray, k: int
+) -> dict[tuple[int, ...], np.ndarray]:
+    """Every order of k candidates, with the propensities that it has as an answer."""
+    lists = permutations(rows.tolist(), k)
+    return {shown: propensities_of(np.array(shown), rows, scores[rows], rules, vectors) for shown in lists}
+
+
+@pytest.mark.parametrize("others", EXPLORING)
+def test_propensities_are_the_probabilities_of_what_is_shown(catalog, scores, vectors, others):
+    rules = bound(catalog, exploration_temperature=0.3, **others)
+    rows, draws = np.arange(1, 8), 4000
+    expected = all_lists(rules, rows, scores, vectors, 3)
+    assert sum(own.prod() for own in expected.values()) == pytest.approx(1.0)
+    generator = np.random.default_rng(3)
+    counts = dict.fromkeys((shown for shown, own in expected.items() if own.all()), 0)
+    for _ in range(draws):
+        found = arrange(rows, scores[rows], 3, rules, vectors, generator)
+        shown = tuple(found.rows.tolist())
+        assert found.propensities == pytest.approx(expected[shown])
+        counts[shown] += 1
+    # Pearson's chi-squared has a mean of its degrees of freedom f and a variance of 2 f
+    hoped = np.array([draws * expected[shown].prod() for shown in counts])
+    excess = ((np.array(list(counts.values())) - hoped) ** 2 / hoped).sum() - len(counts)
+    assert excess < 4 * np.sqrt(2 * len(counts))
+
+
+def test_without_exploration_one_answer_has_all_the_probability(catalog, scores, vectors):
+    rules = bound(catalog, diversity_lambda=0.5, pin={2: "i4"})
+    rows = np.arange(1, 7)
+    shown = arrange(rows, scores[rows], 3, rules, vectors, np.random.default_rng(0)).rows
+    found = all_lists(rules, rows, scores, vectors, 3)
+    assert {key for key, own in found.items() if own.all()} == {tuple(shown.tolist())}
+    assert found[tuple(shown.tolist())].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_low_temperature_changes_little_and_a_high_one_much(catalog, scores, vectors):
+    first = int(best(scores, scores < 9, 1)[0][0])
+    shares = []
+    for temperature in (0.001, 0.05, 1.0):
+        rules = bound(catalog, exploration_temperature=temperature)
+        shares.append(np.mean([answer(rules, scores, vectors, 1, seed=seed).rows[0] == first for seed in range(100)]))
+    assert shares[0] == 1.0 > shares[1] > shares[2]
+
+
+def test_the_value_of_another_policy_is_estimated_from_what_was_logged(catalog, scores, vectors):
+    """Clicks of a known model: people read down, click what they like, and stop after a click more often than not."""
+    rows, k, people = np.arange(1, 7), 3, 20_000
+    liking = np.array([0.0, 0.05, 0.7, 0.1, 0.6, 0.05, 0.1])
+    logging = bound(catalog, exploration_temperature=0.6)
+    other = liking  # a model that knows what people like
+    target = bound(catalog, exploration_temperature=0.2, at_most={"colour": 1})
+
+    def expected_clicks(shown: tuple[int, ...]) -> float:
+        reading, clicks = 1.0, 0.0
+        for row in shown:
+            clicks += reading * liking[row]
+            reading *= 1 - 0.7 * liking[row]
+        return clicks
+
+    target_lists = all_lists(target, rows, other, vectors, k)
+    truth = sum(own.prod() * expected_clicks(shown) for shown, own in target_lists.items())
+
+    generator = np.random.default_rng(9)
+    clicks, logged, wanted = np.zeros((people, k)), np.ones((people, k)), np.zeros((people, k))
+    for person in range(people):
+        found = arrange(rows, scores[rows], k, logging, vectors, generator)
+        assert found.propensities is not None
+        logged[person] = found.propensities
+        wanted[person] = target_lists[tuple(found.rows.tolist())]
+        for place, row in enumerate(found.rows):
+            clicks[person, place] = generator.random() < liking[row]
+            if clicks[person, place] and generator.random() < 0.7:
+                break
+    value, error = estimated_value(clicks, logged, wanted)
+    assert error < 0.05 * truth
+    assert abs(value - truth) < 3 * error
+    assert abs(clicks.sum(axis=1).mean() - truth) > 6 * error  # what was shown earned something else
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All at once
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rules_keep_to_each_other(catalog, scores, vectors, seed):
+    generator = np.random.default_rng(seed)
+    mask = generator.random(ITEMS + 1) < 0.7
+    seen = np.unique(generator.integers(1, ITEMS + 1, 10))
+    at_most = {"colour": int(generator.integers(2, 5)), "tags": int(generator.integers(2, 5))}
+    rules = bound(
+        catalog,
+        pin={2: f"i{generator.integers(1, ITEMS + 1)}"},
+        boost=[{"filter": {"price": {"max": 2}}, "weight": 0.3}],
+        bury=[{"filter": {"colour": "red"}}],
+        at_most=at_most,
+        diversity_lambda=0.6,
+        exploration_temperature=0.1,
+        candidates=1,
+    )
+    found = answer(rules, scores, vectors, 9, mask, seen, seed)
+    assert len(set(found.rows.tolist())) == len(found.rows)
+    assert mask[found.rows].all()
+    assert not np.isin(found.rows, seen).any()
+    assert limited(catalog, found.rows, at_most, 9) == found.rows.tolist()
+    assert found.propensities is not None
+    assert ((found.propensities > 0) & (found.propensities <= 1)).all()
+    again = answer(rules, scores, vectors, 9, mask, seen, seed)
+    assert again.rows.tolist() == found.rows.tolist()

@@ -1,0 +1,333 @@
+"""Retrieval equals brute force where it is exact, comes near it where it is not, and follows updates and filters."""
+
+import time
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from lib.retrieval.approximate import among, inner_products
+from lib.retrieval.exact import exact_search
+from lib.retrieval.faiss_lists import PROBED_LISTS, CardLists, ProcessorLists, choose_device, inverted_index, list_count
+from lib.retrieval.fresh_index import FreshRows
+from lib.retrieval.index import ItemIndex
+from tests.benchmarks.retrieval import recall, trained_like
+
+ITEMS = 30_000
+
+
+def unit(rows: int, seed: int = 0, width: int = 16) -> np.ndarray:
+    vectors = np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def brute_force(vectors: np.ndarray, queries: np.ndarray, k: int, mask=None, seen=None) -> np.ndarray:
+    """The k best rows, -1 where fewer pass."""
+    scores = queries @ vectors.T
+    if mask is not None:
+        scores[:, ~mask] = -np.inf
+    for line, rows in enumerate(seen or []):
+        scores[line, rows] = -np.inf
+    rows = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    rows[np.take_along_axis(scores, rows, axis=1) == -np.inf] = -1
+    return rows
+
+
+def random_seen(people: int, items: int, most: int = 60) -> list[np.ndarray]:
+    """Histories of different lengths, one of them empty."""
+    generator = np.random.default_rng(7)
+    lengths = [0, *generator.integers(1, most, people - 1)] if people > 1 else [most]
+    return [np.unique(generator.integers(0, items, length)).astype(np.int32) for length in lengths]
+
+
+def wait_for_merge(index: ItemIndex) -> None:
+    limit = time.monotonic() + 60
+    while index.merging:
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exact
+
+
+@pytest.mark.parametrize("people", [1, 7, 64])
+@pytest.mark.parametrize("share", [None, 0.02, 0.3, 0.99])  # gathered, added to the product, set row by row
+@pytest.mark.parametrize("with_seen", [False, True])
+def test_search_equals_brute_force(people, share, with_seen):
+    vectors, queries = unit(600), unit(people, seed=1)
+    mask = np.random.default_rng(2).random(600) < share if share else None
+    seen = random_seen(people, 600) if with_seen else None
+    scores, rows = ItemIndex(vectors).search(queries, 20, mask, seen)
+    assert rows.shape == scores.shape == (people, 20)
+    assert np.array_equal(rows, brute_force(vectors, queries, 20, mask, seen))
+    expected = np.take_along_axis(queries @ vectors.T, rows, axis=1)
+    assert np.allclose(scores[rows >= 0], expected[rows >= 0], atol=1e-6)
+    assert (scores[rows < 0] == -np.inf).all()
+
+
+def test_a_large_product_is_computed_in_parts(monkeypatch):
+    monkeypatch.setattr("lib.retrieval.exact.SCORES_AT_ONCE", 3 * 600)
+    vectors, queries, seen = unit(600), unit(10, seed=1), random_seen(10, 600)
+    assert np.array_equal(
+        ItemIndex(vectors).search(queries, 20, None, seen)[1], brute_force(vectors, queries, 20, None, seen)
+    )
+
+
+@pytest.mark.parametrize("rows", [8, 9, 64, 65])
+def test_a_mask_that_leaves_one_row(rows):
+    vectors = unit(rows)
+    index = ItemIndex(vectors)
+    for row in range(rows):
+        mask = np.zeros(rows, dtype=bool)
+        mask[row] = True
+        _, found = index.search(vectors[:1], 3, mask)
+        assert found[0].tolist() == [row, -1, -1]
+
+
+def test_minus_one_where_fewer_exist():
+    vectors = unit(5)
+    scores, rows = ItemIndex(vectors).search(vectors[:1], 7, None, [np.array([2])])
+    assert sorted(rows[0].tolist()) == [-1, -1, -1, 0, 1, 3, 4]
+    assert (scores[0, 4:] == -np.inf).all()
+    assert (rows[0, 4:] == -1).all()
+    assert (ItemIndex(vectors).search(vectors[:2], 5, np.zeros(5, dtype=bool))[1] == -1).all()
+    assert (ItemIndex(vectors).search(vectors[:2], 5, None, [np.arange(5)] * 2)[1] == -1).all()
+
+
+def test_a_row_is_updated_in_place_and_found_by_the_next_search():
+    vectors, query = unit(50), unit(1, seed=1)
+    index = ItemIndex(vectors)
+    assert index.search(query, 1)[1][0, 0] != 33
+    index.update(np.array([33]), query)
+    vectors[33] = query
+    assert index.search(query, 1)[1][0, 0] == 33
+    assert np.array_equal(index.vectors, vectors)
+    assert len(index) == 50
+
+
+def test_rows_beyond_the_end_extend_the_index():
+    vectors = unit(20)
+    index = ItemIndex(vectors[:10])
+    changed = vectors.copy()
+    changed[3] = unit(1, seed=9)[0]
+    index.update(np.array([3, *range(10, 20)]), changed[[3, *range(10, 20)]])
+    assert len(index) == 20
+    assert np.array_equal(index.vectors, changed)
+    queries = unit(4, seed=5)
+    assert np.array_equal(index.search(queries, 20)[1], brute_force(changed, queries, 20))
+    with pytest.raises(ValueError, match="do not follow the index's 20 rows"):
+        index.update(np.array([22]), vectors[:1])
+    index.update(np.zeros(0, dtype=np.int64), vectors[:0])
+    assert len(index) == 20
+
+
+def test_the_index_keeps_its_own_copy():
+    vectors = unit(10)
+    index = ItemIndex(vectors)
+    before = index.vectors.copy()
+    vectors[:] = 0
+    assert np.array_equal(index.vectors, before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Approximate
+
+
+@pytest.fixture(scope="module")
+def items() -> np.ndarray:
+    vectors = trained_like(ITEMS, np.random.default_rng(1))
+    vectors[0] = 0
+    return vectors
+
+
+@pytest.fixture(scope="module")
+def queries() -> np.ndarray:
+    return trained_like(64, np.random.default_rng(2))
+
+
+@pytest.fixture(scope="module")
+def lasting(items) -> ItemIndex:
+    """An approximate index that no test changes."""
+    return ItemIndex(items, exact_rows=256)
+
+
+@pytest.fixture
+def index(items, monkeypatch) -> ItemIndex:
+    """An approximate index for a test that changes it, trained briefly."""
+    monkeypatch.setattr("lib.retrieval.faiss_lists.CLUSTERING_ROUNDS", 2)
+    return ItemIndex(items, exact_rows=256)
+
+
+def found_share(index: ItemIndex, queries: np.ndarray, mask=None, seen=None, k: int = 100) -> float:
+    """Recall against brute force; the answer must be full, best first, of right scores, and within mask and seen."""
+    scores, rows = index.search(queries, k, mask, seen)
+    assert (rows >= 0).all()
+    assert all(len(np.unique(line)) == k for line in rows)
+    assert (np.diff(scores, axis=1) <= 0).all()
+    assert np.allclose(scores, np.take_along_axis(queries @ index.vectors.T, rows, axis=1), atol=1e-5)
+    if mask is not None:
+        assert mask[rows].all()
+    if seen is not None:
+        assert not any(np.isin(line, unwanted).any() for line, unwanted in zip(rows, seen, strict=True))
+    return recall(rows, brute_force(index.vectors, queries, k, mask, seen))
+
+
+@pytest.mark.parametrize("k", [10, 100])
+def test_nearly_all_of_the_best_are_found(lasting, queries, k):
+    assert list_count(ITEMS) > PROBED_LISTS  # otherwise all were read
+    assert found_share(lasting, queries, k=k) >= 0.98
+    one_by_one = [lasting.search(query[None], k)[1][0] for query in queries]
+    assert recall(np.array(one_by_one), brute_force(lasting.vectors, queries, k)) >= 0.98
+
+
+@pytest.mark.parametrize("share", [0.001, 0.05, 0.5, 0.95])
+def test_filters_keep_k_results_whenever_k_exist(lasting, queries, share):
+    mask = np.random.default_rng(3).random(ITEMS) < share
+    mask[0] = False
+    k = min(100, int(mask.sum()))
+    assert found_share(lasting, queries, mask, random_seen(64, ITEMS, 1000) if share > 0.01 else None, k) >= 0.98
+    _, rows = lasting.search(queries[:3], ITEMS, mask)
+    assert ((rows >= 0).sum(axis=1) == mask.sum()).all()
+
+
+def test_a_filter_that_leaves_one_region_of_the_catalog(lasting, items, queries):
+    nearness = items @ queries[0]
+    mask = nearness > np.quantile(nearness, 0.7)
+    mask[0] = False
+    assert found_share(lasting, queries, mask) >= 0.98
+
+
+@pytest.mark.parametrize("seen_best", [50, 300, 5000])
+def test_a_person_who_has_seen_the_best_gets_the_next_best(lasting, items, queries, seen_best):
+    best = brute_force(items, queries, seen_best)
+    seen = [np.sort(line) for line in best]
+    assert found_share(lasting, queries, None, seen) >= 0.98
+    seen[1:] = [line[:0] for line in seen[1:]]  # one who comes out short does not disturb the others
+    assert found_share(lasting, queries, None, seen) >= 0.98
+
+
+def test_changed_and_new_rows_are_found_at_once_and_removed_ones_never(index, items, queries):
+    index.update(np.arange(100, 164), queries)
+    assert index.search(queries, 1)[1][:, 0].tolist() == list(range(100, 164))
+    index.update(np.arange(ITEMS, ITEMS + 64), queries * 2)
+    assert index.search(queries, 1)[1][:, 0].tolist() == list(range(ITEMS, ITEMS + 64))
+    mask = np.ones(ITEMS + 64, dtype=bool)
+    mask[0], mask[ITEMS:] = False, False
+    assert index.search(queries, 1, mask)[1][:, 0].tolist() == list(range(100, 164))
+    seen = [np.array([row]) for row in range(100, 164)]
+    assert found_share(index, queries, mask, seen) >= 0.98
+    index.update(np.arange(100, 164), items[100:164])
+    assert found_share(index, queries, mask) >= 0.98
+    assert not index.merging
+
+
+def test_recall_holds_after_a_fifth_of_the_rows_changed_while_merging(index, queries):
+    changed = trained_like(ITEMS, np.random.default_rng(5))
+    rows = 1 + np.random.default_rng(4).permutation(ITEMS - 1)[: ITEMS // 5]
+    merged = 0
+    for start in range(0, len(rows), 500):
+        piece = rows[start : start + 500]
+        index.update(piece, changed[piece])
+        merged += index.merging
+        newest = index.search(changed[piece[:8]], 1)
+        assert newest[1][:, 0].tolist() == piece[:8].tolist()
+        index.update(piece[:8], changed[piece[:8]])  # again, perhaps while the other thread reads them
+    assert merged
+    assert found_share(index, queries) >= 0.98
+    wait_for_merge(index)
+    assert found_share(index, queries) >= 0.98
+
+
+def test_rows_that_change_during_a_merge_stay_fresh(index, items, queries):
+    rows = np.arange(1, 3001)
+    index.update(rows, items[rows])
+    assert index.merging
+    index.update(rows[:64], queries)
+    wait_for_merge(index)
+    assert index.search(queries, 1)[1][:, 0].tolist() == rows[:64].tolist()
+    index.update(rows, np.concatenate([queries[::-1], items[1 : len(rows) - 63]]))  # merged the next time
+    index.update(rows + 3000, items[rows])
+    wait_for_merge(index)
+    for _ in range(2):  # the search takes the lists and has what changed meanwhile merged
+        assert index.search(queries, 1)[1][:, 0].tolist() == rows[:64][::-1].tolist()
+        index.update(rows[64:], items[rows[64:]])
+        wait_for_merge(index)
+    assert found_share(index, queries) >= 0.98
+
+
+def test_a_catalog_that_outgrows_the_bound_becomes_approximate_without_a_gap(items, queries, monkeypatch):
+    monkeypatch.setattr("lib.retrieval.faiss_lists.CLUSTERING_ROUNDS", 2)
+    index = ItemIndex(items[:1000], exact_rows=2000)
+    index.update(np.arange(1000, 6000), items[1000:6000])
+    index.update(np.arange(1, 65), queries)
+    assert index.search(queries, 1)[1][:, 0].tolist() == list(range(1, 65))
+    wait_for_merge(index)
+    assert index.search(queries, 1)[1][:, 0].tolist() == list(range(1, 65))
+    assert found_share(index, queries) >= 0.98
+
+
+def test_what_fails_on_the_other_thread_is_raised_by_the_next_call():
+    index = ItemIndex(unit(4), exact_rows=5)  # so few rows cannot be clustered
+    index.update(np.arange(4, 10), unit(6))
+    wait_for_merge(index)
+    with pytest.raises(RuntimeError, match="Number of training points"):
+        index.search(unit(1), 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces
+
+
+def test_fresh_rows_hold_the_newest_vector_of_each_row():
+    vectors, fresh = unit(3000), FreshRows(16, torch.device("cpu"))
+    for rows in (np.arange(5, 10), np.arange(8, 2000), np.array([2500])):
+        fresh.put(rows, torch.from_numpy(vectors[rows] * (1 if rows[0] < 8 else 2)), 2000 if rows[-1] < 2000 else 2600)
+    assert len(fresh) == 1996
+    query = torch.from_numpy(vectors[[9, 2500]])
+    scores, rows = fresh.search(query, 1, None, None)
+    assert (rows[:, 0].tolist(), scores[:, 0].round().tolist()) == ([9, 2500], [2, 2])
+    fresh.retire(np.array([9, 2700]))
+    assert fresh.search(query, 1, None, [np.array([1]), np.array([2500, 2800])])[1][0, 0] not in (9, 2500)
+
+
+def test_scores_of_candidates_and_seen_candidates():
+    vectors, queries = torch.from_numpy(unit(40)), torch.from_numpy(unit(2, seed=1))
+    rows = torch.tensor([[3, -1, 39], [0, 7, 7]])
+    scores = inner_products(vectors, queries, rows)
+    assert torch.allclose(scores[1], (vectors[rows[1]] @ queries[1]))
+    assert scores[0, 1] == -torch.inf
+    assert among(rows, [np.array([4, 39]), np.array([0])], 40).tolist() == [[False, False, True], [True, False, False]]
+    assert not among(rows, [np.zeros(0, dtype=np.int32)] * 2, 40).any()
+
+
+def test_exact_search_gives_tensors_where_the_vectors_are():
+    vectors = torch.from_numpy(unit(40))
+    scores, rows = exact_search(vectors, vectors[:3], 2)
+    assert rows[:, 0].tolist() == [0, 1, 2]
+    assert scores.device == vectors.device
+
+
+def test_a_card_is_chosen_where_faiss_sees_one():
+    assert choose_device(0) == torch.device("cpu")
+    assert choose_device(2) == torch.device("cuda:0")
+    assert isinstance(inverted_index(8, choose_device(0)), ProcessorLists)
+    assert choose_device(faiss.get_num_gpus()).type == ("cuda" if faiss.get_num_gpus() else "cpu")
+    assert isinstance(inverted_index(8, choose_device(1)), CardLists)
+
+
+def test_the_lists_for_a_card_find_the_best_and_follow_a_merge(items, queries):
+    """On a processor, with the same calls, tensors in and tensors out."""
+    lists, asked = CardLists(64, torch.device("cpu")), torch.from_numpy(queries)
+    packed = lists.merge(items, np.arange(ITEMS))
+    assert packed.ntotal == ITEMS - 1  # not the row of zeros
+    changed = items.copy()
+    changed[100:164], changed[200] = queries, 0
+    merged = lists.merge(changed, np.arange(100, 201))
+    for vectors, searched in ((items, packed), (changed, merged)):
+        rows = lists.search(searched, asked, 264, 1, None)
+        assert isinstance(rows, torch.Tensor)
+        places = inner_products(torch.from_numpy(vectors), asked, rows).topk(100).indices
+        assert recall(rows.gather(1, places).numpy(), brute_force(vectors, queries, 100)) >= 0.98
+    assert merged.ntotal == ITEMS - 2

@@ -1,0 +1,85 @@
+"""A disk that has no room, and the proof that no event is lost or doubled."""
+
+import os
+import resource
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lib.log.feedback import FeedbackLogReader
+from lib.versions.ledger import check
+from lib.versions.registry import Registry
+from tests.conftest import LiveService
+from tests.serving.test_service import assert_refused, click
+
+
+def assert_each_event_once(service: LiveService, acknowledged: list[tuple[str, str]]) -> None:
+    """Each acknowledged event is in the log once, in its user's history, and in the weights of every replica once."""
+    status = service.wait_until_learned()
+    learner = status["learner"]
+    assert acknowledged
+    assert len(set(acknowledged)) == len(acknowledged)
+    with FeedbackLogReader(service.log) as log:
+        logged = Counter((entry.event.user_id, entry.event.event_id) for entry in log.replay())
+        assert [event for event in acknowledged if logged[event] != 1] == []
+        assert learner["log_offset"] == log.last_offset()
+        assert learner["events_trained"] + learner["events_rejected"] == log.count()
+        for user in {user_id for user_id, _ in acknowledged}:
+            history = [(event["item_id"], event["timestamp"]) for event in service.export(user)]
+            assert history == [(entry.event.item_id, entry.event.timestamp) for entry in log.user_events(user)]
+
+
+@contextmanager
+def files_up_to(size: int, process: int) -> Iterator[None]:
+    """No file of a process may grow beyond so many bytes in the block: what a full disk looks like to it."""
+    soft, hard = resource.prlimit(process, resource.RLIMIT_FSIZE)
+    resource.prlimit(process, resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.prlimit(process, resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_without_room_events_are_refused_and_learning_waits_and_both_go_on_with_room(service: LiveService) -> None:
+    before = service.wait_until_learned()
+    with files_up_to(1000, before["learner"]["process"]):
+        service.send(click("crowded", "item-0001", event_id="taken"))
+        status = service.wait_until("the learner says so", lambda s: s["learner"].get("storage_error") and s)
+        assert status["learner"]["state"] == "waiting for storage"
+        assert "make room in" in status["learner"]["storage_error"]
+        assert status["learner"]["version"] == before["learner"]["version"], "nothing is pushed that is not stored"
+        with files_up_to(1000, before["aggregator"]["process"]):
+            refused = service.client.post(
+                "/v1/events", json={"events": [click("crowded", "item-0002", event_id="not")]}
+            )
+            assert_refused(refused, 503, "nothing of the request was taken")
+        assert [event["item_id"] for event in service.export("crowded")] == ["item-0001"]
+        assert service.send(click("crowded", "item-0002", event_id="not"))["accepted"] == 1
+    after = service.wait_until_learned()
+    assert (after["learner"]["state"], after["learner"]["storage_error"]) == ("running", None)
+    assert after["learner"]["process"] == before["learner"]["process"]
+    assert after["aggregator"]["process"] == before["aggregator"]["process"]
+    assert after["learner"]["events_trained"] == before["learner"]["events_trained"] + 2
+    with FeedbackLogReader(service.log) as log:
+        assert check(Registry(service.state).ledger(), log).faults == []
+
+
+def test_a_delta_that_is_torn_while_live_is_made_up_for(service: LiveService) -> None:
+    """A replica that cannot catch up by it gets a version that is stored whole."""
+    before = service.wait_until_learned()
+    service.send(click("torn", "item-0001"))
+    service.wait_until_learned()
+    torn = Registry(service.state).head()
+    path = service.state / "deltas" / f"{torn:010d}"
+    path.write_bytes(path.read_bytes()[:-100])
+    victim = service.status()["replicas"][0]
+    os.kill(victim["process"], signal.SIGKILL)
+    service.wait_until(
+        "a new replica is there", lambda s: len({r["process"] for r in s["replicas"]} - {victim["process"]}) == 2
+    )
+    after = service.wait_until_learned()
+    assert after["model_version"] == before["model_version"] + 2
+    assert Registry(service.state).load().damage == []
+    with FeedbackLogReader(service.log) as log:
+        assert check(Registry(service.state).ledger(), log).faults == []

@@ -1,0 +1,333 @@
+"""The versions on storage: whole or not there, loaded to the bit, and on any filesystem that pyarrow knows."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pyarrow import fs
+
+from lib.data.catalog import Catalog
+from lib.data.events import InputError
+from lib.live.learner import LearnerConfig, NearlineLearner
+from lib.model.delta import Delta, DeltaMismatch
+from lib.model.folder import MANIFEST, Manifest, load_model, save_model
+from lib.versions.registry import OPTIMIZER_FILE, Registry
+from tests.helpers.tiny import (
+    assert_same_state,
+    copied_state,
+    history,
+    item_ids,
+    micro_batch,
+    started_registry,
+    tiny_encoder,
+)
+
+CONFIG = LearnerConfig(negatives=8, held_out_users=0, snapshot_every=1000)
+
+
+class UploadingRegistry(Registry):
+    """A registry on a filesystem that is not the local one: the path that object stores take."""
+
+    def __init__(self, location: Path):
+        super().__init__(location)
+        location.mkdir(exist_ok=True)
+        self.fs, self.root, self.local = fs.SubTreeFileSystem(str(location), fs.LocalFileSystem()), "bucket", False
+
+
+@pytest.fixture(params=[Registry, UploadingRegistry], ids=["folder", "object store"])
+def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
+    made = request.param(tmp_path / "store")
+    made.publish_snapshot(tiny_encoder(), Catalog(item_ids(24)), Manifest(version=1), None)
+    return made
+
+
+def files_of(registry: Registry) -> Path:
+    """Where the registry's files lie on this machine's disk."""
+    if registry.local:
+        return Path(registry.root)
+    assert isinstance(registry.fs, fs.SubTreeFileSystem)
+    return Path(registry.fs.base_path) / registry.root
+
+
+def learn(registry: Registry, updates: int, config: LearnerConfig = CONFIG) -> dict[int, dict]:
+    """Publish deltas, each with a new item; the state of every version."""
+    learner = NearlineLearner(registry, config)
+    states = {learner.version: copied_state(learner.encoder)}
+    for _ in range(updates):
+        number = learner.version
+        delta = learner.learn(micro_batch(number * 10, [history([1, 2 + number, f"new{number}"])]))
+        assert isinstance(delta, Delta)
+        states[delta.version] = copied_state(learner.encoder)
+    return states
+
+
+def test_an_empty_registry_has_no_versions(tmp_path):
+    empty = Registry(tmp_path / "nothing")
+    assert empty.head() is None
+    assert empty.oldest() is None
+    assert empty.versions() == []
+    with pytest.raises(InputError, match="stored are none"):
+        empty.load()
+
+
+def test_any_stored_version_is_loaded_to_the_bit(registry):
+    states = learn(registry, 5)
+    assert registry.head() == 6
+    assert registry.snapshots() == [1]
+    assert registry.deltas() == [2, 3, 4, 5, 6]
+    for version, state in states.items():
+        loaded = registry.load(version)
+        assert_same_state(state, copied_state(loaded.encoder))
+        assert loaded.version == version
+        assert loaded.log_offset == 10 * (version - 1)
+        assert loaded.catalog.item_ids[25:] == [f"new{number}" for number in range(1, version)]
+    assert registry.load().version == 6
+
+
+def test_versions_are_listed_with_what_is_known_of_them(registry):
+    learn(registry, 2)
+    base, *deltas = registry.versions()
+    assert (base.version, base.kind, base.facts) == (1, "snapshot", {"kind": "base"})
+    assert base.size > 10_000
+    assert [(v.version, v.kind, v.log_offset, v.facts["kind"]) for v in deltas] == [
+        (2, "delta", 10, "nearline"),
+        (3, "delta", 20, "nearline"),
+    ]
+    assert all(v.size == len(registry.read_delta(v.version).to_bytes()) for v in deltas)
+    assert base.created <= deltas[0].created <= deltas[1].created
+
+
+@pytest.mark.parametrize("version", [0, 7, -1])
+def test_a_version_that_is_not_stored_is_refused(registry, version):
+    learn(registry, 2)
+    with pytest.raises(InputError, match=rf"version: {version} is not stored .* stored are 1 to 3"):
+        registry.load(version)
+
+
+def test_a_version_is_never_published_twice(registry):
+    learn(registry, 1)
+    delta = registry.read_delta(2)
+    before = (files_of(registry) / "deltas" / "0000000002").read_bytes()
+    delta.facts = {"other": True}
+    with pytest.raises(FileExistsError, match="another learner"):
+        registry.publish_delta(delta, {})
+    assert (files_of(registry) / "deltas" / "0000000002").read_bytes() == before
+    two = NearlineLearner(registry, CONFIG), NearlineLearner(registry, CONFIG)
+    two[0].learn(micro_batch(30, [history([1, 2])]))
+    with pytest.raises(FileExistsError):
+        two[1].learn(micro_batch(30, [history([1, 2])]))
+
+
+def test_a_snapshot_that_exists_stays_as_it_is(registry):
+    registry.publish_snapshot(tiny_encoder(seed=4), Catalog(item_ids(24)), Manifest(version=1), None)
+    assert_same_state(copied_state(tiny_encoder()), copied_state(registry.load(1).encoder))
+
+
+def test_an_unfinished_write_is_not_a_version(registry):
+    learn(registry, 1)
+    files = files_of(registry)
+    (files / "deltas" / ".0000000003.4711").write_bytes(b"half a delta")
+    unfinished = files / "snapshots" / "0000000003"
+    shutil.copytree(files / "snapshots" / "0000000001", unfinished)
+    (unfinished / MANIFEST).unlink()
+    (files / "snapshots" / "notes").mkdir()
+    (files / "snapshots" / "notes" / MANIFEST).write_text("not ours")
+    (files / "snapshots" / "0000000004").write_text("a file, no folder")
+    assert registry.head() == 2
+    assert registry.load().version == 2
+    assert [info.version for info in registry.versions()] == [1, 2]
+    assert len(learn(registry, 1)) == 2  # version 3 is free
+    learner = NearlineLearner(registry, CONFIG)
+    learner.save_snapshot({})  # and what was left of the snapshot is replaced
+    assert registry.snapshots() == [1, 3]
+    assert_same_state(copied_state(learner.encoder), copied_state(registry.load(3).encoder))
+
+
+@pytest.mark.parametrize("survived", range(5))
+def test_a_crash_between_the_files_leaves_no_snapshot(registry, monkeypatch, survived):
+    learner = NearlineLearner(registry, CONFIG)
+    learner.learn(micro_batch(10, [history([1, 2])]))
+    write, written = registry._write, []
+
+    def crash(name: str, data: bytes, replace: bool = False) -> None:
+        if len(written) == survived:
+            raise OSError("killed")
+        write(name, data, replace)
+        written.append(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "_write", crash)
+        with pytest.raises(OSError, match="killed"):
+            learner.save_snapshot({})
+    assert registry.snapshots() == [1]
+    assert registry.load().version == 2
+    learner.save_snapshot({})
+    assert registry.snapshots() == [1, 2]
+    assert len(list((files_of(registry) / "snapshots" / "0000000002").iterdir())) == 5
+
+
+def test_writes_leave_no_temporary_files(registry):
+    learn(registry, 2)
+    assert not [path for path in files_of(registry).rglob("*") if path.name.startswith(".")]
+
+
+def test_snapshots_in_between_and_pruning(registry):
+    config = LearnerConfig(negatives=8, held_out_users=0, snapshot_every=2, keep_snapshots=2)
+    unfinished = files_of(registry) / "deltas" / ".0000000002.4711"
+    unfinished.parent.mkdir(exist_ok=True)
+    unfinished.write_bytes(b"of a process that was killed")
+    states = learn(registry, 8, config)  # snapshots 1, 2, 4, 6, 8; the newest two stay, and the first
+    assert registry.snapshots() == [1, 6, 8]
+    assert [path.name for path in sorted((files_of(registry) / "deltas").iterdir())] == [
+        f"{version:010d}" for version in (7, 8, 9)
+    ]
+    assert registry.oldest() == 1
+    assert [info.version for info in registry.versions()] == [1, 6, 7, 8, 9]
+    for version in (1, 6, 7, 8, 9):
+        assert_same_state(states[version], copied_state(registry.load(version).encoder))
+    with pytest.raises(InputError, match="delta 2 is missing"):
+        registry.load(3)
+    registry.prune(5)
+    assert registry.snapshots() == [1, 6, 8]
+
+
+def test_a_snapshot_holds_the_optimiser_and_the_catalog(registry):
+    learn(registry, 2)
+    learner = NearlineLearner(registry, CONFIG)
+    learner.save_snapshot({"kind": "nearline", "events_trained": 2})
+    for version in registry.deltas():
+        registry.fs.delete_file(f"{registry.root}/deltas/{version:010d}")
+    again = NearlineLearner(registry, CONFIG)
+    assert again.version == 3
+    assert again.log_offset == 20
+    assert again.events_trained == 2
+    assert again.checksum == learner.checksum
+    assert again.catalog.item_ids == learner.catalog.item_ids
+    mine, theirs = learner.trainer.optimizer_state(), again.trainer.optimizer_state()
+    assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damage
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0xFF
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("place", [0, 20, 200, -1])
+def test_a_damaged_delta_is_named(registry, place):
+    learn(registry, 3)
+    path = files_of(registry) / "deltas" / "0000000003"
+    flip(path, place)
+    with pytest.raises(InputError, match=r"deltas/0000000003 is damaged"):
+        registry.load(4)
+    assert registry.load(2).damage == []
+    with pytest.raises(DeltaMismatch):
+        registry.read_delta(3)
+
+
+def test_a_torn_delta_is_named_and_the_newest_whole_version_loaded(registry):
+    states = learn(registry, 3)
+    path = files_of(registry) / "deltas" / "0000000004"
+    data = path.read_bytes()
+    for length in (0, 7, 100, len(data) - 1):
+        path.write_bytes(data[:length])
+        with pytest.raises(InputError, match=r"deltas/0000000004 is damaged"):
+            registry.load(4)
+        loaded = registry.load()
+        assert (loaded.version, loaded.log_offset, loaded.facts["events_trained"]) == (3, 20, 2)
+        assert_same_state(states[3], copied_state(loaded.encoder))
+        [damage] = loaded.damage
+        assert damage.startswith(f"version: {registry.root}/deltas/0000000004 is damaged: ")
+        kinds = [info.kind for info in registry.versions()]
+        assert kinds == ["snapshot", "delta", "delta", "damaged" if length <= 100 else "delta"]  # it reads the header
+
+
+def test_a_delta_is_not_laid_over_a_version_that_it_does_not_follow(registry):
+    learn(registry, 3)
+    deltas = files_of(registry) / "deltas"
+    (deltas / "0000000003").write_bytes((deltas / "0000000004").read_bytes())
+    loaded = registry.load()
+    assert loaded.version == 2
+    assert "it follows version 3, not 2" in loaded.damage[0]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "catalog.parquet", "config.json", OPTIMIZER_FILE])
+def test_a_damaged_or_missing_file_of_a_snapshot_is_named(registry, name):
+    states = learn(registry, 1)
+    NearlineLearner(registry, CONFIG).save_snapshot({})
+    path = files_of(registry) / "snapshots" / "0000000002" / name
+    flip(path, 50)
+    for damage in (lambda: None, path.unlink):
+        damage()
+        loaded = registry.load()  # from the snapshot before it and the delta
+        assert loaded.version == 2
+        assert_same_state(states[2], copied_state(loaded.encoder))
+        assert [name in text for text in loaded.damage] == [True]
+    (files_of(registry) / "deltas" / "0000000002").unlink()
+    assert registry.load().version == 1
+    with pytest.raises(InputError, match=re.escape(name)):
+        registry.load(2)
+
+
+def test_a_damaged_manifest_of_a_snapshot_is_named(registry):
+    (files_of(registry) / "snapshots" / "0000000001" / MANIFEST).write_text("{")
+    with pytest.raises(InputError, match=MANIFEST):
+        registry.load()
+    assert [info.kind for info in registry.versions()] == ["damaged"]
+
+
+def test_a_missing_delta_is_named(registry):
+    learn(registry, 3)
+    (files_of(registry) / "deltas" / "0000000003").unlink()
+    with pytest.raises(InputError, match=r"delta 3 is missing in .* so 4 cannot be made"):
+        registry.load(4)
+    assert registry.load().version == 2
+    with pytest.raises(FileNotFoundError):
+        registry.read_delta(3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where it starts, and where it lies
+
+
+def test_it_starts_from_a_model_folder_once(tmp_path):
+    model = tmp_path / "model"
+    save_model(model, tiny_encoder(seed=3), Catalog(item_ids(24)), Manifest(version=1, facts={"kind": "base"}))
+    registry = Registry(tmp_path / "store")
+    registry.start_from(model)
+    assert registry.load().optimizer is None
+    assert_same_state(copied_state(tiny_encoder(seed=3)), copied_state(registry.load().encoder))
+    learn(registry, 1)
+    save_model(model, tiny_encoder(seed=4), Catalog(item_ids(24)), Manifest(version=1))
+    registry.start_from(model)  # versions exist: the model is not looked at
+    assert registry.head() == 2
+    with pytest.raises(InputError, match="no folder"):
+        Registry(tmp_path / "other").start_from(tmp_path / "missing")
+
+
+def test_a_snapshot_is_a_model_folder(tmp_path):
+    registry = started_registry(tmp_path / "store")
+    encoder, catalog, manifest = load_model(Path(registry.root) / "snapshots" / "0000000001")
+    assert_same_state(copied_state(tiny_encoder()), copied_state(encoder))
+    assert len(catalog) == 24
+    assert manifest.version == 1
+
+
+def test_a_file_uri_is_the_folder(tmp_path):
+    learn(started_registry(tmp_path / "my store"), 1)
+    registry = Registry((tmp_path / "my store").as_uri())
+    assert registry.local
+    assert registry.head() == 2
+    learn(registry, 1)
+    assert Registry(tmp_path / "my store").load().version == 3
+
+
+def test_an_unknown_kind_of_storage_is_refused():
+    with pytest.raises(InputError, match="gopher"):
+        Registry("gopher://models/live")
