@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lib.data.events import InputError
+from lib.errors import InputError
 from lib.log.board import ONE_MACHINE
 
 HOST = "127.0.0.1"

@@ -4,7 +4,7 @@ from typing import Any
 
 import httpx
 
-from lib.data.events import InputError
+from lib.errors import InputError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_SECONDS = 30

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 
 import typer
 
-from lib.data.events import InputError
+from lib.errors import InputError
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 TRACEBACK = "AFTERCLICK_TRACEBACK"

@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from lib.data.events import InputError
-from lib.errors import objection
+from lib.errors import InputError, objection
 
 Settings = TypeVar("Settings")
 

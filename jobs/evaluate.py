@@ -18,12 +18,12 @@ import typer
 from rich.console import Console
 
 from jobs.configuration import write_json
-from jobs.evaluation_report import plot_comparison, print_comparison
-from jobs.plots import check_plot
 from jobs.pretrain import PretrainSettings
-from lib.data.events import EVENT_KINDS, InputError
-from lib.data.ingest import read_events
+from jobs.reports import check_plot, plot_comparison, print_comparison
+from lib.data.dataset import read_events
+from lib.data.events import EVENT_KINDS
 from lib.data.popularity import DAY
+from lib.errors import InputError
 from lib.evaluation.baselines import NEIGHBOURS, ItemToItem, Popularity
 from lib.evaluation.comparison import Comparison, Estimate, activity, compare, item_popularity
 from lib.evaluation.metrics import LEVEL, RESAMPLES
@@ -112,7 +112,8 @@ def evaluate_models(
     # torch and transformers, which `--help` need not wait for
     from lib.data.catalog import Catalog
     from lib.data.histories import histories_of
-    from lib.evaluation.protocols import PROTOCOLS, cases_of, rank, training_part
+    from lib.data.holdout import PROTOCOLS, training_part
+    from lib.evaluation.protocols import cases_of, rank
 
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol: {protocol!r} is not one of {', '.join(PROTOCOLS)}")

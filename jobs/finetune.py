@@ -33,7 +33,7 @@ from jobs.pretrain import (
     keep_or_start_afresh,
     run_workers,
 )
-from lib.data.events import InputError
+from lib.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa

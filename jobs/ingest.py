@@ -14,10 +14,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lib.data.events import EVENT_KINDS, EVENT_SCHEMA, InputError
+from lib.data.events import EVENT_KINDS, EVENT_SCHEMA
 from lib.data.formats.files import FORMATS
 from lib.data.ingest import IngestReport, ingest
 from lib.data.ingest import Progress as ProgressFunction
+from lib.errors import InputError
 
 _KINDS = ", ".join(EVENT_KINDS)
 _DELIMITERS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " "}

@@ -27,8 +27,8 @@ import typer
 from cluster.local import running_ray
 from jobs.configuration import settings_from, write_json
 from jobs.progress import shown_progress
-from lib.data.events import InputError
-from lib.data.ingest import EVENTS_FILE, ITEMS_FILE
+from lib.data.dataset import EVENTS_FILE, ITEMS_FILE
+from lib.errors import InputError
 
 if TYPE_CHECKING:
     from ray.train import TrainingFailedError

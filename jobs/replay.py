@@ -22,12 +22,12 @@ import typer
 
 from cluster.local import running_ray
 from jobs.configuration import settings_from, write_json
-from jobs.plots import check_plot
 from jobs.pretrain import PretrainSettings, pretrain
-from jobs.replay_report import plot_replay, print_replay
 from jobs.replay_service import through_service
-from lib.data.events import InputError, order_events
-from lib.data.ingest import read_events, read_items, write_dataset
+from jobs.reports import check_plot, plot_replay, print_replay
+from lib.data.dataset import read_events, read_items, write_dataset
+from lib.data.tables import order_events
+from lib.errors import InputError
 from lib.live.learner import LearnerConfig
 from lib.live.prequential import Daily, Frozen, Live, Outcome, Stream, replay, split_by_time
 from lib.live.prequential_comparison import ReplayComparison, compare_arms

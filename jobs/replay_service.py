@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import httpx
 import numpy as np
 
-from lib.data.events import Event, InputError
+from lib.data.events import Event
+from lib.errors import InputError
 from lib.live.prequential import MISSED, Outcome, Stream, events_of
 from lib.live.prequential_comparison import DEEPEST
 

@@ -24,19 +24,20 @@ from ray.actor import ActorHandle
 from ray.serve.config import HTTPOptions
 
 from cluster.local import HOST, require_free_port, running_ray
-from jobs.nearline import check_logs, start_learner
-from lib.data.events import CleaningRules, InputError
-from lib.data.ingest import read_events
+from lib.data.dataset import read_events
+from lib.data.guard import CleaningRules
+from lib.errors import InputError
 from lib.experiments.results import ChallengerConfig
 from lib.live.learner import LearnerConfig
 from lib.log.layout import SQLITE
 from lib.model.folder import load_model
 from lib.ranking.rules import BoundRules, RankingRules
-from serving.aggregator import AggregatorConfig, start_aggregator
+from serving.aggregator import NAMESPACE, AggregatorConfig, start_aggregator
 from serving.aggregators import running_aggregators, statuses_of
 from serving.app import ServeArguments, build, check_state
-from serving.experiment import check_challenger
-from serving.names import APPLICATION, EXPERIMENTS, LEARNER, NAMESPACE
+from serving.experiment import EXPERIMENTS, check_challenger
+from serving.learner import check_logs, start_learner
+from serving.rollout import APPLICATION, LEARNER
 
 START_SECONDS = 60.0  # for HAProxy to know the replicas
 STOP_SECONDS = 30.0

@@ -27,11 +27,12 @@ from jobs.event_stream import StreamedData, read_stream
 from jobs.pretrain import PretrainSettings
 from lib.data.attributes import attribute_codes, attribute_values
 from lib.data.catalog import Catalog
-from lib.data.events import EVENT_KINDS, InputError
+from lib.data.dataset import read_events, read_items
+from lib.data.events import EVENT_KINDS
 from lib.data.histories import Histories, histories_of
-from lib.data.ingest import read_events, read_items
+from lib.data.holdout import training_part
 from lib.data.popularity import DAY, popularity_of, steady_total
-from lib.evaluation.protocols import training_part
+from lib.errors import InputError
 from lib.live.finetuning import MarkedHistories, WeightedBatches
 from lib.model.batches import SequenceBatches
 from lib.model.buckets import Figures, figures_of, figures_of_all

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.configuration import write_json
-from lib.data.events import InputError
+from lib.errors import InputError
 
 if TYPE_CHECKING:
     from lib.versions.ledger import Ledger

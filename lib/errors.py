@@ -1,8 +1,20 @@
-"""What pydantic objects to in somebody's settings, said in one line."""
+"""Errors that a person can mend, and pydantic's objections to settings as one line of such an error."""
 
 from pydantic import BaseModel, ValidationError
 
-from lib.data.events import InputError
+
+class InputError(ValueError):
+    """Input that a person can mend; the message is one line that names the field and the remedy."""
+
+
+class EventRejected(InputError):
+    """An event that breaks a rule: `reason` is a stable code to count by, `field` the field at fault."""
+
+    def __init__(self, reason: str, field: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.field = field
+        self.message = message
 
 
 def objection(error: ValidationError, *models: type[BaseModel], whole: str = "settings") -> str:

@@ -20,16 +20,15 @@ import numpy as np
 import ray
 from ray.actor import ActorHandle
 
-from lib.data.events import CleaningRules, Event
-from lib.data.guard import FeedbackGuard
-from lib.data.ingest import read_events
-from lib.data.user_histories import History, MicroBatch, SampleSizes, UserHistories
-from lib.live.micro_batch import micro_batch
+from lib.data.dataset import read_events
+from lib.data.events import Event
+from lib.data.guard import CleaningRules, FeedbackGuard
+from lib.data.user_histories import History, UserHistories
+from lib.live.micro_batch import MicroBatch, SampleSizes, micro_batch
 from lib.log.board import ONE_MACHINE, ChangeBoard
 from lib.log.feedback import LoggedEvent, LogWriteError
 from lib.log.items import ItemChange, ItemLog
 from lib.log.layout import ONLY, LogLayout, Shard
-from serving.names import AGGREGATOR, NAMESPACE
 
 ITEM_LOG_FILE = "items.sqlite"
 BOARD_FILE = "changes"
@@ -324,3 +323,7 @@ def start_aggregator(
         num_cpus=0.5,
     )
     return actor.remote(state, data, config, shard, layout)
+
+
+NAMESPACE = "afterclick"  # of the actors
+AGGREGATOR = "aggregator"

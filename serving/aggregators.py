@@ -7,6 +7,7 @@ aggregator (serving/aggregator.py).
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -16,18 +17,28 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.util import list_named_actors
 
+from lib.data.events import Event
 from lib.data.user_histories import History
 from lib.log.board import ChangeBoard, News
 from lib.log.feedback import LogWriteError
 from lib.log.items import ItemChange
 from lib.log.layout import LogLayout, PartlyWritten, shard_of
-from serving.aggregator import AggregatorConfig, start_aggregator
+from serving.aggregator import AGGREGATOR, NAMESPACE, AggregatorConfig, start_aggregator
 from serving.batches import Batches
-from serving.feedback import MOST_REQUESTS, Feedback, append_together
-from serving.names import AGGREGATOR, NAMESPACE
 
 STATUS_SECONDS = 2.0
+MOST_REQUESTS = 64  # in one call
 Given = TypeVar("Given")
+Append = Callable[[list[Event], set[str], Counter[str]], Awaitable[Sequence[str | None]]]
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What one request brought."""
+
+    events: list[Event]
+    named: set[str]  # ids that were given to events without any identity
+    rejected: Counter[str]  # events that were refused already, by reason
 
 
 class Aggregators:
@@ -181,3 +192,14 @@ def running_aggregators() -> list[ActorHandle]:
     names = sorted(actor["name"] for actor in actors if actor["namespace"] == NAMESPACE)
     names = [name for name in names if name.startswith(AGGREGATOR)]
     return [ray.get_actor(name, namespace=NAMESPACE) for name in names]
+
+
+async def append_together(append: Append, requests: Sequence[Feedback]) -> list[list[str | None]]:
+    """One call for many requests; for each, per event None, or why it was not taken.
+
+    A call costs some milliseconds of processor time at both ends, however little it carries.
+    """
+    events = [event for request in requests for event in request.events]
+    named = set().union(*(request.named for request in requests))
+    outcomes = iter(await append(events, named, sum((request.rejected for request in requests), Counter())))
+    return [[next(outcomes) for _ in request.events] for request in requests]

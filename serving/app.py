@@ -4,14 +4,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
-from lib.data.events import CleaningRules, InputError
+from lib.data.guard import CleaningRules
+from lib.errors import InputError
 from lib.experiments.results import ChallengerConfig
-from lib.log.layout import SQLITE, LogLayout, check_log
+from lib.log.integrity import check_log
+from lib.log.layout import SQLITE, LogLayout
 from lib.ranking.rules import RankingRules
 from lib.versions.registry import Registry
 from serving.experiment import prepare_challenger
-from serving.names import DEPLOYMENT
 from serving.recommendations import Recommendations, ReplicaConfig
+from serving.rollout import DEPLOYMENT
 
 
 class Autoscaling(BaseModel):

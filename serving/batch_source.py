@@ -10,7 +10,8 @@ from typing import cast
 
 import ray
 
-from lib.data.user_histories import History, MicroBatch, SampleSizes
+from lib.data.user_histories import History
+from lib.live.micro_batch import MicroBatch, SampleSizes
 from lib.log.feedback import last_commit_is_torn
 from lib.log.items import ItemChange
 from lib.log.layout import ONLY, ORDER_FILE, LogLayout, Shard

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib.data.events import InputError
+from lib.errors import InputError
 from lib.ranking.recommender import RankedItem
 
 FOLDER = "decisions"

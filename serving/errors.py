@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from ray.exceptions import GetTimeoutError, RayActorError
 from starlette.exceptions import HTTPException
 
-from lib.data.events import InputError
+from lib.errors import InputError
 from lib.log.feedback import LogFull, LogWriteError
 from lib.log.layout import PartlyWritten
 from serving.batches import Overloaded

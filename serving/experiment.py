@@ -18,13 +18,13 @@ import ray
 from ray.actor import ActorHandle
 
 from lib.data.catalog import Catalog
-from lib.data.events import InputError
+from lib.errors import InputError
 from lib.experiments.results import SHADOW, ChallengerConfig, ExperimentResults, Records
 from lib.live.learner import LearnerConfig, NearlineLearner
 from lib.model.encoder import WEIGHTS, BehaviourEncoder
 from lib.model.folder import MANIFEST, Manifest, read_manifest
 from lib.versions.registry import Registry, load_folder, save_with_optimizer
-from serving.names import EXPERIMENTS, NAMESPACE
+from serving.aggregator import NAMESPACE
 
 FOLDER, MODEL = "experiments", "model"
 STATE, OFFERED, VERSION, RUN = "state", "offered", "version", "run"  # facts that are kept with the results
@@ -242,3 +242,6 @@ def experiments_handle() -> ActorHandle:
         ValueError: none is running.
     """
     return ray.get_actor(EXPERIMENTS, namespace=NAMESPACE)
+
+
+EXPERIMENTS = "experiments"

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic import ValidationError
 from starlette.types import Message, Receive, Scope, Send
 
-from lib.data.events import InputError
+from lib.errors import InputError
 from serving.errors import DEADLINE_HEADER, answer_of, defect
 from serving.requests import LARGEST_BODY, RecommendationRequest
 

@@ -12,14 +12,16 @@ from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lib.data.events import CleaningRules, Event, EventRejected, InputError, validate_event
+from lib.data.events import Event, validate_event
+from lib.data.guard import CleaningRules
 from lib.data.user_histories import History
+from lib.errors import EventRejected, InputError
 from lib.ranking.filters import ItemFilter
 from lib.ranking.recommender import Question, RankedItem
 from serving.aggregator import DUPLICATE
+from serving.aggregators import Feedback
 from serving.errors import DEADLINE_HEADER, ERROR_ANSWERS
 from serving.fast_path import FastPath, deadline_of
-from serving.feedback import Feedback
 from serving.prometheus import render
 from serving.requests import (
     EVENTS_BODY,
@@ -135,7 +137,7 @@ def http_application(replica: "Replica") -> FastPath:
         named: set[str] = set()
         for index, fields in enumerate(events):
             try:
-                event = validate_event(fields, now, rules)
+                event = validate_event(fields, now, rules.future_tolerance_ms)
             except EventRejected as error:
                 rejected.append({"index": index, "reason": str(error)})
                 reasons[error.reason] += 1
@@ -223,7 +225,8 @@ def _history(request: RecommendationRequest, rules: CleaningRules) -> History:
     events = []
     for index, event in enumerate(request.history or ()):
         try:
-            events.append(validate_event({"user_id": "anonymous", **event.model_dump(exclude_none=True)}, now, rules))
+            fields = {"user_id": "anonymous", **event.model_dump(exclude_none=True)}
+            events.append(validate_event(fields, now, rules.future_tolerance_ms))
         except EventRejected as error:
             raise InputError(f"history.{index}.{error.field}: {error}") from error
     return History.of(events)

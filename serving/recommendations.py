@@ -23,8 +23,9 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from lib.data.events import CleaningRules, InputError
+from lib.data.guard import CleaningRules
 from lib.data.user_histories import History
+from lib.errors import InputError
 from lib.log.items import ItemChange
 from lib.log.layout import LogLayout
 from lib.model.delta import Delta, DeltaMismatch
@@ -43,7 +44,7 @@ from serving.experiment import PreparedChallenger, experiments_handle
 from serving.fast_path import FastPath
 from serving.history_cache import HistoryCache, last_offsets
 from serving.http import http_application
-from serving.names import APPLICATION, DEPLOYMENT, LEARNER, NAMESPACE
+from serving.rollout import APPLICATION, DEPLOYMENT, learner_handle
 
 LATENCY_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds
 WARMED_TOGETHER = 32  # users whose histories are fetched in one call: no one else waits for long
@@ -394,15 +395,6 @@ class Recommendations:
         if revision != self.item_revision:  # items changed while it was loaded
             recommender.catalog_changed(self.item_changes)
         self.recommender = recommender
-
-
-def learner_handle() -> ActorHandle:
-    """The running learner.
-
-    Raises:
-        ValueError: none is running.
-    """
-    return ray.get_actor(LEARNER, namespace=NAMESPACE)
 
 
 async def _or_none(handle: Callable[[], ActorHandle], method: str, *arguments: Any) -> dict[str, Any] | None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.actor import ActorHandle
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from lib.model.delta import Delta
-from serving.names import APPLICATION, DEPLOYMENT
+from serving.aggregator import NAMESPACE
 
 
 @dataclass(frozen=True)
@@ -86,3 +87,17 @@ class Rollout:
             return Acknowledgements([], 1, time.perf_counter() - start)
         replicas = [answer for answer in answers if isinstance(answer, dict)]
         return Acknowledgements(replicas, len(answers) - len(replicas), time.perf_counter() - start)
+
+
+APPLICATION = "afterclick"
+DEPLOYMENT = "Recommendations"
+LEARNER = "learner"
+
+
+def learner_handle() -> ActorHandle:
+    """The running learner.
+
+    Raises:
+        ValueError: none is running.
+    """
+    return ray.get_actor(LEARNER, namespace=NAMESPACE)

@@ -30,9 +30,9 @@ from jobs.demo.shop import Shop
 from jobs.demo.visitors import Frozen, PastEvent, ReplaySource, ShopSource, Source, Tally, histories_of, run_visitors
 from jobs.pretrain import PretrainSettings, pretrain
 from jobs.serve import running_service
-from lib.data.ingest import read_events, read_items, write_dataset
+from lib.data.dataset import read_events, read_items, write_dataset
+from lib.data.holdout import NONE
 from lib.data.user_histories import History
-from lib.evaluation.protocols import NONE
 from lib.live.prequential import split_by_time
 from lib.ranking.recommender import Question, Recommender
 from lib.retrieval.index import use_threads

@@ -29,8 +29,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from lib.data.events import EVENT_SCHEMA, InputError
-from lib.data.ingest import write_dataset
+from lib.data.dataset import write_dataset
+from lib.data.events import EVENT_SCHEMA
+from lib.errors import InputError
 
 HISTORY_START = 1_577_836_800_000  # 2020-01-01: far enough back that simulated time stays behind the real one
 HISTORY_DAYS = 30

@@ -22,7 +22,8 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.demo.shop import Shop
-from lib.data.events import EVENT_WEIGHTS, NEGATIVE_RATING, InputError
+from lib.data.events import EVENT_WEIGHTS, NEGATIVE_RATING
+from lib.errors import InputError
 
 REACTION_SECONDS = 2.0  # simulated time between seeing a recommendation and clicking it
 REQUEST_TIMEOUT_SECONDS = 10.0

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lib.data.events import InputError
+from lib.errors import InputError
 
 TITLE_COLUMNS = ("title", "name")
 SEPARATORS = re.compile(r"[\s|,;]")  # of the words of a text attribute

@@ -16,9 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lib.data.events import InputError, order_events
+from lib.data.events import EVENT_KINDS, EVENT_SCHEMA
 from lib.data.formats.files import parquet_file
-from lib.data.ingest import checked_events
+from lib.data.formats.items import with_plain_strings
+from lib.data.tables import conform, order_events
+from lib.errors import InputError
 
 COLUMNS = ["user_id", "item_id", "event", "value", "timestamp"]  # what training reads
 READ_ROWS = 1 << 17
@@ -144,3 +146,85 @@ def merged(surveys: Iterable[Survey]) -> Survey:
     assert whole is not None, "a file has at least one piece"
     whole.first_uses = first_uses(pa.concat_tables(waiting))
     return whole
+
+
+EVENTS_FILE = "events.parquet"
+ITEMS_FILE = "items.parquet"
+
+
+def read_events(data: str | Path) -> pa.Table:
+    """The events of a dataset folder (or of one events file), of EVENT_SCHEMA.
+
+    Users are contiguous and each user's events in time order, events of equal time in the order of the file. Raises
+    InputError when there is no such dataset, or a column is missing, of the wrong type, null or of an unknown kind.
+    """
+    path = events_file(data)
+    with parquet_file(path) as file:
+        # Further columns are of no use here; ingested data has none.
+        table = file.read([name for name in file.schema_arrow.names if name in EVENT_SCHEMA.names])
+    return order_events(checked_events(table, path))
+
+
+def events_file(data: str | Path) -> Path:
+    """The events file of a dataset folder, or that file itself; InputError when there is none."""
+    path = _file_in(data, EVENTS_FILE)
+    if path is None:
+        found = "does not exist" if not Path(data).exists() else f"holds no {EVENTS_FILE}"
+        raise InputError(f"data {str(data)!r} {found}; make it with 'afterclick ingest --source PATH --out {data}'")
+    return path
+
+
+def checked_events(table: pa.Table, path: Path) -> pa.Table:
+    """Events read from a file, of EVENT_SCHEMA, in their order.
+
+    Raises InputError when a column is missing, of the wrong type, null or of an unknown kind.
+    """
+    try:
+        table = conform(table)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    for column in EVENT_SCHEMA:
+        if not column.nullable and table[column.name].null_count:
+            count = table[column.name].null_count
+            raise InputError(f"{path}: column {column.name!r} is null in {count} rows; ingest the data to clean it")
+    unknown = sorted(set(pc.unique(table["event"]).to_pylist()) - set(EVENT_KINDS))
+    if unknown:
+        raise InputError(f"{path}: unknown event {unknown[0]!r}; ingest the data with --event-kind {unknown[0]}=KIND")
+    return table.cast(EVENT_SCHEMA)
+
+
+def write_dataset(folder: Path, events: pa.Table, items: pa.Table | None) -> None:
+    """Write tables as an ingested dataset; the folder is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(events, folder / EVENTS_FILE)
+    if items is not None:
+        pq.write_table(items, folder / ITEMS_FILE)
+
+
+def read_items(data: str | Path) -> pa.Table | None:
+    """The item table of a dataset folder, or None where it has none: item_id (string, unique) and any other columns.
+
+    Raises InputError when the file is not a table of items with an id each.
+    """
+    path = _file_in(data, ITEMS_FILE) if Path(data).is_dir() else None
+    if path is None:
+        return None
+    with parquet_file(path) as file:
+        table = with_plain_strings(file.read())
+    if "item_id" not in table.column_names or table["item_id"].type != pa.string():
+        raise InputError(f"{path}: it needs a column 'item_id' of strings; found {', '.join(table.column_names)}")
+    if table["item_id"].null_count:
+        raise InputError(f"{path}: column 'item_id' is null in {table['item_id'].null_count} rows; remove them")
+    counts = pc.value_counts(table["item_id"])
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(repeated):
+        raise InputError(
+            f"{path}: item_id {repeated[0]['values'].as_py()!r} is there more than once; ids must be unique"
+        )
+    return table
+
+
+def _file_in(data: str | Path, name: str) -> Path | None:
+    path = Path(data)
+    path = path / name if path.is_dir() else path
+    return path if path.is_file() else None

@@ -228,32 +228,6 @@ class ReplaySample:
     recent_events: int = 1  # how many of the latest events count as recent
 
 
-@dataclass(frozen=True)
-class SampleSizes:
-    """What a learner wants with the new events."""
-
-    history_length: int  # events of context before a user's new ones, and of a replayed window
-    replay: ReplaySample
-    held_out_users: int
-    held_out_length: int  # events before the held-out one
-
-
-@dataclass
-class MicroBatch:
-    """What the trigger releases to the learner: new events in their users' histories, and what goes with them.
-
-    The newest `new_counts[i]` events of `histories[i]` are new; what stands before them is context.
-    """
-
-    last_offset: int  # of the newest event in the batch
-    histories: list[History]
-    new_counts: list[int]
-    received_at: list[int]  # milliseconds, of each new event
-    replay: list[History]  # windows to learn from again
-    held_out: list[History]  # of other users who act now, for the gate
-    quarantined: frozenset[int] = frozenset()  # offsets of new events that are not to be learned now
-
-
 def to_histories(histories: Sequence[History], catalog: Catalog, kind_codes: dict[str, int]) -> Histories:
     """Flat columns for the encoder; events of items or kinds that it does not know are left out."""
     row_of = catalog.row_of

@@ -17,8 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lib.data.events import EVENT_WEIGHTS, InputError
-from lib.errors import objection
+from lib.data.events import EVENT_WEIGHTS
+from lib.errors import InputError, objection
 from lib.experiments.sequential_test import ArmTotals, difference, evidence, interval, verdict
 from lib.experiments.split import place_of
 

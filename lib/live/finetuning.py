@@ -20,12 +20,12 @@ import pyarrow.parquet as pq
 import torch
 
 from lib.data.catalog import Catalog
-from lib.data.dataset import COLUMNS
-from lib.data.events import EVENT_SCHEMA, InputError
+from lib.data.dataset import COLUMNS, checked_events, events_file
+from lib.data.events import EVENT_SCHEMA
 from lib.data.formats.files import parquet_file
 from lib.data.histories import Histories, histories_of
-from lib.data.ingest import checked_events, events_file
 from lib.data.popularity import event_counts, start_weights
+from lib.errors import InputError
 from lib.evaluation.comparison import Comparison, compare
 from lib.evaluation.protocols import Cases, model_contender, rank
 from lib.experiments.split import place_of

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from lib.data.catalog import Catalog
-from lib.data.events import InputError
 from lib.data.histories import Histories
-from lib.data.user_histories import History, MicroBatch, to_histories
+from lib.data.user_histories import History, to_histories
+from lib.errors import InputError
 from lib.evaluation.metrics import ndcg_at
+from lib.live.micro_batch import MicroBatch
 from lib.model.batches import SequenceBatches, target_weights
 from lib.model.delta import ROW_TENSORS, dense_state, state_of
 from lib.model.encoder import BehaviourEncoder

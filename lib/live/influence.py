@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib.data.events import InputError
 from lib.data.histories import Histories
 from lib.data.user_histories import History
+from lib.errors import InputError
 
 OPINIONS = ("like", "dislike", "rating")  # of the same item, only a user's last one counts
 LEAST_CROWD = 4.0  # that newcomers may weigh however few others act; a micro-batch may hold nobody else

@@ -15,19 +15,21 @@ import torch
 from torch import Tensor
 
 from lib.data.catalog import Catalog
-from lib.data.events import InputError
 from lib.data.histories import Histories
 from lib.data.popularity import event_counts, moved_reference, start_weights
-from lib.data.user_histories import History, MicroBatch, ReplaySample, SampleSizes, to_histories
+from lib.data.user_histories import History, ReplaySample, to_histories
+from lib.errors import InputError
 from lib.live.gate import Gate, GateConfig
 from lib.live.influence import Influence, InfluenceLimits, Targets, is_newcomer, last_opinions
+from lib.live.micro_batch import MicroBatch, SampleSizes
 from lib.live.new_items import add_rows, encode_attributes
 from lib.live.undo import UndoJournal
 from lib.log.items import ItemChange
 from lib.model.batches import Batch, SequenceBatches
-from lib.model.delta import ROW_TENSORS, Delta, Fingerprint, difference, grow_items, state_of
+from lib.model.delta import ROW_TENSORS, Delta, difference, grow_items, state_of
 from lib.model.distributed import is_first_worker, part_of_worker, require_equal, word_of_first
 from lib.model.encoder import BehaviourEncoder
+from lib.model.fingerprint import Fingerprint
 from lib.model.folder import Manifest
 from lib.model.trainer import Trainer, TrainingConfig, train_uppermost
 from lib.versions.registry import LoadedVersion, Registry

@@ -22,9 +22,10 @@ import pyarrow as pa
 import torch
 
 from lib.data.catalog import Catalog
-from lib.data.events import Event, InputError
+from lib.data.events import Event
 from lib.data.popularity import DAY, popularity_of
 from lib.data.user_histories import History, UserHistories, to_histories
+from lib.errors import InputError
 from lib.evaluation.protocols import model_scores, remove_seen, target_ranks
 from lib.live.learner import LearnerConfig, NearlineLearner, Rejection
 from lib.live.micro_batch import micro_batch

@@ -29,7 +29,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from lib.data.events import Event, InputError
+from lib.data.events import Event
+from lib.errors import InputError
 from lib.log.sqlite import read_tail
 
 SCHEMA_VERSION = 1

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib.data.events import InputError
+from lib.errors import InputError
 from lib.log.feedback import last_commit_is_torn, write_error
 
 # A change takes the place of the one before, so that a new reader reads each item once. The newest change always

@@ -26,7 +26,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 import orjson
 
-from lib.data.events import EVENT_SCHEMA, Event, InputError
+from lib.data.events import EVENT_SCHEMA, Event
+from lib.errors import InputError
 from lib.log.feedback import (
     Append,
     AppendResult,

@@ -6,15 +6,13 @@ number of shards therefore stays what it was when the first event came.
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
-from lib.data.events import InputError
-from lib.log.feedback import FeedbackLog, FeedbackLogReader, LogCorrupt, LogWriteError, last_commit_is_torn
-from lib.log.order import LogOrder
-from lib.log.sharded_log import ShardedLogReader
+from lib.errors import InputError
+from lib.log.feedback import FeedbackLog, FeedbackLogReader, LogWriteError
+from lib.log.order import LogOrder, ShardedLogReader
 
 SQLITE = "sqlite"  # the log is a file in the state folder
 LOG_FILE = "feedback.sqlite"
@@ -165,62 +163,3 @@ def read_log(state: str | Path) -> LogReader:
     layout = LogLayout.of(state)
     logs = [FeedbackLogReader(path) for path in layout.files(state)]
     return logs[0] if layout.aggregators == 1 else ShardedLogReader(logs, LogOrder(Path(state, ORDER_FILE)))
-
-
-def check_log(state: str | Path, learned: int, pages: bool = False) -> None:
-    """Refuse a log that is damaged (`pages`: it is read whole), or ends before what versions have learned of it.
-
-    A copy of a log on Kafka may be behind, until an aggregator opens it; its end is for `check_ends` then.
-
-    Raises:
-        InputError: it names the log, and the remedy.
-    """
-    layout = LogLayout.of(state)
-    order = Path(state, ORDER_FILE)
-    if layout.aggregators > 1 and order.exists():
-        last_commit_is_torn(order)
-    try:
-        ends = [_end_of(path, pages) for path in layout.files(state)]
-    except LogCorrupt as error:
-        if layout.log == SQLITE:
-            raise
-        raise LogCorrupt(f"{error}; {COPY_HINT.format(layout.log)}") from error
-    if layout.log == SQLITE:
-        check_ends(state, learned, ends)
-
-
-def check_ends(state: str | Path, learned: int, ends: Sequence[int]) -> None:
-    """Refuse logs of the shards that end, at these offsets of their own, before what versions have learned of them.
-
-    What such a log is given from now on would get offsets that were learned already, and never be learned.
-
-    Raises:
-        InputError: it names the log, and the remedy.
-    """
-    layout = LogLayout.of(state)
-    log, end = layout.files(state)[0], ends[0]
-    if layout.aggregators > 1:
-        log = Path(state, ORDER_FILE)
-        with LogOrder(log) as order:
-            end, places = order.end(), [order.place(number) for number in range(layout.aggregators)]
-        for path, own, place in zip(layout.files(state), ends, places, strict=True):
-            if own < place:
-                raise InputError(
-                    f"state: the feedback log {path} ends at offset {own}, but {log} has put {place} of its events in "
-                    "order; restore its newest copy"
-                )
-    if end < learned:
-        raise InputError(
-            f"state: the feedback log {log} ends at offset {end}, but versions in {state} have learned up to {learned};"
-            f" restore its newest copy, or take away the versions beyond {end} (`afterclick versions` lists them)"
-        )
-
-
-def _end_of(log: Path, pages: bool) -> int:
-    if not log.exists():
-        return 0
-    last_commit_is_torn(log)  # before opening it drops anything
-    with FeedbackLogReader(log) as reader:
-        if pages:
-            reader.check()
-        return reader.last_offset()

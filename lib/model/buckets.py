@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from lib.data.histories import Histories
-from lib.data.ingest import partition_of
-from lib.evaluation.protocols import TEMPORAL, cutoff_time, training_part
+from lib.data.holdout import TEMPORAL, cutoff_time, training_part
+from lib.data.tables import partition_of
 from lib.model.batches import Batch, SequenceBatches, value_boundaries
 from lib.model.encoder import BehaviourEncoderConfig
 

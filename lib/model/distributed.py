@@ -1,8 +1,12 @@
-"""What workers that train together tell each other, over torch.distributed; one alone hears itself."""
+"""Workers that train together over torch.distributed: collectives, and dense weights shared out among them (FSDP2).
+
+A worker alone hears itself. What sharding is made of is imported where somebody shards: it costs a process a second of
+CPU, and most never do.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed as distributed
@@ -10,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.model.batches import Batch
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Said = TypeVar("Said")
 
@@ -93,3 +100,51 @@ def gather_gradients(
     summed = gradient.new_zeros(len(rows), gradient.shape[1])
     summed.index_add_(0, places, torch.cat(all_gradients))
     return rows, summed, loss
+
+
+def shard(model: nn.Module, blocks: nn.ModuleList, precision: str) -> None:
+    """Share the dense weights out among all workers (FSDP2): each block's, and those of the model that are no block's.
+
+    The item table stays whole on every worker, because RowAdam owns it. Gradients are summed, not averaged: the loss
+    is divided by the weight of all workers' targets already.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(next(model.parameters()).device.type, (worker_count(),))
+    # blocks are gathered in the precision in which they compute, and their gradients summed in full
+    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = half if precision == "bfloat16" else MixedPrecisionPolicy()
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    untrained = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    fully_shard(model, mesh=mesh, ignored_params=untrained)
+    for module in (*blocks, model):
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # not as a factor of the reduction, which NCCL alone has
+
+
+def is_shard(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether each worker has a part of it; told by its method, for only `shard` should pay for importing DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each worker has a shard; every worker must ask for it."""
+    return tensor.full_tensor() if is_shard(tensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """The shard of a tensor that this worker has, in the same memory."""
+    return tensor.to_local() if is_shard(tensor) else tensor
+
+
+def placed_like(tensor: Tensor, value: Tensor) -> Tensor:
+    """A whole value on the device of `tensor`, sharded where that is; every worker has the whole value."""
+    value = value.to(tensor.device)
+    if is_shard(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    return value

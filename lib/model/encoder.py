@@ -17,7 +17,7 @@ Sources: SASRec (Kang & McAuley 2018) for the causal trunk; SwiGLU (Shazeer 2020
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.configuration_utils import PreTrainedConfig
 
-from lib.data.events import InputError
-from lib.model.loss import unit_length
+from lib.errors import InputError
 
 WEIGHTS = "model.safetensors"
 PADDING_ROW = 0  # row 0 of the item table belongs to no item
@@ -387,3 +386,26 @@ class BehaviourEncoder(nn.Module):
         codes = self.item_attributes[rows]  # (..., F)
         count = (codes > 0).sum(dim=-1, keepdim=True).clamp(min=1)
         return embeddings + self.attribute_embeddings(codes).sum(dim=-2) / count
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """Divide by the length over the last dimension; a zero vector stays zero."""
+    unit = _UnitLength.apply(x)
+    assert isinstance(unit, Tensor)
+    return unit
+
+
+class _UnitLength(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        inverse = 1 / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=1e-12)
+        unit = x * inverse
+        ctx.save_for_backward(unit, inverse)
+        return unit
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        unit, inverse = ctx.saved_tensors
+        gradient = gradients[0]
+        along = (gradient * unit).sum(dim=-1, keepdim=True)
+        return torch.addcmul(gradient, unit, along, value=-1).mul_(inverse)

@@ -13,7 +13,7 @@ import safetensors
 from pydantic import BaseModel, Field, ValidationError
 
 from lib.data.catalog import Catalog
-from lib.data.events import InputError
+from lib.errors import InputError
 from lib.model.encoder import WEIGHTS, BehaviourEncoder
 
 FILES = ("config.json", WEIGHTS, "catalog.parquet")

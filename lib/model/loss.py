@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from lib.model.batches import Batch
+from lib.model.encoder import BehaviourEncoder, unit_length
 
 
 def uniform_negatives(count: int, items: int, generator: torch.Generator) -> Tensor:
@@ -52,13 +55,6 @@ def sampled_margins(
     return margins
 
 
-def unit_length(x: Tensor) -> Tensor:
-    """Divide by the length over the last dimension; a zero vector stays zero."""
-    unit = _UnitLength.apply(x)
-    assert isinstance(unit, Tensor)
-    return unit
-
-
 class _SampledMargins(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -83,17 +79,51 @@ class _SampledMargins(torch.autograd.Function):
         return of_queries, queries * gradient, weights.T @ (queries * -share), None, None
 
 
-class _UnitLength(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        inverse = 1 / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=1e-12)
-        unit = x * inverse
-        ctx.save_for_backward(unit, inverse)
-        return unit
+class SequenceLoss(nn.Module):
+    """Weighted sum of the losses of a part of a batch; a module, so that sharded weights are whole while it runs."""
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        unit, inverse = ctx.saved_tensors
-        gradient = gradients[0]
-        along = (gradient * unit).sum(dim=-1, keepdim=True)
-        return torch.addcmul(gradient, unit, along, value=-1).mul_(inverse)
+    def __init__(self, encoder: BehaviourEncoder, precision: str):
+        super().__init__()
+        self.encoder = encoder
+        self.in_half_precision = precision == "bfloat16"
+
+    def forward(
+        self,
+        batch: Batch,
+        rows: Tensor,
+        table: Tensor,
+        inputs: Tensor,
+        positives: Tensor,
+        negatives: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        """A scalar.
+
+        Args:
+            batch: the part, B sequences of at most T events.
+            rows: (R,) distinct rows that the whole batch needs.
+            table: (R, C) their embeddings.
+            inputs: (B, T) places in `rows` of the events' items.
+            positives: (B, T) places in `rows` of the targets.
+            negatives: (N,) places in `rows` of the shared negatives.
+            weights: (B, T) what each target counts, below zero where it was disliked.
+        """
+        vectors = self.encoder.described(table, rows)
+        item_vectors = vectors.index_select(0, inputs.flatten()).view(*inputs.shape, -1)
+        if not any(parameter.requires_grad for parameter in self.encoder.blocks[0].parameters()):
+            item_vectors = item_vectors.detach()  # no way back through frozen blocks: a step costs a third
+        with torch.autocast(table.device.type, dtype=torch.bfloat16, enabled=self.in_half_precision):
+            hidden = self.encoder(batch.kinds, batch.gaps, batch.values, batch.lengths, item_vectors=item_vectors)
+        has_target = weights.flatten().nonzero().flatten()  # (M,)
+        weights = weights.flatten().index_select(0, has_target)
+        positives = positives.flatten().index_select(0, has_target)
+        unit = unit_length(vectors)
+        margins = sampled_margins(
+            self.encoder.queries(hidden.flatten(0, 1).index_select(0, has_target)),
+            unit.index_select(0, positives),
+            unit.index_select(0, negatives),
+            rows.index_select(0, positives),
+            rows.index_select(0, negatives),
+            self.encoder.config.temperature,
+        )
+        return (next_item_losses(margins, weights.sign()) * weights.abs()).sum()

@@ -18,10 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.model.batches import Batch
-from lib.model.distributed import gather_gradients, summed_over_workers, worker_count
+from lib.model.distributed import (
+    gather_gradients,
+    own_part,
+    placed_like,
+    shard,
+    summed_over_workers,
+    whole,
+    worker_count,
+)
 from lib.model.encoder import BehaviourEncoder
-from lib.model.loss import next_item_losses, sampled_margins, uniform_negatives, unit_length
-from lib.model.sharding import own_part, placed_like, shard, whole
+from lib.model.loss import SequenceLoss, uniform_negatives
 
 FADING_UPDATES = 20  # after so many the boost of a new row is half of what it was
 
@@ -106,7 +113,7 @@ class Trainer:
         table = encoder.item_embeddings.weight
         table.requires_grad_(False)
         self.row_optimizer = RowAdam(table, config)
-        self.sequence_loss = SequenceLoss(encoder, config)
+        self.sequence_loss = SequenceLoss(encoder, config.precision)
         encoder.activation_checkpointing = config.activation_checkpointing
         if config.compile:
             compile_blocks(encoder)
@@ -248,56 +255,6 @@ class Trainer:
         """(B, T) what each target counts: below zero where the person disliked it, zero where there is none."""
         weights = batch.target_weights
         return torch.where(weights < 0, weights * self.config.dislike_weight, weights)
-
-
-class SequenceLoss(nn.Module):
-    """Weighted sum of the losses of a part of a batch; a module, so that sharded weights are whole while it runs."""
-
-    def __init__(self, encoder: BehaviourEncoder, config: TrainingConfig):
-        super().__init__()
-        self.encoder = encoder
-        self.in_half_precision = config.precision == "bfloat16"
-
-    def forward(
-        self,
-        batch: Batch,
-        rows: Tensor,
-        table: Tensor,
-        inputs: Tensor,
-        positives: Tensor,
-        negatives: Tensor,
-        weights: Tensor,
-    ) -> Tensor:
-        """A scalar.
-
-        Args:
-            batch: the part, B sequences of at most T events.
-            rows: (R,) distinct rows that the whole batch needs.
-            table: (R, C) their embeddings.
-            inputs: (B, T) places in `rows` of the events' items.
-            positives: (B, T) places in `rows` of the targets.
-            negatives: (N,) places in `rows` of the shared negatives.
-            weights: (B, T) what each target counts, below zero where it was disliked.
-        """
-        vectors = self.encoder.described(table, rows)
-        item_vectors = vectors.index_select(0, inputs.flatten()).view(*inputs.shape, -1)
-        if not any(parameter.requires_grad for parameter in self.encoder.blocks[0].parameters()):
-            item_vectors = item_vectors.detach()  # no way back through frozen blocks: a step costs a third
-        with torch.autocast(table.device.type, dtype=torch.bfloat16, enabled=self.in_half_precision):
-            hidden = self.encoder(batch.kinds, batch.gaps, batch.values, batch.lengths, item_vectors=item_vectors)
-        has_target = weights.flatten().nonzero().flatten()  # (M,)
-        weights = weights.flatten().index_select(0, has_target)
-        positives = positives.flatten().index_select(0, has_target)
-        unit = unit_length(vectors)
-        margins = sampled_margins(
-            self.encoder.queries(hidden.flatten(0, 1).index_select(0, has_target)),
-            unit.index_select(0, positives),
-            unit.index_select(0, negatives),
-            rows.index_select(0, positives),
-            rows.index_select(0, negatives),
-            self.encoder.config.temperature,
-        )
-        return (next_item_losses(margins, weights.sign()) * weights.abs()).sum()
 
 
 def train_uppermost(encoder: BehaviourEncoder, most_bytes: int) -> None:

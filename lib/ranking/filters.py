@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lib.data.catalog import Catalog
-from lib.data.events import InputError
+from lib.errors import InputError
 
 FILTER_LISTS = ("allow", "deny")
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lib.data.catalog import Catalog
 from lib.data.user_histories import EncodedHistory, History, to_histories
 from lib.model.batches import SequenceBatches, group_by_length
-from lib.model.delta import ATTRIBUTE_TABLE, Delta, DeltaMismatch, Fingerprint, apply_delta, state_of
+from lib.model.delta import ATTRIBUTE_TABLE, Delta, DeltaMismatch, apply_delta, state_of
 from lib.model.encoder import PADDING_ROW, BehaviourEncoder
+from lib.model.fingerprint import Fingerprint
 from lib.model.folder import load_model
 from lib.model.inference import InferenceEncoder
 from lib.ranking.explain import influences, most_influential

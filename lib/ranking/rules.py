@@ -18,8 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from lib.data.attributes import text_parts
 from lib.data.catalog import Catalog
-from lib.data.events import InputError
-from lib.errors import objection
+from lib.errors import InputError, objection
 from lib.ranking.filters import ItemFilter
 
 LAST = 1e6  # far more than scores and weights can make up for

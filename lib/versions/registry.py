@@ -31,7 +31,7 @@ from pyarrow import fs
 from pydantic import ValidationError
 
 from lib.data.catalog import Catalog
-from lib.data.events import InputError
+from lib.errors import InputError
 from lib.model.delta import OPTIMIZER_PREFIX, Delta, DeltaMismatch, apply_delta
 from lib.model.encoder import BehaviourEncoder
 from lib.model.folder import MANIFEST, Manifest, check_file, load_model, save_model, write_manifest

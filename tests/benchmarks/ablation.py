@@ -22,11 +22,12 @@ from jobs.configuration import write_json
 from jobs.pretrain import DEFAULT_INPUTS, INPUTS, PretrainSettings
 from jobs.training_loop import TrainingData, learning_rate_at, new_encoder, preset_of, read_training_data
 from lib.data.attributes import attribute_values
+from lib.data.dataset import read_events
 from lib.data.events import EVENT_KINDS
 from lib.data.histories import histories_of
-from lib.data.ingest import read_events
+from lib.data.holdout import TEMPORAL
 from lib.evaluation.metrics import ndcg_at, recall_at
-from lib.evaluation.protocols import TEMPORAL, Cases, cases_of, model_contender, rank
+from lib.evaluation.protocols import Cases, cases_of, model_contender, rank
 from lib.model.batches import target_weights
 from lib.model.encoder import BehaviourEncoder
 from lib.model.trainer import Trainer, TrainingConfig, keep_freed_memory

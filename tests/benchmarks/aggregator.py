@@ -33,8 +33,7 @@ from jobs.configuration import write_json
 from lib.data.events import Event
 from lib.log.layout import LogLayout
 from serving.aggregator import AggregatorConfig
-from serving.aggregators import Aggregators
-from serving.feedback import Feedback
+from serving.aggregators import Aggregators, Feedback
 from tests.benchmarks.feedback_log import WARM_UP, events, fill, measure_plain, summary, take
 from tests.benchmarks.machine import describe_machine
 

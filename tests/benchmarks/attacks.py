@@ -23,8 +23,8 @@ from rich.table import Table
 
 from jobs.command_line import run_command
 from jobs.configuration import write_json
-from lib.data.events import CleaningRules
-from lib.data.ingest import read_events, read_items
+from lib.data.dataset import read_events, read_items
+from lib.data.guard import CleaningRules
 from lib.live.learner import LearnerConfig
 from lib.live.prequential import events_of, split_by_time
 from lib.versions.registry import Registry

@@ -27,8 +27,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lib.data.events import InputError
-from lib.data.ingest import EVENTS_FILE
+from lib.data.dataset import EVENTS_FILE
+from lib.errors import InputError
 from tests.benchmarks.machine import describe_machine
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -28,7 +28,7 @@ from rich.table import Table
 from cluster.local import HOST
 from jobs.command_line import run_command
 from jobs.configuration import write_json
-from lib.data.ingest import read_events
+from lib.data.dataset import read_events
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.serving_load import afterclick_service, put_load
 

@@ -31,8 +31,9 @@ from rich.table import Table
 
 from jobs.command_line import run_command
 from jobs.configuration import settings_from, write_json
-from lib.data.events import EVENT_KINDS, InputError
+from lib.data.events import EVENT_KINDS
 from lib.data.histories import Histories
+from lib.errors import InputError
 from lib.model.batches import Batch, SequenceBatches
 from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
 from lib.model.presets import PRESETS, Preset

@@ -18,8 +18,8 @@ import uvicorn
 from fastapi import FastAPI, Response
 from pydantic import BaseModel
 
+from lib.data.dataset import read_events
 from lib.data.histories import histories_of
-from lib.data.ingest import read_events
 from lib.model.batches import gap_buckets, value_buckets
 from lib.model.folder import load_model
 

@@ -26,8 +26,9 @@ from lib.data.user_histories import UserHistories
 from lib.live.learner import LearnerConfig, NearlineLearner, Rejection
 from lib.live.micro_batch import micro_batch
 from lib.log.feedback import LoggedEvent
-from lib.model.delta import Delta, apply_delta, fingerprint
+from lib.model.delta import Delta, apply_delta
 from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
+from lib.model.fingerprint import fingerprint
 from lib.model.folder import Manifest
 from lib.model.presets import PRESETS
 from lib.versions.registry import Registry

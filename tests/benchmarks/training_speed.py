@@ -26,7 +26,7 @@ from rich.table import Table
 from jobs.configuration import write_json
 from jobs.pretrain import PretrainSettings
 from jobs.training_loop import new_encoder, preset_of, read_training_data
-from lib.evaluation.protocols import LEAVE_ONE_OUT
+from lib.data.holdout import LEAVE_ONE_OUT
 from lib.model.trainer import Trainer, TrainingConfig, keep_freed_memory
 from tests.benchmarks.compare_rectools import RECTOOLS, available_cores, peer_environment, run_peer
 from tests.benchmarks.machine import describe_machine

@@ -13,11 +13,11 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster.local import HOST, connect, free_port, prepare_environment, require_free_port
 from lib.data.catalog import Catalog
-from lib.data.events import InputError
+from lib.errors import InputError
 from lib.model.folder import Manifest, save_model
 from lib.versions.registry import Registry
 from serving.app import ServeArguments, build
-from serving.names import APPLICATION, DEPLOYMENT
+from serving.rollout import APPLICATION, DEPLOYMENT
 from tests.helpers.tiny import item_ids, tiny_encoder
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,17 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lib.data.events import (
-    EARLIEST_TIMESTAMP,
-    EVENT_SCHEMA,
-    CleaningRules,
-    Event,
-    EventRejected,
-    InputError,
-    clean,
-    order_events,
-    validate_event,
-)
+from lib.data.events import EARLIEST_TIMESTAMP, EVENT_SCHEMA, Event, validate_event
+from lib.data.guard import CleaningRules
+from lib.data.tables import clean, order_events
+from lib.errors import EventRejected, InputError
 
 NOW = 1_700_000_000_000
 RULES = CleaningRules()
@@ -98,7 +91,7 @@ def table_of(*events: dict[str, object]) -> pa.Table:
 
 def reason_of(fields: dict[str, object]) -> str | None:
     try:
-        validate_event(fields, NOW, RULES)
+        validate_event(fields, NOW, RULES.future_tolerance_ms)
     except EventRejected as rejected:
         return rejected.reason
     return None
@@ -111,7 +104,7 @@ def click(user: str = "u", item: str = "i", timestamp: int = NOW, **others: obje
 @pytest.mark.parametrize(("change", "reason", "field"), ONLY_JSON + BOTH_FORMS)
 def test_one_bad_event_is_rejected_with_reason_and_field(change, reason, field):
     with pytest.raises(EventRejected) as caught:
-        validate_event(GOOD | change, NOW, RULES)
+        validate_event(GOOD | change, NOW, RULES.future_tolerance_ms)
     assert (caught.value.reason, caught.value.field) == (reason, field)
     assert field in caught.value.message
     assert "\n" not in caught.value.message
@@ -138,7 +131,7 @@ def test_one_bad_row_is_rejected_with_the_same_reason(change, reason, field):
 @pytest.mark.parametrize("change", ACCEPTED)
 def test_good_events_pass_both_forms_unchanged(change):
     fields = GOOD | change
-    event = validate_event(fields, NOW, RULES)
+    event = validate_event(fields, NOW, RULES.future_tolerance_ms)
     kept, counts = clean(table_of(fields), NOW, RULES)
     assert not counts
     assert Event(**kept.to_pylist()[0]) == event
@@ -147,16 +140,19 @@ def test_good_events_pass_both_forms_unchanged(change):
 
 
 def test_a_missing_timestamp_becomes_now():
-    assert validate_event({"user_id": "u", "item_id": "i", "event": "view"}, NOW, RULES).timestamp == NOW
+    assert (
+        validate_event({"user_id": "u", "item_id": "i", "event": "view"}, NOW, RULES.future_tolerance_ms).timestamp
+        == NOW
+    )
 
 
 def test_messages_give_the_remedy():
     with pytest.raises(EventRejected, match="view, click, play, cart, purchase, rating, like, dislike, skip"):
-        validate_event(GOOD | {"event": "zap"}, NOW, RULES)
+        validate_event(GOOD | {"event": "zap"}, NOW, RULES.future_tolerance_ms)
     with pytest.raises(EventRejected, match="milliseconds since 1970, not seconds"):
-        validate_event(GOOD | {"timestamp": NOW // 1000}, NOW, RULES)
+        validate_event(GOOD | {"timestamp": NOW // 1000}, NOW, RULES.future_tolerance_ms)
     with pytest.raises(EventRejected, match="put it in quotes"):
-        validate_event(GOOD | {"user_id": 5}, NOW, RULES)
+        validate_event(GOOD | {"user_id": 5}, NOW, RULES.future_tolerance_ms)
 
 
 def test_the_two_forms_agree_on_random_events():

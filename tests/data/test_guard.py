@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lib.data.events import EVENT_SCHEMA, CleaningRules, Event, clean
-from lib.data.guard import CHANGED_OPINION, CROWD, FeedbackGuard
+from lib.data.events import EVENT_SCHEMA, Event
+from lib.data.guard import CHANGED_OPINION, CROWD, CleaningRules, FeedbackGuard
+from lib.data.tables import clean
 
 NOW = 1_700_000_000_000
 RULES = CleaningRules()

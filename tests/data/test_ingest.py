@@ -12,12 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lib.data.events import EVENT_SCHEMA, CleaningRules, InputError
+from lib.data.dataset import read_events, read_items
+from lib.data.events import EVENT_SCHEMA
 from lib.data.formats import delimited as delimited_text
 from lib.data.formats import tables as source_tables
 from lib.data.formats.columns import Converter
 from lib.data.formats.files import find_source
-from lib.data.ingest import IngestReport, ingest, read_events, read_items
+from lib.data.guard import CleaningRules
+from lib.data.ingest import IngestReport, ingest
+from lib.errors import InputError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 NOW = 1_700_000_000_000

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from lib.data.histories import Histories, spans
+from lib.data.holdout import LEAVE_ONE_OUT, training_part
 from lib.evaluation.baselines import ItemToItem, Popularity
-from lib.evaluation.protocols import LEAVE_ONE_OUT, cases_of, training_part
+from lib.evaluation.protocols import cases_of
 from tests.helpers.tiny import NOW, SECOND, random_histories
 
 

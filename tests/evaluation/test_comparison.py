@@ -12,11 +12,13 @@ import pytest
 
 from jobs.configuration import write_json
 from jobs.evaluate import _names, evaluate_command, evaluate_models
-from jobs.evaluation_report import plot_comparison, print_comparison
+from jobs.reports import plot_comparison, print_comparison
 from lib.data.catalog import Catalog
-from lib.data.events import EVENT_SCHEMA, InputError
+from lib.data.events import EVENT_SCHEMA
+from lib.data.holdout import LEAVE_ONE_OUT, TEMPORAL
+from lib.errors import InputError
 from lib.evaluation.comparison import Comparison, activity, compare, item_popularity
-from lib.evaluation.protocols import LEAVE_ONE_OUT, TEMPORAL, Cases, Ranking
+from lib.evaluation.protocols import Cases, Ranking
 from lib.model.folder import Manifest, save_model
 from tests.helpers.tiny import NOW, SECOND, item_ids, random_histories, tiny_encoder
 

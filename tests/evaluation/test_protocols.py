@@ -10,6 +10,7 @@ import torch
 from lib.data.catalog import Catalog
 from lib.data.events import EVENT_KINDS, EVENT_SCHEMA
 from lib.data.histories import Histories, histories_of
+from lib.data.holdout import LEAVE_ONE_OUT, NONE, TEMPORAL, cutoff_time, training_part
 from lib.evaluation.metrics import (
     bootstrap_means,
     coverage_at,
@@ -19,20 +20,7 @@ from lib.evaluation.metrics import (
     reciprocal_rank,
     self_information,
 )
-from lib.evaluation.protocols import (
-    LEAVE_ONE_OUT,
-    NONE,
-    TEMPORAL,
-    Cases,
-    Ranking,
-    baseline_contender,
-    case_inputs,
-    cases_of,
-    cutoff_time,
-    model_contender,
-    rank,
-    training_part,
-)
+from lib.evaluation.protocols import Cases, Ranking, baseline_contender, case_inputs, cases_of, model_contender, rank
 from lib.model.encoder import BehaviourEncoder
 from tests.helpers.tiny import NOW, SECOND, item_ids, random_histories, tiny_encoder
 

@@ -20,7 +20,7 @@ from typing import Any
 import aiohttp
 
 from lib.log.layout import LogReader, read_log
-from lib.model.delta import fingerprint
+from lib.model.fingerprint import fingerprint
 from lib.versions.ledger import check
 from lib.versions.registry import Registry
 

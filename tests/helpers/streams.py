@@ -16,8 +16,8 @@ import torch
 from jobs.training_loop import TrainingData, count_popularity
 from lib.data.attributes import attribute_codes, attribute_values
 from lib.data.catalog import Catalog
-from lib.data.events import EVENT_KINDS, CleaningRules, Event
-from lib.data.guard import FeedbackGuard
+from lib.data.events import EVENT_KINDS, Event
+from lib.data.guard import CleaningRules, FeedbackGuard
 from lib.data.histories import histories_of
 from lib.data.popularity import DAY
 from lib.data.user_histories import History, UserHistories

@@ -18,7 +18,7 @@ import pytest
 
 from jobs import command_line
 from jobs.command_line import COMMANDS, SUMMARY
-from lib.data.events import InputError
+from lib.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 

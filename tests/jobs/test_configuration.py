@@ -7,8 +7,8 @@ import pytest
 
 from jobs.configuration import settings_from, write_json
 from jobs.pretrain import DEFAULT_INPUTS, HOLDOUTS, INPUTS, PretrainSettings
-from lib.data.events import InputError
-from lib.evaluation.protocols import NONE, PROTOCOLS
+from lib.data.holdout import NONE, PROTOCOLS
+from lib.errors import InputError
 from lib.model import encoder
 
 

@@ -20,11 +20,10 @@ from jobs.event_stream import StreamedData, must_stream, prepare_stream, read_st
 from jobs.pretrain import PretrainSettings, pretrain
 from jobs.training_loop import read_training_data
 from lib.data.catalog import Catalog
-from lib.data.dataset import Piece, first_uses, merged, pieces_of, read_piece, survey
-from lib.data.events import InputError
+from lib.data.dataset import Piece, first_uses, merged, pieces_of, read_events, read_piece, survey
 from lib.data.histories import Histories
-from lib.data.ingest import read_events
-from lib.evaluation.protocols import LEAVE_ONE_OUT, NONE, TEMPORAL, training_part
+from lib.data.holdout import LEAVE_ONE_OUT, NONE, TEMPORAL, training_part
+from lib.errors import InputError
 from lib.model.batches import Batch, SequenceBatches, value_boundaries
 from lib.model.buckets import (
     BucketBatches,

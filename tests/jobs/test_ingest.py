@@ -10,8 +10,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from jobs import ingest as ingest_job
-from lib.data.events import InputError
-from lib.data.ingest import read_events, read_items
+from lib.data.dataset import read_events, read_items
+from lib.errors import InputError
 
 T = 1_600_000_000_000
 application = typer.Typer()

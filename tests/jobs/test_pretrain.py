@@ -31,7 +31,8 @@ import jobs.pretrain
 from jobs.pretrain import HOLDOUTS, PretrainSettings, _install, _prepare, _refuse_loss, pretrain
 from jobs.progress import TrainingProgress, shown_progress
 from jobs.training_loop import preset_of, read_training_data
-from lib.data.events import EVENT_SCHEMA, InputError
+from lib.data.events import EVENT_SCHEMA
+from lib.errors import InputError
 from lib.model.folder import Manifest, load_model, read_manifest
 from lib.versions.registry import OPTIMIZER_FILE
 from tests.conftest import RaySession

@@ -11,8 +11,8 @@ import pytest
 from jobs.command_line import BAD_INPUT, run_command
 from jobs.replay import ReplaySettings, replay_command, run_replay
 from jobs.replay_service import send_stream, through_service
-from lib.data.events import InputError
-from lib.data.ingest import read_events
+from lib.data.dataset import read_events
+from lib.errors import InputError
 from lib.live.prequential import MISSED, Stream, split_by_time
 from tests.conftest import LiveService, RaySession
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from lib.data.catalog import Catalog
-from lib.data.events import EVENT_KINDS, Event, InputError
+from lib.data.events import EVENT_KINDS, Event
 from lib.data.user_histories import History, UserHistories, to_histories
+from lib.errors import InputError
 from lib.live.gate import (
     FEWEST_LOSSES,
     FEWEST_PAIRS,

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from lib.data.catalog import Catalog
-from lib.data.events import Event, InputError
+from lib.data.events import Event
 from lib.data.popularity import LATER
-from lib.data.user_histories import History, MicroBatch
+from lib.data.user_histories import History
+from lib.errors import InputError
 from lib.live.learner import LearnerConfig, NearlineLearner, Rejection
-from lib.model.delta import Delta, fingerprint
+from lib.live.micro_batch import MicroBatch
+from lib.model.delta import Delta
+from lib.model.fingerprint import fingerprint
 from lib.model.folder import Manifest
 from lib.ranking.recommender import Question, Recommender
 from lib.versions.registry import Registry

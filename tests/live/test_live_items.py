@@ -7,7 +7,7 @@ import torch
 
 from lib.data.attributes import attribute_codes, attribute_values
 from lib.data.catalog import Catalog
-from lib.data.events import InputError
+from lib.errors import InputError
 from lib.live.learner import LearnerConfig, NearlineLearner
 from lib.log.items import ItemChange
 from lib.model.encoder import BehaviourEncoder

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from lib.data.catalog import Catalog
-from lib.data.events import EVENT_SCHEMA, InputError
+from lib.data.events import EVENT_SCHEMA
 from lib.data.popularity import DAY
 from lib.data.user_histories import History, UserHistories
+from lib.errors import InputError
 from lib.live.learner import LearnerConfig
 from lib.live.prequential import MISSED, Daily, Frozen, Live, Outcome, Stream, ranks_of, replay, split_by_time
 from lib.live.prequential_comparison import compare_arms

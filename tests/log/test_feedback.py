@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from lib.data.events import Event, InputError
+from lib.data.events import Event
+from lib.errors import InputError
 from lib.log.feedback import AppendResult, FeedbackLog, LogCorrupt, LoggedEvent, LogLocked, LogWriteError
 from lib.log.layout import LOG_FILE, ONLY, SQLITE, LogLayout
 

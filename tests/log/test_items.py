@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.data.events import InputError
+from lib.errors import InputError
 from lib.log.items import ItemChange, ItemLog
 
 

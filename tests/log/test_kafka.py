@@ -13,10 +13,11 @@ import pytest
 from confluent_kafka import Producer
 
 from cluster.local import free_port
-from lib.data.events import InputError
+from lib.errors import InputError
 from lib.log.feedback import AppendResult, FeedbackLog, LogWriteError
+from lib.log.integrity import check_ends, check_log
 from lib.log.kafka import BrokersAway, KafkaLog, Topic
-from lib.log.layout import ONLY, LogLayout, Shard, check_ends, check_log
+from lib.log.layout import ONLY, LogLayout, Shard
 from serving.aggregator import Aggregator
 from tests.log.test_feedback import ROOT, hold_the_writer, make_event, wait_until
 

@@ -13,9 +13,11 @@ import pytest
 import ray
 from fastapi import Request
 
-from lib.data.events import CleaningRules, Event, InputError
-from lib.data.user_histories import MicroBatch
+from lib.data.events import Event
+from lib.data.guard import CleaningRules
+from lib.errors import InputError
 from lib.live.learner import LearnerConfig, NearlineLearner
+from lib.live.micro_batch import MicroBatch
 from lib.log.board import ONE_MACHINE
 from lib.log.feedback import LogFull
 from lib.log.layout import LogLayout, PartlyWritten, Shard, read_log, shard_of
@@ -23,11 +25,10 @@ from lib.log.order import LogOrder
 from lib.versions.ledger import check
 from lib.versions.registry import Registry
 from serving.aggregator import Aggregator, AggregatorConfig, aggregator_handle
-from serving.aggregators import Aggregators, running_aggregators
+from serving.aggregators import Aggregators, Feedback, running_aggregators
 from serving.app import ServeArguments
 from serving.batch_source import BatchSource
 from serving.errors import partly_taken
-from serving.feedback import Feedback
 from serving.history_cache import HistoryCache, last_offsets
 from tests.conftest import PATIENCE
 from tests.helpers.tiny import NOW, started_registry

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.data.events import InputError
 from lib.data.user_histories import History
+from lib.errors import InputError
 from lib.log.feedback import FeedbackLog, FeedbackLogReader
-from lib.log.layout import LogLayout, check_log, read_log
+from lib.log.integrity import check_log
+from lib.log.layout import LogLayout, read_log
 from lib.log.order import LogOrder, Run
 from serving.batch_source import in_order
 from tests.helpers.tiny import history, micro_batch

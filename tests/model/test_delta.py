@@ -11,14 +11,13 @@ from lib.model.delta import (
     ROW_TENSORS,
     Delta,
     DeltaMismatch,
-    Fingerprint,
     apply_delta,
     difference,
-    fingerprint,
     grow_items,
     state_of,
 )
 from lib.model.encoder import BehaviourEncoder
+from lib.model.fingerprint import Fingerprint, fingerprint
 from tests.helpers.tiny import assert_same_state, copied_state, tiny_encoder
 
 

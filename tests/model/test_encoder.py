@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lib.data.events import InputError
+from lib.errors import InputError
 from lib.model.encoder import BehaviourEncoder
 from tests.helpers.tiny import assert_same_state, copied_state, tiny_config, tiny_encoder
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from lib.data.catalog import Catalog
-from lib.data.events import InputError
+from lib.errors import InputError
 from lib.model.folder import (
     FILES,
     MANIFEST,

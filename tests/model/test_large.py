@@ -20,7 +20,7 @@ from jobs.configuration import settings_from
 from jobs.pretrain import PRESETS as PRESET_NAMES
 from jobs.pretrain import PretrainSettings, pretrain
 from jobs.training_loop import _training_config, preset_of
-from lib.data.events import InputError
+from lib.errors import InputError
 from lib.model.batches import Batch, SequenceBatches
 from lib.model.encoder import BehaviourEncoder, Block, Packing
 from lib.model.folder import load_model

@@ -17,8 +17,8 @@ from lib.data.events import EVENT_KINDS
 from lib.data.histories import Histories
 from lib.model.batches import Batch, SequenceBatches
 from lib.model.delta import state_of
-from lib.model.encoder import BehaviourEncoder
-from lib.model.loss import next_item_losses, sampled_margins, uniform_negatives, unit_length
+from lib.model.encoder import BehaviourEncoder, unit_length
+from lib.model.loss import next_item_losses, sampled_margins, uniform_negatives
 from lib.model.trainer import RowAdam, Trainer, TrainingConfig, train_uppermost
 from tests.helpers.tiny import NOW, SECOND, assert_same_state, copied_state, random_histories, tiny_config, tiny_encoder
 

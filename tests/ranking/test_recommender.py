@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from lib.data.catalog import Catalog
-from lib.data.events import Event, InputError
+from lib.data.events import Event
 from lib.data.user_histories import History
+from lib.errors import InputError
 from lib.live.learner import LearnerConfig, NearlineLearner
-from lib.model.delta import Delta, DeltaMismatch, fingerprint
+from lib.model.delta import Delta, DeltaMismatch
 from lib.model.encoder import BehaviourEncoder
+from lib.model.fingerprint import fingerprint
 from lib.model.folder import Manifest, save_model
 from lib.model.inference import InferenceEncoder
 from lib.ranking.filters import ItemFilter

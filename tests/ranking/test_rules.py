@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from lib.data.catalog import Catalog
-from lib.data.events import InputError
+from lib.errors import InputError
 from lib.ranking.rerank import Arrangement, arrange, estimated_value, propensities_of
 from lib.ranking.rules import BoundRules, RankingRules
 

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from lib.retrieval.approximate import among, inner_products
+from lib.retrieval.approximate import FreshRows, among, inner_products
 from lib.retrieval.exact import exact_search
 from lib.retrieval.faiss_lists import PROBED_LISTS, CardLists, ProcessorLists, choose_device, inverted_index, list_count
-from lib.retrieval.fresh_index import FreshRows
 from lib.retrieval.index import ItemIndex
 from tests.benchmarks.retrieval import recall, trained_like
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.nearline import OFFER_SECONDS, Learner, Progress
 from lib.data.catalog import Catalog
-from lib.data.events import InputError
+from lib.errors import InputError
 from lib.live.learner import LearnerConfig, NearlineLearner
 from lib.model.delta import Delta
 from lib.model.folder import Manifest
 from lib.versions.registry import LoadedVersion, Registry, load_folder, save_with_optimizer
+from serving.learner import OFFER_SECONDS, Learner, Progress
 from serving.learner_workers import LearnerWorkers
 from serving.rollout import Acknowledgements
 from tests.helpers.tiny import (

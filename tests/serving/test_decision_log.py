@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lib.data.events import InputError
+from lib.errors import InputError
 from lib.ranking.recommender import RankedItem
 from serving.decision_log import DecisionLog
 

@@ -12,8 +12,9 @@ import pytest
 from ray.exceptions import RayActorError
 
 from lib.data.catalog import Catalog
-from lib.data.events import Event, InputError
+from lib.data.events import Event
 from lib.data.user_histories import History
+from lib.errors import InputError
 from lib.experiments.results import (
     CHALLENGER,
     LIVE,

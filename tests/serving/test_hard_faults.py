@@ -18,9 +18,11 @@ from ray.exceptions import RayTaskError
 from jobs.command_line import run_command
 from jobs.serve import serve_command
 from lib.data.catalog import Catalog
-from lib.data.events import CleaningRules, InputError
-from lib.data.user_histories import MicroBatch, ReplaySample, SampleSizes
+from lib.data.guard import CleaningRules
+from lib.data.user_histories import ReplaySample
+from lib.errors import InputError
 from lib.live.learner import LearnerConfig, NearlineLearner
+from lib.live.micro_batch import MicroBatch, SampleSizes
 from lib.log.feedback import FeedbackLog, LogCorrupt, LogFull, LogWriteError
 from lib.log.items import ItemLog
 from lib.log.layout import LOG_FILE, SQLITE

@@ -13,14 +13,15 @@ import torch
 import torch.distributed as distributed
 from ray.exceptions import RayError
 
-from jobs.nearline import aggregators_of
-from lib.data.events import InputError
-from lib.data.user_histories import MicroBatch
+from lib.errors import InputError
 from lib.live.learner import LearnerConfig, NearlineLearner, Rejection
+from lib.live.micro_batch import MicroBatch
 from lib.log.items import ItemChange
-from lib.model.delta import Delta, fingerprint, state_of
+from lib.model.delta import Delta, state_of
 from lib.model.distributed import part_of_worker, require_equal, word_of_first
+from lib.model.fingerprint import fingerprint
 from lib.versions.registry import Registry
+from serving.learner import aggregators_of
 from serving.learner_workers import LearnerWorkers
 from tests.helpers.tiny import history, micro_batch, started_registry
 

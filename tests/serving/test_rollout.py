@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import ray
 
-from jobs.nearline import start_learner
-from lib.data.user_histories import MicroBatch
 from lib.live.learner import LearnerConfig, NearlineLearner, Rejection
-from lib.model.delta import Delta, fingerprint
+from lib.live.micro_batch import MicroBatch
+from lib.model.delta import Delta
+from lib.model.fingerprint import fingerprint
 from lib.versions.registry import Registry
 from serving.aggregator import aggregator_handle
-from serving.recommendations import learner_handle
-from serving.rollout import Rollout
+from serving.learner import start_learner
+from serving.rollout import Rollout, learner_handle
 from tests.conftest import PATIENCE, LiveService, learner_config
 from tests.helpers.traffic import Traffic
 from tests.serving.test_service import assert_refused, click, metrics

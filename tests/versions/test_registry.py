@@ -9,7 +9,7 @@ import pytest
 from pyarrow import fs
 
 from lib.data.catalog import Catalog
-from lib.data.events import InputError
+from lib.errors import InputError
 from lib.live.learner import LearnerConfig, NearlineLearner
 from lib.model.delta import Delta, DeltaMismatch
 from lib.model.folder import MANIFEST, Manifest, load_model, save_model

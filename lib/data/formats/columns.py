@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lib.data.events import EVENT_KINDS, EVENT_SCHEMA, InputError
+from lib.data.events import EVENT_KINDS, EVENT_SCHEMA
+from lib.errors import InputError
 
 # In order of preference: where a file has both a user and a session, the user is meant.
 ALIASES: dict[str, tuple[str, ...]] = {

@@ -14,8 +14,8 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lib.data.events import InputError
 from lib.data.formats.columns import ALIASES, find_column
+from lib.errors import InputError
 
 FORMATS = ("csv", "jsonl", "parquet", "movielens", "recbole", "sequences")
 

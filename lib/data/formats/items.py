@@ -16,10 +16,11 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lib.data.events import MAX_ID_LENGTH, InputError
+from lib.data.events import MAX_ID_LENGTH
 from lib.data.formats.columns import ALIASES, find_column
 from lib.data.formats.files import COMPRESSED, Layout, SourceBytes, layout_of, parquet_file
 from lib.data.formats.tables import read_lines, read_tables
+from lib.errors import InputError
 
 _MOVIELENS_GENRES = (
     *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama"),

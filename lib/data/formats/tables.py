@@ -10,9 +10,9 @@ from pathlib import Path
 import orjson
 import pyarrow as pa
 
-from lib.data.events import InputError
 from lib.data.formats.delimited import DelimitedText
 from lib.data.formats.files import COMPRESSED, Layout, SourceBytes, parquet_file
+from lib.errors import InputError
 
 BLOCK_BYTES = 8 << 20
 LONGEST_LINE = 64 << 20

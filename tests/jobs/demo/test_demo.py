@@ -6,8 +6,8 @@ import pytest
 from jobs.demo.demo import frozen_model, replay_world, shop_world
 from jobs.demo.visitors import PastEvent, Step
 from lib.data.catalog import Catalog
-from lib.data.events import InputError
-from lib.data.ingest import read_events
+from lib.data.dataset import read_events
+from lib.errors import InputError
 from lib.model.folder import Manifest, save_model
 from tests.helpers.tiny import item_ids, tiny_encoder
 

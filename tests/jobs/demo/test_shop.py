@@ -5,7 +5,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.demo.shop import Behaviour, Shop
-from lib.data.events import EVENT_SCHEMA, InputError
+from lib.data.events import EVENT_SCHEMA
+from lib.errors import InputError
 
 DAY = 86_400
 

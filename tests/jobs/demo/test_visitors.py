@@ -14,7 +14,8 @@ from fastapi import FastAPI, HTTPException, Response
 
 from jobs.demo.shop import Shop
 from jobs.demo.visitors import PastEvent, ReplaySource, ShopSource, Step, Tally, histories_of, run_visitors
-from lib.data.events import EVENT_SCHEMA, InputError
+from lib.data.events import EVENT_SCHEMA
+from lib.errors import InputError
 
 ITEMS = [f"item-{row:04d}" for row in range(100)]
 

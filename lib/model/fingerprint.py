@@ -1,0 +1,69 @@
+"""Checksums of the weights, kept up to date row by row, by which replicas are compared with the learner."""
+
+import math
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.model.delta import ROW_TENSORS, state_of
+from lib.model.encoder import BehaviourEncoder
+
+
+class Fingerprint:
+    """A 64-bit checksum of a state that follows a delta at the cost of its changed rows.
+
+    Every line of a row tensor, and every other tensor, is hashed by a multilinear function of its 32-bit words
+    (Carter & Wegman 1979) and mixed with its name and place; the checksum is their sum modulo 2^64.
+    """
+
+    def __init__(self, encoder: BehaviourEncoder):
+        self._parts: dict[str, np.ndarray] = {}  # of the row tensors, the hash of each line
+        self._totals: dict[str, int] = {}  # of every tensor
+        state = state_of(encoder)
+        self.update(state, np.zeros(0, dtype=np.int64))
+
+    def update(self, state: Mapping[str, Tensor], rows: np.ndarray, names: set[str] | None = None) -> str:
+        """Hash anew the given rows and the named other tensors (None: all); returns the checksum."""
+        for name, tensor in state.items():
+            if name in ROW_TENSORS:
+                parts = self._parts.get(name, np.zeros(0, dtype=np.uint64))
+                lines = np.union1d(rows, np.arange(len(parts), len(tensor)))
+                if len(tensor) > len(parts):
+                    parts = np.concatenate([parts, np.zeros(len(tensor) - len(parts), dtype=np.uint64)])
+                before = int(parts[lines].sum(dtype=np.uint64))
+                parts[lines] = _hash_lines(name, tensor[torch.from_numpy(lines)], lines)
+                self._parts[name] = parts
+                self._totals[name] = self._totals.get(name, 0) - before + int(parts[lines].sum(dtype=np.uint64))
+            elif names is None or name in names:
+                self._totals[name] = int(_hash_lines(name, tensor.reshape(1, -1), np.zeros(1, dtype=np.int64))[0])
+        return self.checksum
+
+    @property
+    def checksum(self) -> str:
+        """16 hexadecimal digits."""
+        return f"{sum(self._totals.values()) & 0xFFFFFFFFFFFFFFFF:016x}"
+
+
+def fingerprint(encoder: BehaviourEncoder) -> str:
+    """The checksum of an encoder's whole state."""
+    return Fingerprint(encoder).checksum
+
+
+def _hash_lines(name: str, lines: Tensor, places: np.ndarray) -> np.ndarray:
+    """(L,) uint64 hash of each line of a tensor, bound to the tensor's name and the line's place."""
+    words = lines.reshape(len(places), math.prod(lines.shape[1:])).cpu().contiguous().numpy().view(np.uint32)
+    seed = zlib.crc32(name.encode())
+    coefficients = np.random.Generator(np.random.PCG64(seed)).integers(
+        0, 2**64, size=words.shape[1], dtype=np.uint64, endpoint=False
+    )
+    hashes = np.empty(len(places), dtype=np.uint64)
+    for start in range(0, len(places), 65_536):  # bounds the memory of the 64-bit products
+        part = slice(start, start + 65_536)
+        hashes[part] = (words[part].astype(np.uint64) * (coefficients | np.uint64(1))).sum(axis=1, dtype=np.uint64)
+    hashes += (places.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64's finaliser
+        hashes = (hashes ^ (hashes >> np.uint64(shift))) * np.uint64(factor)
+    return hashes ^ (hashes >> np.uint64(31))

@@ -1,0 +1,356 @@
+"""The near-line learner as a long-lived actor: pull a micro-batch, learn, publish, push; again.
+
+It yields to the replicas: lower priority, one thread, short steps, which several processes can share. Where a version
+cannot be stored (a full disk) it says so in its status and waits: nothing is pushed that a restart would lose. Whatever
+goes wrong that it cannot handle ends the process; Ray starts it again, and it continues from the registry, where
+weights, optimiser and log offset moved as one.
+"""
+
+import logging
+import os
+import queue
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+
+from lib.errors import InputError
+from lib.live.learner import LearnerConfig, NearlineLearner, Rejection
+from lib.live.micro_batch import MicroBatch
+from lib.log.integrity import check_ends
+from lib.log.items import ItemChange
+from lib.log.layout import LogLayout
+from lib.model.delta import Delta
+from lib.versions.registry import Registry
+from serving.aggregator import NAMESPACE, aggregator_handle
+from serving.batch_source import BatchSource, Released
+from serving.learner_workers import LearnerWorkers, yield_to_replicas
+from serving.rollout import LEARNER, Acknowledgements, PushCost, Rollout
+
+logger = logging.getLogger(__name__)
+ANNOUNCE_SECONDS = 1.0
+OFFER_SECONDS = 2.0  # between two looks for a model that is to be taken over
+RETRY_SECONDS = 0.05
+PATIENCE_SECONDS, BASE_PATIENCE_SECONDS = 60.0, 900.0  # with replicas that do not get a version, or load a base
+STORAGE_RETRY_SECONDS = 1.0
+
+
+@dataclass
+class Progress:
+    """What the status says of the learner, besides its version."""
+
+    pushes: int = 0
+    loss: float | None = None  # of new events before they were learned, a running mean
+    unreached: int = 0  # replicas that the newest push or announcement did not reach
+    delays: deque[float] = field(default_factory=lambda: deque(maxlen=2000))  # ms, acknowledged to live everywhere
+    delayed: int = 0
+    steps: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=2000))  # of updates
+
+    def freshness(self) -> dict[str, Any] | None:
+        """Delay from an event's acknowledgement to its version live on all replicas, in milliseconds."""
+        delays = np.array(self.delays.copy())  # in one step, as another thread adds to it
+        if not len(delays):
+            return None
+        return {
+            "last_ms": float(delays[-1]),
+            "p50_ms": float(np.quantile(delays, 0.5)),
+            "p99_ms": float(np.quantile(delays, 0.99)),
+            "count": self.delayed,
+        }
+
+    def step_times(self) -> dict[str, float]:
+        """Milliseconds of learning and of each part of pushing, bytes of a push: of the latest, median and 99%."""
+        steps = list(self.steps)  # in one step, as another thread adds to it
+        if not steps:
+            return {}
+        names = list(steps[-1])
+        columns = np.array([[step[name] for name in names] for step in steps])
+        medians, slowest = np.quantile(columns, (0.5, 0.99), axis=0).tolist()
+        return dict(zip(names, medians, strict=True)) | {
+            f"{name}_p99": value for name, value in zip(names, slowest, strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class Live:
+    """What is true of one moment of the learner; replaced as a whole, so that a status never mixes two."""
+
+    version: int
+    checksum: str
+    base: int
+    log_offset: int
+    events_trained: int
+    events_rejected: int
+    rejected_updates: int
+    last_rejection: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, learner: NearlineLearner) -> "Live":
+        """The present moment."""
+        counts = learner.events_trained, learner.events_rejected, len(learner.rejections)
+        newest = learner.rejections.newest
+        rejection = None if newest is None else newest.facts()
+        return cls(learner.version, learner.checksum, learner.base, learner.log_offset, *counts, rejection)
+
+
+class Learner:
+    """The actor: one thread learns, the others answer what it is asked."""
+
+    def __init__(self, state: str, config: LearnerConfig, workers: int = 1):
+        yield_to_replicas()
+        self.config = config
+        self.state = state
+        self.stopping = threading.Event()
+        self.storage_error: str | None = None  # while a version cannot be stored
+        self.workers = LearnerWorkers(state, config, self._wait_for_storage, workers)
+        self.learner = self.workers.first
+        self.batches = BatchSource(state)
+        self.live = Live.of(self.learner)
+        self.rollout = Rollout()
+        self.progress = Progress()
+        self.rollbacks: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
+        self.announced = 0.0
+        self.incomplete_since: float | None = None  # as long as some replica has not got the newest version
+        self.stored_whole = 0  # the newest version that was, for replicas that could not catch up otherwise
+        self.looked_for_offers = -OFFER_SECONDS
+        self.thread = threading.Thread(target=self._run, name="learning", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            if self.learner.damage:
+                logger.warning("learning goes on from version %d: %s", self.learner.version, self.learner.damage)
+                self._store_whole()
+            while not self.stopping.is_set():
+                self._step()
+        except Exception:
+            if self.stopping.is_set():  # what was not stored is learned after the next start
+                return
+            logger.error("the learner ends and is started again:\n%s", traceback.format_exc())
+            os._exit(1)
+
+    def _step(self) -> None:
+        self._roll_back()
+        self._take_over()
+        batch = self._next_batch()
+        if isinstance(batch, MicroBatch):
+            self._update(batch)
+        elif batch is not None:
+            self._change_items(batch)
+        if time.monotonic() - self.announced > ANNOUNCE_SECONDS:
+            acknowledgements = self.rollout.announce(self.learner.version)
+            self._acknowledge(acknowledgements)
+            self._help(acknowledgements)
+
+    def _next_batch(self) -> Released:
+        learner = self.learner
+        try:
+            batch = self.batches.next(learner.log_offset, learner.item_revision, learner.sample_sizes)
+        except OSError as error:  # the order of several shards' events could not be stored
+            self._wait_for_storage(error)
+            return None
+        self.storage_error = None
+        return batch
+
+    def _change_items(self, changes: list[ItemChange]) -> None:
+        delta = self.workers.change_items(changes)
+        self.live = Live.of(self.learner)
+        if delta is not None:
+            self._push(delta)
+
+    def _store_whole(self) -> None:
+        """A version whose loading needs no older file, for those who cannot read one of these."""
+        delta = self.workers.store_whole()
+        self.live, self.stored_whole = Live.of(self.learner), delta.version
+        self._push(delta)
+
+    def _help(self, acknowledgements: Acknowledgements) -> bool:
+        """Store the newest version whole, once, if a replica cannot catch up otherwise; returns whether it was done."""
+        version = self.learner.version
+        if self.stored_whole >= version or not acknowledgements.behind(version):
+            return False
+        self._store_whole()
+        return True
+
+    def _wait_for_storage(self, error: OSError) -> None:
+        """A version could not be stored: say so, and return when it is time to try again."""
+        self.storage_error = f"a version cannot be stored ({error}); make room in {self.state}, and learning goes on"
+        logger.error(self.storage_error)
+        if self.stopping.wait(STORAGE_RETRY_SECONDS):
+            raise error
+
+    def _update(self, batch: MicroBatch) -> None:
+        start = time.perf_counter()
+        now, adopted = time.time_ns() / 1e6, self.learner.adopted
+        # what came before the present base was taken over was live once already
+        waited = [now - received for received in batch.received_at if received > adopted]
+        outcome = self.workers.learn(batch)
+        self.live = Live.of(self.learner)
+        if isinstance(outcome, Rejection):
+            self._reject(outcome)
+            return
+        learned = time.perf_counter()
+        cost, everywhere = self._push(outcome)
+        pushed = time.perf_counter()
+        times = {"learn_ms": (learned - start) * 1e3, "push_ms": (pushed - learned) * 1e3}
+        self.progress.steps.append(times | asdict(cost))
+        if everywhere:
+            # a clock that was set meanwhile changes neither part by more than it must
+            self.progress.delays.extend(max(before, 0.0) + (pushed - start) * 1e3 for before in waited)
+            self.progress.delayed += len(waited)
+        loss = outcome.facts["loss"]
+        if loss is not None:
+            previous = self.progress.loss
+            self.progress.loss = loss if previous is None else 0.95 * previous + 0.05 * loss
+
+    def _push(self, delta: Delta) -> tuple[PushCost, bool]:
+        """Send a delta and see it live on every replica; returns what that took, and False where none is alive."""
+        self.storage_error = None
+        acknowledgements, cost = self.rollout.push(delta)
+        return cost, self._until_everywhere(acknowledgements)
+
+    def _until_everywhere(self, acknowledgements: Acknowledgements, patience: float = PATIENCE_SECONDS) -> bool:
+        """See the newest version live on every replica; returns False where none is alive.
+
+        A replica that is busy, or loads a base, is waited for. One that cannot have it, its disk being away, holds
+        learning up for `patience` seconds, and then no more until all of them were reached again.
+        """
+        version = self.learner.version
+        self._acknowledge(acknowledgements)
+        while not (acknowledgements.nobody or acknowledgements.all_at(version) or self.stopping.is_set()):
+            now = time.monotonic()
+            self.incomplete_since = self.incomplete_since or now
+            if now - self.incomplete_since > patience:
+                logger.warning("version %d is not live on %d replicas", version, acknowledgements.lacking(version))
+                break
+            if self._help(acknowledgements):
+                break
+            # one that died is soon no longer counted among the live; one that was busy catches up
+            time.sleep(RETRY_SECONDS)
+            acknowledgements = self.rollout.announce(version)
+            self._acknowledge(acknowledgements)
+        self.progress.pushes += 1
+        if acknowledgements.nobody or acknowledgements.all_at(version):
+            self.incomplete_since = None
+        return acknowledgements.all_at(version)
+
+    def _acknowledge(self, acknowledgements: Acknowledgements) -> None:
+        self.progress.unreached = acknowledgements.unreached
+        self.announced = time.monotonic()
+
+    def _reject(self, rejection: Rejection) -> None:
+        logger.warning("update with %d events rejected: %s", rejection.events, rejection.reason)
+        if rejection.delta is not None:
+            self._push(rejection.delta)
+
+    def _roll_back(self) -> None:
+        while not self.rollbacks.empty():
+            version, outcome = self.rollbacks.get()
+            try:
+                delta = self.workers.restore(version)
+            except InputError as error:
+                outcome.set_result({"error": str(error)})
+                continue
+            if delta is not None:
+                self.live = Live.of(self.learner)
+                self._push(delta)
+            else:
+                self._announce_base()
+            outcome.set_result({"model_version": self.learner.version, "restored": version})
+
+    def _take_over(self) -> None:
+        """Make a model that was offered the next version; the offer goes when every replica has it.
+
+        After a crash the offer is still there: the newest version says whether it was taken over before.
+        """
+        if time.monotonic() - self.looked_for_offers < OFFER_SECONDS:
+            return
+        self.looked_for_offers = time.monotonic()
+        registry = self.learner.registry
+        for name in registry.offers():
+            if self.learner.offer != name:
+                try:
+                    self.workers.take_over(name)
+                except InputError as error:
+                    logger.error("the offered model %s cannot be taken over: %s", name, error)
+                    registry.withdraw(name)
+                    continue
+            self._announce_base()
+            registry.withdraw(name)
+
+    def _announce_base(self) -> None:
+        """Have every replica load a version that no delta leads to."""
+        self.live, self.storage_error = Live.of(self.learner), None
+        self.incomplete_since = None
+        self._until_everywhere(self.rollout.announce(self.learner.version), BASE_PATIENCE_SECONDS)
+
+    def rollback(self, version: int) -> dict[str, Any]:
+        """Bring a stored version's weights back; answers when every replica has them."""
+        outcome: Future = Future()
+        self.rollbacks.put((version, outcome))
+        return outcome.result()
+
+    def status(self) -> dict[str, Any]:
+        """Version, counts, delays."""
+        return {
+            "state": "running" if self.storage_error is None else "waiting for storage",
+            "storage_error": self.storage_error,
+            "damage": self.learner.damage,
+            **asdict(self.live),
+            "pushes": self.progress.pushes,
+            "loss": self.progress.loss,
+            "unreached_replicas": self.progress.unreached,
+            "freshness": self.progress.freshness(),
+            **self.progress.step_times(),
+            "workers": 1 + len(self.workers.others),
+            "process": os.getpid(),
+        }
+
+    def stop(self) -> None:
+        """Finish the update at hand, then learn no more."""
+        self.stopping.set()
+        self.thread.join(timeout=10)
+
+
+def start_learner(state: str, config: LearnerConfig | None = None, workers: int = 1) -> ActorHandle:
+    """The running learner, started if need be; Ray restarts it whenever its process dies."""
+    actor: Any = ray.remote(Learner).options(
+        name=LEARNER,
+        namespace=NAMESPACE,
+        get_if_exists=True,
+        lifetime="detached",
+        max_restarts=-1,
+        max_task_retries=-1,
+        max_concurrency=8,
+        num_cpus=0.5,
+    )
+    return actor.remote(state, config or LearnerConfig(), workers)
+
+
+def aggregators_of(state: str) -> list[ActorHandle]:
+    """Those that run, in the order of the shards.
+
+    Raises:
+        InputError: none does.
+    """
+    try:
+        return [aggregator_handle(shard) for shard in LogLayout.of(state).shards()]
+    except ValueError:
+        raise InputError("model: nothing serves it here yet; begin with `serve deploy cluster/serve.yaml`") from None
+
+
+def check_logs(state: str, statuses: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse to learn from aggregators of these statuses if their logs end before what versions have learned of them.
+
+    Raises:
+        InputError: they do.
+    """
+    check_ends(state, Registry(state).log_offset(), [status["log_offset"] for status in statuses])
