@@ -16,13 +16,18 @@ Settings = TypeVar("Settings")
 
 
 def settings_from(kind: type[Settings], config: Path | None, assignments: Sequence[str]) -> Settings:
-    """An instance of a settings dataclass; assignments win over the file, what neither names keeps its default.
+    """Make settings; assignments win over the file, what neither names keeps its default.
+
+    A dotted key is a setting inside of another: gate.deviations=2.
 
     Raises:
         InputError: a file that is no mapping, an unknown key, or a value of another type or out of its range.
     """
     values = yaml_of(config) if config is not None else {}
-    values |= values_of(assignments)
+    for name, value in values_of(assignments).items():
+        _assign(values, name, value)
+    if issubclass(kind, BaseModel):
+        return kind(**values)
     _refuse_unknown(kind, values)
     try:
         return TypeAdapter(kind).validate_python(values)
@@ -70,6 +75,16 @@ def write_json(path: Path, value: Any) -> None:
         path.write_text(f"{text}\n")
     except OSError as error:
         raise InputError(f"json: {path} cannot be written ({error.strerror}); name another file") from error
+
+
+def _assign(values: dict[str, Any], name: str, value: Any) -> None:
+    """Set one value, of which a dotted name says in which group it is."""
+    *groups, last = name.split(".")
+    for group in groups:
+        inner = values.get(group)
+        values[group] = dict(inner) if isinstance(inner, Mapping) else {}
+        values = values[group]
+    values[last] = value
 
 
 def _assigned(assignment: str) -> tuple[str, Any]:

@@ -1,10 +1,18 @@
 """Errors that a person can mend, and pydantic's objections to settings as one line of such an error."""
 
-from pydantic import BaseModel, ValidationError
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # it takes a while to import, and most who raise an InputError have no settings
+    from pydantic import BaseModel, ValidationError
 
 
 class InputError(ValueError):
     """Input that a person can mend; the message is one line that names the field and the remedy."""
+
+
+class SettingsError(InputError):
+    """Settings that break a rule; the message begins with the dotted name of the setting."""
 
 
 class EventRejected(InputError):
@@ -17,8 +25,8 @@ class EventRejected(InputError):
         self.message = message
 
 
-def objection(error: ValidationError, *models: type[BaseModel], whole: str = "settings") -> str:
-    """The first thing that is wrong, in one line that begins with the field.
+def objection(error: "ValidationError", *models: "type[BaseModel]", whole: str = "settings") -> str:
+    """Return the first thing that is wrong, in one line that begins with the field.
 
     Args:
         error: what validation raised.
@@ -28,13 +36,24 @@ def objection(error: ValidationError, *models: type[BaseModel], whole: str = "se
     first = error.errors()[0]
     places = [str(part) for part in first["loc"] if part != "[key]"]
     own = first.get("ctx", {}).get("error")
+    if isinstance(own, SettingsError):  # of settings inside of these
+        return ".".join([*places, str(own)])
     if isinstance(own, InputError):  # raised by a check of ours; it begins with the last part of the place
         return ".".join([*places[:-1], str(own)])
     name = ".".join(places) or whole
     if first["type"] == "extra_forbidden" and models:
         known = models[0] if len(places) == 1 else models[-1]
-        return f"{name}: no such setting; there are {', '.join(known.model_fields)}"
+        return f"{name}: no such setting{_remedy(places[-1], known)}"
     message = first["msg"][:1].lower() + first["msg"][1:]
     if first["type"] == "missing":
         return f"{name}: {message}; add it"
     return f"{name}: {message}, got {first['input']!r}"
+
+
+def _remedy(name: str, model: "type[BaseModel]") -> str:
+    """Say what an unknown setting may have been meant to be: one inside of another, or one of a similar name."""
+    for group, field in model.model_fields.items():
+        if name in getattr(field.annotation, "model_fields", ()):
+            return f"; it is {group}.{name}"
+    close = get_close_matches(name, model.model_fields, n=1)
+    return f"{f', did you mean {close[0]}?' if close else ';'} there are {', '.join(model.model_fields)}"

@@ -11,23 +11,20 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-import httpx
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from cluster.local import HOST, free_port, prepare_environment
-
-if TYPE_CHECKING:
-    from lib.live.learner import LearnerConfig
-    from serving.app import ServeArguments
+from tests.helpers.logs import ROOT
+from tests.helpers.service import PATIENCE, LiveService, RaySession
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # it has ports and folders of its own, not those of the process that started it
     for name in [name for name in os.environ if name.startswith("RAY_SERVE_")]:
@@ -48,8 +45,6 @@ SERVING = (
 )
 TRAINING = "event_stream", "large", "learner_workers", "local", "pretrain"
 NEED_RAY = {f"test_{name}.py": "serving" for name in SERVING} | {f"test_{name}.py": "training" for name in TRAINING}
-PATIENCE = 60.0  # seconds until a wait is given up; nothing is judged by how long it took
-Found = TypeVar("Found")
 
 
 class RayTogether(LoadScopeScheduling):
@@ -69,13 +64,6 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Refuse a test that would start a second Ray beside the session's."""
     if "ray_session" in getattr(item, "fixturenames", ()) and item.path.name not in NEED_RAY:
         raise pytest.UsageError(f"{item.path.name} needs Ray: add it to NEED_RAY in tests/conftest.py")
-
-
-@dataclass(frozen=True)
-class RaySession:
-    """The one Ray of the session; `address` is what `ray job submit --address` takes."""
-
-    address: str
 
 
 @pytest.fixture(scope="session")
@@ -153,107 +141,6 @@ def small_model(ray_session: RaySession, shop_dataset: Path, tmp_path_factory: p
     return model
 
 
-def learner_config(**settings: Any) -> LearnerConfig:
-    """Settings of a learner for the service under test.
-
-    What tests click is random: learned for long it is harm, and would be taken back as such.
-    """
-    from lib.live.learner import LearnerConfig
-
-    return LearnerConfig(reference_users=0, **settings)
-
-
-@dataclass
-class LiveService:
-    """The service under test, and how to talk to it."""
-
-    arguments: ServeArguments
-    port: int
-    client: httpx.Client = field(init=False)
-
-    def __post_init__(self) -> None:
-        # a connection each: HAProxy then spreads the requests over the replicas
-        limits = httpx.Limits(max_keepalive_connections=0)
-        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE, limits=limits)
-
-    @property
-    def url(self) -> str:
-        """Where it answers."""
-        return f"http://{HOST}:{self.port}"
-
-    @property
-    def state(self) -> Path:
-        """The folder of log and versions."""
-        return Path(self.arguments.state_location)
-
-    @property
-    def log(self) -> Path:
-        """The feedback log's file."""
-        return self.state / "feedback.sqlite"
-
-    def start(self, **arguments: Any) -> None:
-        """Start everything, on whatever the state folder holds, with other arguments for this time."""
-        from jobs.serve import start_service
-
-        start_service(self.arguments.model_copy(update=arguments), self.port, learner_config())
-
-    def stop(self) -> None:
-        """Stop everything, cleanly."""
-        from jobs.serve import stop_service
-
-        stop_service()
-
-    def status(self) -> dict[str, Any]:
-        """GET /v1/status."""
-        return self.client.get("/v1/status").raise_for_status().json()
-
-    def send(self, *events: dict[str, Any]) -> dict[str, Any]:
-        """POST events; the answer."""
-        return self.client.post("/v1/events", json={"events": list(events)}).raise_for_status().json()
-
-    def recommend(self, user_id: str, k: int = 10) -> dict[str, Any]:
-        """A user's recommendations; the answer."""
-        return self.client.post("/v1/recommendations", json={"user_id": user_id, "k": k}).raise_for_status().json()
-
-    def items(self) -> list[str]:
-        """Ids of items that the catalog has, the most popular first."""
-        return [item["item_id"] for item in self.recommend("somebody unknown", 200)["items"]]
-
-    def export(self, user_id: str) -> list[dict[str, Any]]:
-        """A user's events as the service has them."""
-        return self.client.get(f"/v1/users/{user_id}/export").raise_for_status().json()["events"]
-
-    def wait_until(
-        self, what: str, condition: Callable[[dict[str, Any]], Found | None], patience: float = PATIENCE
-    ) -> Found:
-        """Ask for the status until the condition holds of it, and return what that gave; fails with the status."""
-        deadline = time.monotonic() + patience
-        status: Any = None
-        while time.monotonic() < deadline:
-            try:
-                status = self.status()
-            except httpx.HTTPError as error:
-                status = repr(error)
-            else:
-                if found := condition(status):
-                    return found
-            time.sleep(0.1)
-        pytest.fail(f"waited {patience:.0f} s in vain until {what}; the last status: {status}")
-
-    def wait_until_learned(self) -> dict[str, Any]:
-        """Wait until all parts are up and every logged event is in the weights of every replica; the status then."""
-        return self.wait_until("everything is learned and live everywhere", self._learned)
-
-    def _learned(self, status: dict[str, Any]) -> dict[str, Any] | None:
-        replicas, learner, aggregator = status["replicas"], status["learner"], status["aggregator"]
-        if len(replicas) != self.arguments.replicas or "version" not in learner or "log_offset" not in aggregator:
-            return None
-        if learner["log_offset"] != aggregator["log_offset"]:
-            return None
-        state = {(learner["version"], learner["checksum"])} | {(r["version"], r["checksum"]) for r in replicas}
-        return status if len(state) == 1 else None
-
-
 @pytest.fixture(scope="session")
 def service(
     ray_session: RaySession, small_model: Path, shop_dataset: Path, tmp_path_factory: pytest.TempPathFactory
@@ -270,3 +157,20 @@ def service(
     finally:
         live.client.close()
         live.stop()
+
+
+@pytest.fixture
+def start_process():
+    """Start a Python program in the repository; whatever still runs at the end of the test is killed."""
+    processes = []
+
+    def start(program: str, *arguments: object) -> subprocess.Popen:
+        command = [sys.executable, "-c", program, *map(str, arguments)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()

@@ -12,7 +12,7 @@ from typing import Any, Self
 import httpx
 import pytest
 
-from tests.conftest import PATIENCE, LiveService
+from tests.helpers.service import PATIENCE, LiveService
 
 PAUSE = 0.01  # seconds between a thread's requests
 UNANSWERED = "no answer"  # how a failure of the connection is noted

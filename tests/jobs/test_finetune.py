@@ -22,12 +22,10 @@ from lib.model.folder import Manifest
 from lib.versions.ledger import check
 from lib.versions.registry import Registry, load_folder, save_with_optimizer
 from lib.versions.rejections import Rejection, Rejections
-from tests.conftest import LiveService
+from tests.helpers.learners import CONFIG
+from tests.helpers.service import LiveService, assert_each_event_once, versions_and_checksums
 from tests.helpers.tiny import NOW, SECOND, micro_batch, started_registry
 from tests.helpers.traffic import Traffic
-from tests.live.test_learner import CONFIG
-from tests.serving.test_faults import assert_each_event_once
-from tests.serving.test_rollout import versions_and_checksums
 
 SETTINGS = FinetuneSettings(epochs=1, tolerance=2.0, negatives=64)  # NDCG cannot be so much worse
 

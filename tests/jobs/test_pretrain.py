@@ -35,7 +35,7 @@ from lib.data.events import EVENT_SCHEMA
 from lib.errors import InputError
 from lib.model.folder import Manifest, load_model, read_manifest
 from lib.versions.registry import OPTIMIZER_FILE
-from tests.conftest import RaySession
+from tests.helpers.service import RaySession
 
 ROOT = Path(__file__).resolve().parents[2]
 EPOCHS = 20  # of about a tenth of a second: time enough to be killed in

@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 from lib.model.folder import load_model
-from tests.conftest import RaySession
+from tests.helpers.service import RaySession
 
 ROOT = Path(__file__).resolve().parents[2]
 

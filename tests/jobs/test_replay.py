@@ -14,7 +14,7 @@ from jobs.replay_service import send_stream, through_service
 from lib.data.dataset import read_events
 from lib.errors import InputError
 from lib.live.prequential import MISSED, Stream, split_by_time
-from tests.conftest import LiveService, RaySession
+from tests.helpers.service import LiveService, RaySession
 
 SHARE = 0.85  # a short stream
 

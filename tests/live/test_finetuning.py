@@ -27,8 +27,8 @@ from lib.live.finetuning import (
 from lib.live.learner import LearnerConfig, NearlineLearner
 from lib.log.feedback import FeedbackLog
 from lib.versions.registry import Registry
+from tests.helpers.learners import CONFIG, update
 from tests.helpers.tiny import NOW, SECOND, item_ids, started_registry, tiny_config, tiny_encoder
-from tests.live.test_learner import CONFIG, update
 
 CATALOG = Catalog(item_ids(24))
 LONG = LearnerConfig(negatives=8, snapshot_every=5, keep_snapshots=2)

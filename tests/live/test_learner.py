@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -11,13 +10,22 @@ from lib.data.events import Event
 from lib.data.popularity import LATER
 from lib.data.user_histories import History
 from lib.errors import InputError
-from lib.live.learner import LearnerConfig, NearlineLearner, Rejection
+from lib.live.learner import NearlineLearner, Rejection
 from lib.live.micro_batch import MicroBatch
 from lib.model.delta import Delta
 from lib.model.fingerprint import fingerprint
 from lib.model.folder import Manifest
-from lib.ranking.recommender import Question, Recommender
+from lib.ranking.recommender import Question
 from lib.versions.registry import Registry
+from tests.helpers.learners import (
+    CONFIG,
+    REPLAY,
+    assert_same_learners,
+    assert_same_optimizer,
+    optimizer_of,
+    recommender_of,
+    update,
+)
 from tests.helpers.tiny import (
     NOW,
     SECOND,
@@ -30,9 +38,7 @@ from tests.helpers.tiny import (
     tiny_encoder,
 )
 
-CONFIG = LearnerConfig(negatives=8, held_out_candidates=12)
 HELD_OUT = [history([7, 8, 9]), history([3, 1, 2, 6]), history([12, 13, 14]), history([20, 4]), history([5, 18, 22])]
-REPLAY = [history([10, 11, 12, 13]), history([14, 15])]
 
 
 @pytest.fixture
@@ -43,20 +49,6 @@ def registry(tmp_path) -> Registry:
 @pytest.fixture
 def learner(registry: Registry) -> NearlineLearner:
     return NearlineLearner(registry, CONFIG)
-
-
-def recommender_of(registry: Registry, version: int | None = None) -> Recommender:
-    """A replica."""
-    loaded = registry.load(version)
-    return Recommender(loaded.encoder, loaded.catalog, loaded.version, loaded.log_offset)
-
-
-def update(learner: NearlineLearner, number: int, *items: int | str) -> Delta:
-    """Learn from one user's newest event."""
-    names = items or (1 + number % 20, 2 + number % 20, 3 + number % 20)
-    outcome = learner.learn(micro_batch(number, [history(names)], replay=REPLAY))
-    assert isinstance(outcome, Delta), outcome
-    return outcome
 
 
 def logged_at(offset: int, *items: int | str) -> History:
@@ -73,25 +65,6 @@ def rejected_update(learner: NearlineLearner, batch: MicroBatch, learning_rate: 
     learner.trainer.learning_rate = learner.trainer.config.learning_rate
     assert isinstance(outcome, Rejection), outcome
     return outcome
-
-
-def optimizer_of(learner: NearlineLearner) -> dict[str, np.ndarray]:
-    return {name: value.copy() for name, value in learner.trainer.optimizer_state().items()}
-
-
-def assert_same_optimizer(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
-    assert one.keys() == other.keys()
-    different = [name for name in one if not np.array_equal(one[name], other[name])]
-    assert not different, f"these tensors differ: {different}"
-
-
-def assert_same_learners(one: NearlineLearner, other: NearlineLearner) -> None:
-    assert_same_state(copied_state(one.encoder), copied_state(other.encoder))
-    assert_same_optimizer(optimizer_of(one), optimizer_of(other))
-    assert one.catalog.item_ids == other.catalog.item_ids
-    ledger = ("version", "log_offset", "events_trained", "events_rejected", "checksum")
-    for name in ledger:
-        assert getattr(one, name) == getattr(other, name), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +19,7 @@ from lib.data.events import Event
 from lib.errors import InputError
 from lib.log.feedback import AppendResult, FeedbackLog, LogCorrupt, LoggedEvent, LogLocked, LogWriteError
 from lib.log.layout import LOG_FILE, ONLY, SQLITE, LogLayout
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def make_event(number: int, user: str = "user", **changes) -> Event:
-    return Event(user, f"item-{number}", "click", None, 1_700_000_000_000 + number)._replace(**changes)
+from tests.helpers.logs import STREAM, hold_the_writer, make_event, wait_until
 
 
 @pytest.fixture
@@ -54,38 +48,6 @@ def open_again(location: str, tmp_path: Path) -> Callable[[], FeedbackLog]:
 def log(open_again: Callable[[], FeedbackLog]) -> Iterator[FeedbackLog]:
     with open_again() as log:
         yield log
-
-
-@pytest.fixture
-def start_process():
-    """Start a Python program in the repository; whatever still runs at the end of the test is killed."""
-    processes = []
-
-    def start(program: str, *arguments: object) -> subprocess.Popen:
-        command = [sys.executable, "-c", program, *map(str, arguments)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
-def hold_the_writer(log: FeedbackLog) -> sqlite3.Connection:
-    """Take SQLite's write lock from outside, so that the writer thread waits inside its next transaction."""
-    log._connection.execute("PRAGMA busy_timeout = 120000")
-    connection = sqlite3.connect(log.path, isolation_level=None)
-    connection.execute("BEGIN IMMEDIATE")
-    return connection
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.005)
 
 
 def test_events_come_back_as_they_were_appended(log):
@@ -340,28 +302,6 @@ def test_a_write_that_the_system_refuses_fails_and_leaves_the_log_usable(path, s
     assert (kept, offsets) == ("['first'] 1", "[2]")
     with FeedbackLog(path) as log:
         assert [entry.event.item_id for entry in log.replay()] == ["first", "last"]
-
-
-STREAM = """
-import random, sys, threading
-from lib.data.events import Event
-from lib.log.layout import ONLY, LogLayout
-log = LogLayout(log=sys.argv[1]).open(sys.argv[2], ONLY)
-printing = threading.Lock()
-def call(thread):
-    number = 0
-    while True:
-        events = [Event(f"user-{thread}", f"item-{number + n}", "click", None, n, f"{sys.argv[3]}-{number + n}")
-                  for n in range(random.randint(1, 12))]
-        number += len(events)
-        result = log.append(events).result()
-        with printing:
-            for event, offset in zip(events, result.offsets):
-                print(offset, event.user_id, event.event_id, flush=True)
-for thread in range(8):
-    threading.Thread(target=call, args=(thread,), daemon=True).start()
-threading.Event().wait()
-"""
 
 
 def test_every_acknowledged_event_survives_kill_9_exactly_once(location, open_again, tmp_path, start_process):

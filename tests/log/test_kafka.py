@@ -19,7 +19,7 @@ from lib.log.integrity import check_ends, check_log
 from lib.log.kafka import BrokersAway, KafkaLog, Topic
 from lib.log.layout import ONLY, LogLayout, Shard
 from serving.aggregator import Aggregator
-from tests.log.test_feedback import ROOT, hold_the_writer, make_event, wait_until
+from tests.helpers.logs import ROOT, hold_the_writer, make_event, wait_until
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from serving.app import ServeArguments
 from serving.batch_source import BatchSource
 from serving.errors import partly_taken
 from serving.history_cache import HistoryCache, last_offsets
-from tests.conftest import PATIENCE
+from tests.helpers.service import PATIENCE
 from tests.helpers.tiny import NOW, started_registry
 
 USERS = [f"user-{number}" for number in range(40)]

@@ -15,8 +15,8 @@ from lib.log.integrity import check_log
 from lib.log.layout import LogLayout, read_log
 from lib.log.order import LogOrder, Run
 from serving.batch_source import in_order
+from tests.helpers.logs import make_event
 from tests.helpers.tiny import history, micro_batch
-from tests.log.test_feedback import make_event
 
 LAYOUT = LogLayout(aggregators=3)
 

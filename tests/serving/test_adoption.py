@@ -17,6 +17,14 @@ from lib.versions.registry import LoadedVersion, Registry, load_folder, save_wit
 from serving.learner import OFFER_SECONDS, Learner, Progress
 from serving.learner_workers import LearnerWorkers
 from serving.rollout import Acknowledgements
+from tests.helpers.learners import (
+    CONFIG,
+    assert_same_learners,
+    assert_same_optimizer,
+    optimizer_of,
+    recommender_of,
+    update,
+)
 from tests.helpers.tiny import (
     assert_same_state,
     copied_state,
@@ -25,14 +33,6 @@ from tests.helpers.tiny import (
     micro_batch,
     started_registry,
     tiny_encoder,
-)
-from tests.live.test_learner import (
-    CONFIG,
-    assert_same_learners,
-    assert_same_optimizer,
-    optimizer_of,
-    recommender_of,
-    update,
 )
 
 FACTS = {"kind": "finetune", "offer": "first"}

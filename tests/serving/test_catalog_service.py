@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import LiveService
-from tests.serving.test_service import assert_refused, ids
+from tests.helpers.service import LiveService, assert_refused, ids
 
 REPLICAS_ASKED = 12  # new connections, which HAProxy spreads over the replicas
 

@@ -5,8 +5,8 @@ import os
 import random
 from collections import Counter
 
-from tests.conftest import LiveService
 from tests.helpers.chaos import PROXY, Kill, Load, proofs, recovered, strike
+from tests.helpers.service import LiveService
 
 ROUNDS = [  # of parts that are killed at once
     ["learner"],

@@ -40,12 +40,10 @@ from serving.challenger import Answer, Challenger
 from serving.experiment import Experiments, prepare_challenger
 from serving.prometheus import StatusCollector
 from serving.recommendations import Recommendations
-from tests.conftest import LiveService
+from tests.helpers.learners import CONFIG, recommender_of, update
+from tests.helpers.service import LiveService, assert_each_event_once, metrics
 from tests.helpers.tiny import NOW, history, item_ids, micro_batch, started_registry, tiny_encoder
 from tests.helpers.traffic import Traffic
-from tests.live.test_learner import CONFIG, recommender_of, update
-from tests.serving.test_faults import assert_each_event_once
-from tests.serving.test_service import metrics
 
 HALF = ChallengerConfig(model="somewhere", share=0.5)
 USERS = [f"user-{number}" for number in range(4000)]

@@ -3,31 +3,13 @@
 import os
 import resource
 import signal
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lib.log.feedback import FeedbackLogReader
 from lib.versions.ledger import check
 from lib.versions.registry import Registry
-from tests.conftest import LiveService
-from tests.serving.test_service import assert_refused, click
-
-
-def assert_each_event_once(service: LiveService, acknowledged: list[tuple[str, str]]) -> None:
-    """Each acknowledged event is in the log once, in its user's history, and in the weights of every replica once."""
-    status = service.wait_until_learned()
-    learner = status["learner"]
-    assert acknowledged
-    assert len(set(acknowledged)) == len(acknowledged)
-    with FeedbackLogReader(service.log) as log:
-        logged = Counter((entry.event.user_id, entry.event.event_id) for entry in log.replay())
-        assert [event for event in acknowledged if logged[event] != 1] == []
-        assert learner["log_offset"] == log.last_offset()
-        assert learner["events_trained"] + learner["events_rejected"] == log.count()
-        for user in {user_id for user_id, _ in acknowledged}:
-            history = [(event["item_id"], event["timestamp"]) for event in service.export(user)]
-            assert history == [(entry.event.item_id, entry.event.timestamp) for entry in log.user_events(user)]
+from tests.helpers.service import LiveService, assert_refused, click
 
 
 @contextmanager

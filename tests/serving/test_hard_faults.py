@@ -38,6 +38,7 @@ from serving.challenger import Answer
 from serving.decision_log import DecisionLog
 from serving.errors import answer_of
 from serving.recommendations import Recommendations
+from tests.helpers.logs import STREAM, make_event
 from tests.helpers.tiny import (
     assert_same_state,
     copied_state,
@@ -47,9 +48,7 @@ from tests.helpers.tiny import (
     started_registry,
     tiny_encoder,
 )
-from tests.log.test_feedback import STREAM, make_event, start_process
 
-__all__ = ["start_process"]  # a fixture
 CONFIG = LearnerConfig(negatives=8, held_out_users=0, snapshot_every=1000)
 HOUR = 3_600_000  # milliseconds
 SAMPLE = SampleSizes(history_length=8, replay=ReplaySample(0), held_out_users=0, held_out_length=8)

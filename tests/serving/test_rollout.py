@@ -17,13 +17,16 @@ from lib.versions.registry import Registry
 from serving.aggregator import aggregator_handle
 from serving.learner import start_learner
 from serving.rollout import Rollout, learner_handle
-from tests.conftest import PATIENCE, LiveService, learner_config
+from tests.helpers.service import (
+    PATIENCE,
+    LiveService,
+    assert_refused,
+    click,
+    learner_config,
+    metrics,
+    versions_and_checksums,
+)
 from tests.helpers.traffic import Traffic
-from tests.serving.test_service import assert_refused, click, metrics
-
-
-def versions_and_checksums(status: dict[str, Any]) -> list[tuple[int, str]]:
-    return [(replica["version"], replica["checksum"]) for replica in status["replicas"]]
 
 
 @contextmanager

@@ -5,12 +5,10 @@ import time
 from typing import Any
 from urllib.parse import quote
 
-import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from serving.requests import LARGEST_BODY, LARGEST_EVENT_BATCH, LARGEST_K
-from tests.conftest import LiveService
+from tests.helpers.service import LiveService, assert_refused, click, ids, metrics
 
 ENDPOINTS = {
     ("post", "/v1/recommendations"),
@@ -31,36 +29,6 @@ ENDPOINTS = {
 @pytest.fixture(scope="module")
 def items(service: LiveService) -> list[str]:
     return service.items()
-
-
-def click(user_id: str, item_id: str, **fields: Any) -> dict[str, Any]:
-    return {"user_id": user_id, "item_id": item_id, "event": "click", **fields}
-
-
-def ids(answer: dict[str, Any]) -> list[str]:
-    return [item["item_id"] for item in answer["items"]]
-
-
-def metrics(service: LiveService) -> dict[str, list[tuple[dict[str, str], float]]]:
-    """Every sample of /metrics: name -> its labels and value."""
-    found: dict[str, list[tuple[dict[str, str], float]]] = {}
-    for family in text_string_to_metric_families(service.client.get("/metrics").raise_for_status().text):
-        for sample in family.samples:
-            found.setdefault(sample.name, []).append((sample.labels, sample.value))
-    return found
-
-
-def assert_refused(response: httpx.Response, status: int, *words: str) -> None:
-    """The error is one line under `detail`, names what it must, and shows nothing of the inside."""
-    assert response.status_code == status, response.text
-    body = response.json()
-    assert list(body) == ["detail"]
-    assert isinstance(body["detail"], str)
-    assert "\n" not in body["detail"]
-    assert "Traceback" not in body["detail"]
-    assert ".py" not in body["detail"]
-    for word in words:
-        assert word in body["detail"]
 
 
 # ------------------------------------------------------------------------------------------------------------- promises

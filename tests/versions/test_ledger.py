@@ -15,8 +15,8 @@ from lib.model.delta import Delta
 from lib.model.folder import Manifest, read_manifest, write_manifest
 from lib.versions.ledger import Account, Ledger, check, folded, lineage
 from lib.versions.registry import Registry, save_with_optimizer
+from tests.helpers.logs import make_event
 from tests.helpers.tiny import history, micro_batch, started_registry
-from tests.log.test_feedback import make_event
 
 CONFIG = LearnerConfig(negatives=8, held_out_users=0, snapshot_every=1000)
 SOUND = [

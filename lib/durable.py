@@ -1,0 +1,50 @@
+"""One way to make a file durable: written beside its name, synced, renamed, and the folder synced."""
+
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_durably(path: Path, data: bytes, replace: bool = True) -> None:
+    """Write a file that is there whole or not at all, also after a power loss; folders on the way are made.
+
+    Raises:
+        FileExistsError: there is one already, and `replace` is False; of two writers at once, one alone succeeds.
+        OSError: it could not be written; nothing is left behind.
+    """
+
+    def write(unfinished: Path) -> None:
+        unfinished.write_bytes(data)
+
+    make_durably(path, write, replace)
+
+
+def make_durably(path: Path, make: Callable[[Path], object], replace: bool = True) -> None:
+    """Have `make` write a file under another name, and give it its own once its bytes are on disk.
+
+    Raises:
+        FileExistsError: there is one already, and `replace` is False; of two writers at once, one alone succeeds.
+        OSError: it could not be written; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        make(unfinished)
+        sync(unfinished)
+        if replace:
+            unfinished.rename(path)
+        else:
+            os.link(unfinished, path)  # a rename would take the place of what another writer made
+    finally:
+        unfinished.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what a file, or the list of files of a folder, is now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,50 @@
+"""A small learner under test: its settings, one update, and what two of them must have in common."""
+
+import numpy as np
+
+from lib.live.learner import LearnerConfig, NearlineLearner
+from lib.model.delta import Delta
+from lib.ranking.recommender import Recommender
+from lib.versions.registry import Registry
+from tests.helpers.tiny import (
+    assert_same_state,
+    copied_state,
+    history,
+    micro_batch,
+)
+
+REPLAY = [history([10, 11, 12, 13]), history([14, 15])]
+CONFIG = LearnerConfig(negatives=8, held_out_candidates=12)
+
+
+def recommender_of(registry: Registry, version: int | None = None) -> Recommender:
+    """A replica."""
+    loaded = registry.load(version)
+    return Recommender(loaded.encoder, loaded.catalog, loaded.version, loaded.log_offset)
+
+
+def update(learner: NearlineLearner, number: int, *items: int | str) -> Delta:
+    """Learn from one user's newest event."""
+    names = items or (1 + number % 20, 2 + number % 20, 3 + number % 20)
+    outcome = learner.learn(micro_batch(number, [history(names)], replay=REPLAY))
+    assert isinstance(outcome, Delta), outcome
+    return outcome
+
+
+def optimizer_of(learner: NearlineLearner) -> dict[str, np.ndarray]:
+    return {name: value.copy() for name, value in learner.trainer.optimizer_state().items()}
+
+
+def assert_same_optimizer(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name in one if not np.array_equal(one[name], other[name])]
+    assert not different, f"these tensors differ: {different}"
+
+
+def assert_same_learners(one: NearlineLearner, other: NearlineLearner) -> None:
+    assert_same_state(copied_state(one.encoder), copied_state(other.encoder))
+    assert_same_optimizer(optimizer_of(one), optimizer_of(other))
+    assert one.catalog.item_ids == other.catalog.item_ids
+    ledger = ("version", "log_offset", "events_trained", "events_rejected", "checksum")
+    for name in ledger:
+        assert getattr(one, name) == getattr(other, name), name
