@@ -10,7 +10,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import takewhile
 from math import ceil
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import ray
+from pydantic import Field
 from ray.actor import ActorHandle
 
 from lib.data.dataset import read_events
@@ -29,6 +30,7 @@ from lib.log.board import ONE_MACHINE, ChangeBoard
 from lib.log.feedback import LoggedEvent, LogWriteError
 from lib.log.items import ItemChange, ItemLog
 from lib.log.layout import ONLY, LogLayout, Shard
+from lib.settings import Settings
 
 ITEM_LOG_FILE = "items.sqlite"
 BOARD_FILE = "changes"
@@ -38,16 +40,25 @@ NEWCOMER_EVENTS = 5  # with fewer in their history, somebody is new
 TORN = "{}: the last commit was torn when the machine stopped, and is dropped; it was not acknowledged"
 
 
-@dataclass(frozen=True)
-class AggregatorConfig:
-    """The trigger and what is kept in memory."""
+class Trigger(Settings):
+    """When pending events are released to the learner as a micro-batch: whichever limit is reached first."""
 
-    trigger_events: int = 64
-    trigger_ms: int = 200
-    largest_batch: int = 1024  # events for a learner that is behind: more share what an update costs beside them
-    keep_events: int = 1000  # of each user's history, in memory
-    cleaning: CleaningRules = field(default_factory=CleaningRules)
-    seed: int = 0
+    events: int = Field(default=64, ge=1, le=MOST_ARRIVALS, description="how many are pending")
+    milliseconds: int = Field(default=200, ge=0, description="how long the oldest has been pending")
+
+
+class AggregatorConfig(Settings):
+    """What the aggregator keeps, cleans and releases."""
+
+    trigger: Trigger = Trigger()
+    largest_batch: int = Field(
+        default=1024,
+        ge=1,
+        description="events of a micro-batch for a learner that is behind: more share an update's cost",
+    )
+    keep_events: int = Field(default=1000, ge=1, description="of each user's history, in memory")
+    cleaning: CleaningRules = CleaningRules()
+    seed: int = Field(default=0, ge=0, description="of the replay sample")
 
 
 class Arrival(NamedTuple):
@@ -253,9 +264,9 @@ class Aggregator:
         """Seconds until the trigger fires, 0 or less when it has; infinite without pending events."""
         if self.last_offset <= after:
             return float("inf")
-        if not self.arrivals or self.arrivals[0].offset > after + 1 or len(self.arrivals) >= self.config.trigger_events:
+        if not self.arrivals or self.arrivals[0].offset > after + 1 or len(self.arrivals) >= self.config.trigger.events:
             return 0.0  # enough events, or some that came before this process started
-        return self.arrivals[0].at + self.config.trigger_ms / 1000 - time.monotonic()
+        return self.arrivals[0].at + self.config.trigger.milliseconds / 1000 - time.monotonic()
 
     def _received_at(self, events: list[LoggedEvent]) -> list[int]:
         """When events came, in milliseconds as the clock is set now; of those before this process, as it was then."""
@@ -292,7 +303,7 @@ class Aggregator:
 
 def _rules_of(shard: Shard, rules: CleaningRules) -> CleaningRules:
     """What one shard goes by: it sees its part of a crowd."""
-    return replace(rules, crowd_users=ceil(rules.crowd_users / shard.count))
+    return rules.model_copy(update={"crowd_users": ceil(rules.crowd_users / shard.count)})
 
 
 def aggregator_handle(shard: Shard = ONLY) -> ActorHandle:

@@ -5,50 +5,50 @@ an impossible rate, so that what a phone kept while it was offline and sends at 
 """
 
 from collections import Counter, OrderedDict, deque
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+from pydantic import Field
+
 from lib.data.events import Event
-from lib.errors import EventRejected, InputError
+from lib.errors import EventRejected
+from lib.settings import Settings
 
 RATE_MS = 1000
 CHANGED_OPINION, CROWD = "changed_opinion", "crowd"
 
 
-@dataclass(frozen=True)
-class CleaningRules:
-    """What is impossible or abusive; an event beyond these is rejected and counted. 0 turns one of the last four off.
+class CleaningRules(Settings):
+    """What is impossible or abusive: an event beyond these limits is rejected and counted.
 
     A user's event is a flood when `flood_events` earlier ones came less than `flood_window_ms` before it. Measured, the
     most that one user did within a minute: 30 ratings in MovieLens 100K (people rate a page of films at once; 90 within
     5 minutes), 18 clicks in Yoochoose (43 within 5 minutes). Ten times that leaves both untouched, and also data whose
     times are whole days, where a day's events share one time, while of a bot's thousands a minute 300 pass.
 
-    The others judge feedback as it arrives, not tables. Measured likewise: 10 events of one user
-    within a second (MovieLens, whose times are whole seconds), 13 clicks of one user on one item within a minute
-    (Yoochoose), and 13 events of one item within a minute.
+    Floods and times are judged in tables, too; the rest only in feedback as it arrives. Its limits are measured
+    likewise: 10 events of one user within a second (MovieLens, whose times are whole seconds), 13 clicks of one user on
+    one item within a minute (Yoochoose), and 13 events of one item within a minute.
     """
 
-    future_tolerance_ms: int = 5 * 60 * 1000  # clocks of phones and browsers run ahead by a little
-    flood_events: int = 300
-    flood_window_ms: int = 60 * 1000
-    rate_events: int = 30  # of one user whose own times lie within one second
-    repeat_events: int = 20  # of one user, one item and one kind within the window
-    opinion_changes: int = 3  # of one user on one item within the window; until then the last opinion counts
-    crowd_users: int = 50  # newcomers who act on one item within the window: counted, and rejected nowhere
-    quarantine: bool = False  # what a crowd does is in the histories, but not learned as it comes
-
-    def __post_init__(self) -> None:
-        if self.flood_events < 1:
-            raise InputError(f"flood_events is {self.flood_events}; it must be at least 1")
-        if self.flood_window_ms < 1:
-            raise InputError(f"flood_window_ms is {self.flood_window_ms}; it must be at least 1 millisecond")
-        if self.future_tolerance_ms < 0:
-            raise InputError(f"future_tolerance_ms is {self.future_tolerance_ms}; it must be 0 or more milliseconds")
-        for name in ("rate_events", "repeat_events", "opinion_changes", "crowd_users"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be 0 (off) or more")
+    future_tolerance_ms: int = Field(
+        default=5 * 60 * 1000, ge=0, description="how far a time may be ahead: clocks of phones and browsers run fast"
+    )
+    flood_events: int = Field(default=300, ge=1, description="of one user within the window")
+    flood_window_ms: int = Field(default=60 * 1000, ge=1, description="the window of floods, repeats and crowds")
+    rate_events: int = Field(default=30, ge=0, description="of one user whose own times lie within a second; 0: off")
+    repeat_events: int = Field(
+        default=20, ge=0, description="of one user, one item and one kind within the window; 0: off"
+    )
+    opinion_changes: int = Field(
+        default=3, ge=0, description="of one user on one item within the window, the last one counts; 0: any number"
+    )
+    crowd_users: int = Field(
+        default=50,
+        ge=0,
+        description="newcomers who act on one item within the window, counted but not rejected; 0: off",
+    )
+    quarantine: bool = Field(default=False, description="learn nothing of a crowd's events; histories still get them")
 
 
 class Arrival(NamedTuple):

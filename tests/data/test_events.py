@@ -2,13 +2,13 @@
 
 import random
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.configuration import settings_from
 from lib.data.events import EARLIEST_TIMESTAMP, EVENT_SCHEMA, Event, validate_event
 from lib.data.guard import CleaningRules
 from lib.data.tables import clean, order_events
@@ -260,4 +260,4 @@ def test_tables_of_other_shapes():
 @pytest.mark.parametrize("field", ["future_tolerance_ms", "flood_events", "flood_window_ms"])
 def test_impossible_rules_are_refused(field):
     with pytest.raises(InputError, match=field):
-        replace(RULES, **{field: -1})
+        settings_from(CleaningRules, None, [f"{field}=-1"])
