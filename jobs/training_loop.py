@@ -234,7 +234,7 @@ def training_loop(run: dict[str, Any]) -> None:
             board.put(_news(epoch, preset.epochs, 1.0) | {"loss": done.loss, "seconds": done.seconds})
         _report(trainer, done, rank)
     if writer is None:
-        trainer.hand_over()
+        trainer.join_all_gathers()
     else:
         writer.close()
         if origin is None:
@@ -279,7 +279,7 @@ def _resume(trainer: Trainer) -> Done:
 def _report(trainer: Trainer, done: Done, rank: int) -> None:
     """Hand the epoch's metrics to Ray Train, with a checkpoint from the first worker."""
     if rank != 0:
-        trainer.hand_over()
+        trainer.join_all_gathers()
         train.report(asdict(done))
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -323,6 +323,6 @@ def _facts(
 def _save_result(folder: Path, trainer: Trainer, data: TrainingData | StreamedData, training: dict[str, Any]) -> None:
     """The model folder, with the optimiser's state so that learning goes on where it stopped."""
     manifest = Manifest(training=training)
-    save_model(folder, trainer.whole_encoder().cpu(), data.catalog, manifest)
+    save_model(folder, trainer.unsharded_encoder().cpu(), data.catalog, manifest)
     safetensors.numpy.save_file(trainer.optimizer_state(), folder / OPTIMIZER_FILE)
     write_manifest(folder, manifest)

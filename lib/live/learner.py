@@ -27,11 +27,11 @@ from lib.live.undo import UndoJournal
 from lib.log.items import ItemChange
 from lib.model.batches import Batch, SequenceBatches
 from lib.model.delta import ROW_TENSORS, Delta, difference, grow_items, state_of
-from lib.model.distributed import is_first_worker, part_of_worker, require_equal, word_of_first
+from lib.model.distributed import broadcast_from_rank_0, is_rank_0, local_batch, require_equal
 from lib.model.encoder import BehaviourEncoder
 from lib.model.fingerprint import Fingerprint
 from lib.model.folder import Manifest
-from lib.model.trainer import Trainer, TrainingConfig, train_uppermost
+from lib.model.trainer import Trainer, TrainingConfig, train_top_layers
 from lib.versions.registry import LoadedVersion, Registry
 from lib.versions.rejections import Rejection, Rejections
 
@@ -134,7 +134,7 @@ class NearlineLearner:
             negatives=self.config.negatives,
             seed=self.config.seed,
         )
-        train_uppermost(self.encoder, self.config.trained_bytes)
+        train_top_layers(self.encoder, self.config.trained_bytes)
         self.trainer = _trainer_of(loaded, training)
         self.fingerprint = Fingerprint(self.encoder)
         self.kind_codes = self.encoder.config.kind_codes
@@ -161,17 +161,17 @@ class NearlineLearner:
             facts = {"kind": "nearline", "events": 0, "loss": None, "ndcg": None}
             return self._publish(self._changes(journal, self._unpublished_rows()), batch.last_offset, facts)
         self._extend_catalog(batch)
-        if (rest := word_of_first(self.gate.resting)) is not None:
+        if (rest := broadcast_from_rank_0(self.gate.resting)) is not None:
             return self._reject(batch, rest, harmful=False)
         self.trainer.before_update = journal.record
-        if is_first_worker():
+        if is_rank_0():
             self.gate.before(batch, self.version, self.log_offset)
-        if (harm := word_of_first(self.gate.harm)) is not None:
+        if (harm := broadcast_from_rank_0(self.gate.harm)) is not None:
             return self._go_back(batch, harm)
         loss = self._train(batch)
         self._count_popularity(batch, journal)
         rows = torch.unique(torch.cat([journal.changed_rows(), self._unpublished_rows()]))
-        reason = word_of_first(lambda: self.gate.objection(loss, rows, journal.dense, self.influence.kept))
+        reason = broadcast_from_rank_0(lambda: self.gate.objection(loss, rows, journal.dense, self.influence.kept))
         if reason is not None:
             journal.undo()
             return self._reject(batch, reason)
@@ -180,7 +180,7 @@ class NearlineLearner:
         quality = self.gate.live.quality
         facts = {"kind": "nearline", "events": events, "loss": loss, "ndcg": None if np.isnan(quality) else quality}
         delta = self._publish(self._changes(journal, rows), batch.last_offset, facts)
-        if is_first_worker():
+        if is_rank_0():
             self.gate.passed(events, delta.version, delta.log_offset, journal.embeddings())
         return delta
 
@@ -193,7 +193,7 @@ class NearlineLearner:
 
     def _go_back(self, batch: MicroBatch, reason: str) -> Rejection:
         """Publish the weights of the gate's reference anew: what was learned since did harm, a little each time."""
-        version, log_offset, since = word_of_first(self.gate.since_reference)
+        version, log_offset, since = broadcast_from_rank_0(self.gate.since_reference)
         events = sum(batch.new_counts)
         self.gate.went_back()
         try:
@@ -313,7 +313,7 @@ class NearlineLearner:
             target[name][later] = state_of(self.encoder)[name][later]
         references = np.array([int(self.encoder.popularity_reference)]), int(loaded.encoder.popularity_reference)
         target["item_popularity"][later] *= float(event_counts(*references, self.popularity_half_life)[0])
-        train_uppermost(loaded.encoder, self.config.trained_bytes)
+        train_top_layers(loaded.encoder, self.config.trained_bytes)
         trainer = _trainer_of(loaded, self.trainer.config)
         rows = self._rows_that_differ(target, trainer)
         _, tensors = difference(self.encoder, target, rows)
@@ -360,7 +360,7 @@ class NearlineLearner:
                 if training is not None:
                     # as far as new events count, the weights may move
                     self.trainer.learning_rate = rate * self.influence.kept
-                    losses.append(self.trainer.step(part_of_worker(training)).loss)
+                    losses.append(self.trainer.step(local_batch(training)).loss)
         self.trainer.learning_rate = rate
         return losses[0] if losses else None
 
@@ -506,7 +506,7 @@ class NearlineLearner:
 
     def _store(self, write: Callable[[], Any]) -> None:
         """Write, and write again as often as it fails, where somebody waits for the storage."""
-        if not is_first_worker():
+        if not is_rank_0():
             return
         while True:
             try:

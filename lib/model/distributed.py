@@ -1,10 +1,10 @@
-"""Workers that train together over torch.distributed: collectives, and dense weights shared out among them (FSDP2).
+"""Training on several workers: collectives over torch.distributed, and sharded dense weights (FSDP2).
 
-A worker alone hears itself. What sharding is made of is imported where somebody shards: it costs a process a second of
-CPU, and most never do.
+Without a process group the world size is 1, and every collective returns what it was given. The FSDP2 modules are
+imported where weights are sharded: they cost a process a second of CPU, and most processes never shard.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeGuard, TypeVar, cast
 
@@ -18,92 +18,109 @@ from lib.model.batches import Batch
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-Said = TypeVar("Said")
+Value = TypeVar("Value")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collectives
 
 
-def worker_count() -> int:
-    """How many workers train together."""
+def world_size() -> int:
+    """Return the number of workers that train together."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def is_first_worker() -> bool:
-    """Whether this is the one that speaks for all."""
+def is_rank_0() -> bool:
+    """Return whether this worker has rank 0, or there is no other."""
     return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
-def part_of_worker(batch: Batch) -> Batch:
-    """The histories of a batch that this worker trains on where all of them have the whole batch."""
-    if worker_count() == 1:
+def local_batch(batch: Batch) -> Batch:
+    """Return the histories that this worker trains on, of a batch that every worker holds."""
+    if world_size() == 1:
         return batch
-    part = batch[slice(distributed.get_rank(), None, worker_count())]
+    part = batch[slice(distributed.get_rank(), None, world_size())]
     if len(part.rows):
         return part
-    return replace(batch[:1], target_weights=torch.zeros_like(batch.target_weights[:1]))  # it counts nothing
+    # fewer histories than workers: one that has no target, so that this worker joins the collectives
+    return replace(batch[:1], target_weights=torch.zeros_like(batch.target_weights[:1]))
 
 
-def word_of_first(say: Callable[[], Said]) -> Said:
-    """What the first worker says, on all of them; the others are not asked."""
-    if worker_count() == 1:
-        return say()
-    said = [say() if is_first_worker() else None]
-    distributed.broadcast_object_list(said)
-    return cast("Said", said[0])
+def broadcast_from_rank_0(compute: Callable[[], Value]) -> Value:
+    """Return on every worker what `compute` returns on rank 0; the others do not call it."""
+    if world_size() == 1:
+        return compute()
+    values = [compute() if is_rank_0() else None]
+    distributed.broadcast_object_list(values)
+    return cast("Value", values[0])
 
 
 def require_equal(checksum: str) -> None:
-    """Make sure that all workers have the same 64-bit checksum; nobody returns before all have called.
+    """Check that all workers have the same 64-bit checksum; a barrier, too.
 
     Raises:
-        RuntimeError: they have not, on each of them.
+        RuntimeError: they differ; on every worker.
     """
-    if worker_count() == 1:
+    if world_size() == 1:
         return
     own = torch.tensor([int(checksum, 16) - 2**63])
-    all_of_them = [torch.empty_like(own) for _ in range(worker_count())]
-    distributed.all_gather(all_of_them, own)
-    if any(not torch.equal(other, own) for other in all_of_them):
+    if any(not torch.equal(other, own) for other in _all_gather(own)):
         raise RuntimeError("the workers' weights differ; they must start again from one version")
 
 
-def summed_over_workers(value: Tensor) -> Tensor:
-    """The sum of a tensor over all workers."""
-    if worker_count() > 1:
+def all_reduce(value: Tensor) -> Tensor:
+    """Sum a tensor over all workers, in place, and return it."""
+    if world_size() > 1:
         distributed.all_reduce(value)
     return value
 
 
-def gather_gradients(
-    rows: Tensor, gradient: Tensor, dense: list[nn.Parameter], loss: Tensor
+def _all_gather(value: Tensor) -> list[Tensor]:
+    """Return every worker's tensor, all of one shape, by rank."""
+    gathered = [torch.empty_like(value) for _ in range(world_size())]
+    distributed.all_gather(gathered, value)
+    return gathered
+
+
+def all_reduce_gradients(
+    rows: Tensor, gradient: Tensor, dense: Sequence[nn.Parameter], loss: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum dense gradients, loss and item-row gradients over all workers; each worker gets the same result."""
-    if worker_count() == 1:
+    """Sum dense gradients, the loss and the gradients of item rows over all workers.
+
+    Args:
+        rows: (R,) distinct item rows that this worker has gradients of.
+        gradient: (R, C) their gradients.
+        dense: parameters whose `grad` becomes the sum, in place.
+        loss: a scalar.
+
+    Returns:
+        The rows that any worker has, their summed gradients, and the summed loss.
+    """
+    if world_size() == 1:
         return rows, gradient, loss
-    flat = torch.cat(
-        [loss.view(1)] + [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in dense]
-    )
-    distributed.all_reduce(flat)
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in dense]
+    flat = all_reduce(torch.cat([loss.view(1), *(each.flatten() for each in gradients)]))  # one call for all of them
     loss, rest = flat[0], flat[1:]
     for parameter, part in zip(dense, rest.split([p.numel() for p in dense]), strict=True):
         parameter.grad = part.view_as(parameter).clone()
-    world = worker_count()
-    counts = torch.zeros(world, dtype=torch.long, device=rows.device)
-    counts[distributed.get_rank()] = len(rows)
-    distributed.all_reduce(counts)
-    longest = int(counts.max())
-    padded_rows = F.pad(rows, (0, longest - len(rows)))
-    padded_gradient = F.pad(gradient, (0, 0, 0, longest - len(gradient)))
-    all_rows = [torch.empty_like(padded_rows) for _ in range(world)]
-    all_gradients = [torch.empty_like(padded_gradient) for _ in range(world)]
-    distributed.all_gather(all_rows, padded_rows)
-    distributed.all_gather(all_gradients, padded_gradient)
-    rows, places = torch.unique(torch.cat(all_rows), return_inverse=True)
-    summed = gradient.new_zeros(len(rows), gradient.shape[1])
-    summed.index_add_(0, places, torch.cat(all_gradients))
-    return rows, summed, loss
+    return *_all_reduce_rows(rows, gradient), loss
+
+
+def _all_reduce_rows(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the gradients (R, C) of rows (R,), of which each worker has its own."""
+    missing = int(torch.cat(_all_gather(torch.tensor([len(rows)], device=rows.device))).max()) - len(rows)
+    # the padding is row 0, whose gradient is zero
+    all_rows = torch.cat(_all_gather(F.pad(rows, (0, missing))))
+    all_gradients = torch.cat(_all_gather(F.pad(gradient, (0, 0, 0, missing))))
+    distinct, places = torch.unique(all_rows, return_inverse=True)
+    return distinct, gradient.new_zeros(len(distinct), gradient.shape[1]).index_add_(0, places, all_gradients)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sharded weights
 
 
 def shard(model: nn.Module, blocks: nn.ModuleList, precision: str) -> None:
-    """Share the dense weights out among all workers (FSDP2): each block's, and those of the model that are no block's.
+    """Shard the dense weights over all workers (FSDP2): each block is a unit, and the rest of the model is one.
 
     The item table stays whole on every worker, because RowAdam owns it. Gradients are summed, not averaged: the loss
     is divided by the weight of all workers' targets already.
@@ -111,8 +128,8 @@ def shard(model: nn.Module, blocks: nn.ModuleList, precision: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(next(model.parameters()).device.type, (worker_count(),))
-    # blocks are gathered in the precision in which they compute, and their gradients summed in full
+    mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
+    # blocks are gathered in the precision in which they compute, and their gradients are summed in float32
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = half if precision == "bfloat16" else MixedPrecisionPolicy()
     for block in blocks:
@@ -122,28 +139,28 @@ def shard(model: nn.Module, blocks: nn.ModuleList, precision: str) -> None:
     for module in (*blocks, model):
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # not as a factor of the reduction, which NCCL alone has
+        module.set_force_sum_reduction_for_comms(True)  # the other way, a factor of the reduction, needs NCCL
 
 
-def is_shard(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether each worker has a part of it; told by its method, for only `shard` should pay for importing DTensor."""
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Return whether a tensor is a DTensor; told by its method, because importing DTensor takes a second."""
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each worker has a shard; every worker must ask for it."""
-    return tensor.full_tensor() if is_shard(tensor) else tensor
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor; an all-gather where it is sharded, so every worker must call it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """The shard of a tensor that this worker has, in the same memory."""
-    return tensor.to_local() if is_shard(tensor) else tensor
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this worker's shard of a tensor, in the same memory."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def placed_like(tensor: Tensor, value: Tensor) -> Tensor:
-    """A whole value on the device of `tensor`, sharded where that is; every worker has the whole value."""
+def distribute_like(tensor: Tensor, value: Tensor) -> Tensor:
+    """Return a whole value on the device of `tensor`, sharded as `tensor` is; every worker has the whole value."""
     value = value.to(tensor.device)
-    if is_shard(tensor):
+    if is_sharded(tensor):
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)

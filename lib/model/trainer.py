@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from lib.model.batches import Batch
 from lib.model.distributed import (
-    gather_gradients,
-    own_part,
-    placed_like,
+    all_reduce,
+    all_reduce_gradients,
+    distribute_like,
+    full_tensor,
+    local_tensor,
     shard,
-    summed_over_workers,
-    whole,
-    worker_count,
+    world_size,
 )
 from lib.model.encoder import BehaviourEncoder
 from lib.model.loss import SequenceLoss, uniform_negatives
@@ -117,7 +117,7 @@ class Trainer:
         encoder.activation_checkpointing = config.activation_checkpointing
         if config.compile:
             compile_blocks(encoder)
-        self.sharded = config.sharded and worker_count() > 1  # one worker has nobody to share with
+        self.sharded = config.sharded and world_size() > 1  # one worker has nobody to share with
         if self.sharded:
             shard(self.sequence_loss, encoder.blocks, config.precision)
         self.dense = {name: parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad}
@@ -132,15 +132,15 @@ class Trainer:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The encoder's tensors by name, whole; of sharded ones every worker must ask at the same time."""
         for name, value in self.encoder.state_dict().items():
-            yield name, whole(value)
+            yield name, full_tensor(value)
 
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
         """Take over tensors that `weights` gave."""
         own = self.encoder.state_dict()
-        placed = {name: placed_like(own.get(name, value), value) for name, value in state.items()}
+        placed = {name: distribute_like(own.get(name, value), value) for name, value in state.items()}
         self.encoder.load_state_dict(placed)
 
-    def whole_encoder(self) -> BehaviourEncoder:
+    def unsharded_encoder(self) -> BehaviourEncoder:
         """The encoder, or of a sharded one a copy that is whole; every worker must ask for it at the same time."""
         if not self.sharded:
             return self.encoder
@@ -148,8 +148,8 @@ class Trainer:
         encoder.load_state_dict({name: value.cpu() for name, value in self.weights()})
         return encoder
 
-    def hand_over(self) -> None:
-        """Do a worker's part while the first one asks for the weights, and then for the optimiser's state."""
+    def join_all_gathers(self) -> None:
+        """Take part in the all-gathers of rank 0, which reads the weights and then the optimiser's state."""
         if self.sharded:
             for _ in self.weights():
                 pass
@@ -175,7 +175,7 @@ class Trainer:
     def _dense_state(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.dense.items():
             for moment, value in self.optimizer.state[parameter].items():
-                yield f"{name}:{moment}", whole(value)
+                yield f"{name}:{moment}", full_tensor(value)
 
     def load_optimizer_state(self, state: Mapping[str, np.ndarray], rows: np.ndarray | None = None) -> None:
         """Take over tensors that `optimizer_state` gave, of the given rows or of all."""
@@ -190,7 +190,7 @@ class Trainer:
             for moment in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{name}:{moment}" in state:
                     own = self.optimizer.state[parameter]
-                    own[moment] = placed_like(own[moment], torch.from_numpy(np.array(state[f"{name}:{moment}"])))
+                    own[moment] = distribute_like(own[moment], torch.from_numpy(np.array(state[f"{name}:{moment}"])))
 
     def _groups(self) -> list[dict]:
         matrices = [p for p in self.dense.values() if p.ndim >= 2]
@@ -213,7 +213,7 @@ class Trainer:
         rows, places = torch.unique(every, return_inverse=True)
         table = self.encoder.item_embeddings.weight.index_select(0, rows).requires_grad_()  # (R, C), a leaf of its own
         inputs, positives, negatives = places.split([targets.numel(), targets.numel(), len(negatives)])
-        total_weight = summed_over_workers(weights.abs().sum())
+        total_weight = all_reduce(weights.abs().sum())
         loss, accumulation = torch.zeros((), device=table.device), self.config.accumulation
         for first, last in pairwise(len(targets) * n // accumulation for n in range(accumulation + 1)):
             # sharded weights are gathered by all workers in step, so an empty part reads a history that counts nothing
@@ -232,10 +232,10 @@ class Trainer:
             loss += partial.detach()
         assert table.grad is not None
         unsummed = [] if self.sharded else list(self.dense.values())  # the backward pass has summed sharded ones
-        rows, gradient, loss = gather_gradients(rows, table.grad, unsummed, loss)
-        dense_gradients = [own_part(p.grad) for p in self.dense.values() if p.grad is not None]
+        rows, gradient, loss = all_reduce_gradients(rows, table.grad, unsummed, loss)
+        dense_gradients = [local_tensor(p.grad) for p in self.dense.values() if p.grad is not None]
         if self.sharded:
-            norm = (summed_over_workers(nn.utils.get_total_norm(dense_gradients) ** 2) + gradient.norm() ** 2).sqrt()
+            norm = (all_reduce(nn.utils.get_total_norm(dense_gradients) ** 2) + gradient.norm() ** 2).sqrt()
         else:
             norm = nn.utils.get_total_norm([*dense_gradients, gradient])
         shrink = min(1.0, self.config.clip_norm / (float(norm) + 1e-6))
@@ -257,7 +257,7 @@ class Trainer:
         return torch.where(weights < 0, weights * self.config.dislike_weight, weights)
 
 
-def train_uppermost(encoder: BehaviourEncoder, most_bytes: int) -> None:
+def train_top_layers(encoder: BehaviourEncoder, most_bytes: int) -> None:
     """Freeze the dense weights except the uppermost: A and the final norm, then whole blocks, then what these read.
 
     Of them no more than `most_bytes` bytes are trained. The first that would be too much is frozen with all below it.

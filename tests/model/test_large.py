@@ -79,10 +79,10 @@ def _sharded_worker(rank: int, world: int, folder: str) -> None:
         assert largest.to_local().numel() * world == largest.numel()
         if rank == 0:
             figures = {field: np.array([getattr(r, field) for r in results]) for field in ("loss", "gradient_norm")}
-            safetensors.torch.save_file(trainer.whole_encoder().state_dict(), f"{folder}/weights {name}")
+            safetensors.torch.save_file(trainer.unsharded_encoder().state_dict(), f"{folder}/weights {name}")
             safetensors.numpy.save_file(trainer.optimizer_state() | figures, f"{folder}/optimizer {name}")
         else:
-            trainer.hand_over()
+            trainer.join_all_gathers()
     distributed.destroy_process_group()
 
 
@@ -125,7 +125,7 @@ def test_one_worker_has_nobody_to_share_with():
     trainer, plain = new_trainer(replace(CONFIG, sharded=True)), new_trainer()
     (batch,) = batches_of(1)
     assert trainer.step(batch).loss == plain.step(batch).loss
-    assert trainer.whole_encoder() is trainer.encoder
+    assert trainer.unsharded_encoder() is trainer.encoder
     assert_same_state(copied_state(trainer.encoder), copied_state(plain.encoder))
 
 

@@ -19,7 +19,7 @@ from lib.model.batches import Batch, SequenceBatches
 from lib.model.delta import state_of
 from lib.model.encoder import BehaviourEncoder, unit_length
 from lib.model.loss import next_item_losses, sampled_margins, uniform_negatives
-from lib.model.trainer import RowAdam, Trainer, TrainingConfig, train_uppermost
+from lib.model.trainer import RowAdam, Trainer, TrainingConfig, train_top_layers
 from tests.helpers.tiny import NOW, SECOND, assert_same_state, copied_state, random_histories, tiny_config, tiny_encoder
 
 CONFIG = TrainingConfig(negatives=12, learning_rate=3e-3)
@@ -236,7 +236,7 @@ def test_frozen_blocks_and_what_only_they_read_stay():
     trainer = new_trainer(num_hidden_layers=2)
     encoder = trainer.encoder
     head = encoder.interest_to_item.nbytes + encoder.final_norm.weight.nbytes
-    train_uppermost(encoder, head + sum(parameter.nbytes for parameter in encoder.blocks[1].parameters()))
+    train_top_layers(encoder, head + sum(parameter.nbytes for parameter in encoder.blocks[1].parameters()))
     trainer = Trainer(encoder, 24, CONFIG)
     before = copied_state(encoder)
     batch = batches_of(1)[0]
@@ -251,7 +251,7 @@ def test_frozen_blocks_and_what_only_they_read_stay():
 
 def test_where_nothing_fits_the_rows_alone_are_trained():
     encoder = tiny_encoder()
-    train_uppermost(encoder, 0)
+    train_top_layers(encoder, 0)
     trainer = Trainer(encoder, 24, CONFIG)
     before = copied_state(encoder)
     assert len(trainer.step(batches_of(1)[0]).rows) > 0

@@ -18,7 +18,7 @@ from lib.live.learner import LearnerConfig, NearlineLearner, Rejection
 from lib.live.micro_batch import MicroBatch
 from lib.log.items import ItemChange
 from lib.model.delta import Delta, state_of
-from lib.model.distributed import part_of_worker, require_equal, word_of_first
+from lib.model.distributed import broadcast_from_rank_0, local_batch, require_equal
 from lib.model.fingerprint import fingerprint
 from lib.versions.registry import Registry
 from serving.learner import aggregators_of
@@ -141,8 +141,8 @@ def test_one_worker_is_the_learner_itself(alone: tuple[NearlineLearner, list[Any
     assert [outcome.checksum for outcome in outcomes] == [outcome.checksum for outcome in expected]
     batch = one._training_batch(FIRST)
     assert batch is not None
-    assert torch.equal(part_of_worker(batch).rows, batch.rows)
-    assert word_of_first(lambda: "no") == "no"
+    assert torch.equal(local_batch(batch).rows, batch.rows)
+    assert broadcast_from_rank_0(lambda: "no") == "no"
     require_equal(one.checksum)
 
 
