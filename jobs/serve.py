@@ -204,7 +204,7 @@ def serve_command(
         log=log,
         state=str(state.absolute()) if state is not None else None,
         cleaning=settings_from(CleaningRules, cleaning, []),
-        ranking=RankingRules.of(yaml_of(ranking, "ranking")) if ranking is not None else RankingRules(),
+        ranking=RankingRules(**yaml_of(ranking, "ranking")) if ranking is not None else RankingRules(),
         challenger=_challenger(challenger, challenger_share, shadow, values_of(challenger_set or [])),
     )
     require_free_port(port)  # here and of the model, too: what can be known before Ray is started

@@ -59,10 +59,10 @@ class Challenger:
         self.unchanging = threading.Lock()  # held by the shadow's thread, and by whoever changes the recommender
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="shadow")
 
-    def catalog_changed(self, items: Mapping[str, Mapping[str, Any] | None]) -> None:
-        """Items have other attributes, or are removed."""
+    def change_items(self, items: Mapping[str, Mapping[str, Any] | None]) -> None:
+        """Give items other attributes, or remove them (None)."""
         with self.unchanging:
-            self.recommender.catalog_changed(items)
+            self.recommender.change_items(items)
 
     def arm_of(self, user_id: str | None) -> str | None:
         """The arm of a user, None for who takes no part."""

@@ -1,7 +1,7 @@
 """The record of explored answers: which items stood where, with what probability, for off-policy evaluation.
 
 One line of JSON an answer, in a file of each replica; the events that name an answer's `request_id` are its reactions.
-`lib/ranking/rerank.py` has the estimator that reads them (`estimated_value`).
+`lib/ranking/off_policy.py` reads them.
 """
 
 import json

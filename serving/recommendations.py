@@ -126,7 +126,7 @@ class Recommendations:
         for damage in loaded.damage:
             logger.warning("version %d is the newest whole one: %s", loaded.version, damage)
         recommender = Recommender(loaded.encoder, loaded.catalog, loaded.version, loaded.log_offset, self.rules)
-        recommender.catalog_changed(item_changes)
+        recommender.change_items(item_changes)
         return recommender
 
     def _load_challenger(self, state: str, prepared: PreparedChallenger) -> Challenger | None:
@@ -207,9 +207,9 @@ class Recommendations:
     def _change_items(self, changes: list[ItemChange]) -> None:
         # two reads may come back in the other order: what is older than what is known was answered already
         items = {change.item_id: change.attributes for change in changes if change.revision > self.item_revision}
-        self.recommender.catalog_changed(items)
+        self.recommender.change_items(items)
         if self.challenger is not None:
-            self.challenger.catalog_changed(items)
+            self.challenger.change_items(items)
         self.item_changes |= items
         self.item_revision = max(self.item_revision, changes[-1].revision)
 
@@ -393,7 +393,7 @@ class Recommendations:
         if recommender.version <= self.recommender.version:
             return
         if revision != self.item_revision:  # items changed while it was loaded
-            recommender.catalog_changed(self.item_changes)
+            recommender.change_items(self.item_changes)
         self.recommender = recommender
 
 

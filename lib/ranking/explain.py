@@ -2,7 +2,8 @@
 
 The influence of an event on an item is the score s = uT A v that the item has with the whole history, less the score
 it has with the history without the event (occlusion; Zeiler & Fergus 2014, for images). It is what the encoder does,
-not a likeness of items. Of two events that say the same, leaving out either changes little: both show little influence.
+not a similarity of items. Of two events that say the same, leaving out either changes little: both show little
+influence.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lib.data.catalog import Catalog
 from lib.data.histories import Histories
+from lib.data.user_histories import History, to_histories
 from lib.model.batches import SequenceBatches
 from lib.model.encoder import BehaviourEncoderConfig
 
@@ -24,10 +27,32 @@ class Influence(NamedTuple):
     score: float
 
 
-def influences(history: Histories, config: BehaviourEncoderConfig, queries: Queries, vectors: np.ndarray) -> np.ndarray:
-    """(H, k) what each of the newest H = min(events, max_length) events, oldest first, added to the score of each item.
+def reasons(
+    history: History, catalog: Catalog, config: BehaviourEncoderConfig, queries: Queries, vectors: np.ndarray
+) -> list[str | None]:
+    """Name for each item the events that raised its score most, such as "click i3, purchase i7"; None where none did.
 
-    An event that is the only one added the whole score.
+    Args:
+        history: one person's events, of which the encoder knows at least one.
+        catalog: the encoder's.
+        config: the encoder's.
+        queries: the encoder.
+        vectors: (k, C) vectors v of the items.
+    """
+    kinds = config.kind_codes
+    influence = influences(to_histories([history], catalog, kinds), config, queries, vectors)
+    names = [
+        f"{event} {item_id}"
+        for item_id, event in zip(history.item_ids, history.events, strict=True)
+        if item_id in catalog.row_of and event in kinds
+    ][-config.max_length :]
+    return [", ".join(dict.fromkeys(names[event] for event, _ in own)) or None for own in most_influential(influence)]
+
+
+def influences(history: Histories, config: BehaviourEncoderConfig, queries: Queries, vectors: np.ndarray) -> np.ndarray:
+    """Return (H, k) what each of the newest H = min(events, max_length) events added to the score of each item.
+
+    The oldest event comes first. An event that is the only one added the whole score.
 
     Args:
         history: one person's events that the encoder knows, at least one.
@@ -43,10 +68,10 @@ def influences(history: Histories, config: BehaviourEncoderConfig, queries: Quer
 
 
 def occluded(history: Histories, config: BehaviourEncoderConfig) -> list[np.ndarray]:
-    """The history as (4, T) codes, rows, kinds, gaps and values, whole and then without each of its newest H events.
+    """Return the history as (4, T) codes, whole and then without each of its newest H events.
 
-    An event that lay just beyond max_length comes in where another is left out, as it would had that never happened;
-    gaps are those between the events that are left.
+    Codes are rows, kinds, gaps and values. An event that lay just beyond max_length comes in where another is left out,
+    as it would had that never happened; gaps are those between the events that are left.
     """
     count = len(history.rows)
     explained = min(count, config.max_length)
@@ -69,7 +94,12 @@ def occluded(history: Histories, config: BehaviourEncoderConfig) -> list[np.ndar
 
 
 def most_influential(influence: np.ndarray, count: int = 3) -> list[list[Influence]]:
-    """For each of k items at most `count` events that raised its score, the strongest first; influence is (H, k)."""
+    """Find for each of k items at most `count` events that raised its score, the strongest first.
+
+    Args:
+        influence: (H, k) of each event on each item.
+        count: the most events of an item.
+    """
     order = np.argsort(-influence, axis=0, kind="stable")[:count]  # (<= count, k)
     return [
         [Influence(int(event), float(influence[event, item])) for event in order[:, item] if influence[event, item] > 0]

@@ -1,8 +1,4 @@
-"""Ranking: from retrieved candidates to the answer.
-
-The score is s = uT A v. Seen items are taken out, filters are met before retrieval (so that k items come back whenever
-k exist), and whoever has no history gets what is popular of late, marked as such.
-"""
+"""Filters: which items an answer may hold, by their attributes and ids."""
 
 import json
 from collections.abc import Mapping
@@ -46,7 +42,7 @@ class ItemFilter:
         return cls(json.dumps(filter, sort_keys=True), conditions, allow, tuple(filter.get("deny", ())))
 
     def mask(self, catalog: Catalog) -> np.ndarray:
-        """(len(catalog) + 1,) bool: the rows that pass."""
+        """Return (len(catalog) + 1,) bool: the rows that pass."""
         mask = catalog.mask(self.conditions).copy() if self.conditions else np.ones(len(catalog) + 1, dtype=bool)
         if self.allow is not None:
             allowed = np.zeros_like(mask)
@@ -55,14 +51,3 @@ class ItemFilter:
         mask[catalog.rows(self.deny)] = False
         mask[0] = False
         return mask
-
-
-def most_popular(popularity: np.ndarray, mask: np.ndarray | None, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and rows of the k most popular items, best first; row 0 and masked rows never come."""
-    allowed = np.ones(len(popularity), dtype=bool) if mask is None else mask.copy()
-    allowed[0] = False
-    rows = np.flatnonzero(allowed)
-    if len(rows) > k:
-        rows = rows[np.argpartition(-popularity[rows], k - 1)[:k]]
-    rows = rows[np.argsort(-popularity[rows], kind="stable")]
-    return popularity[rows], rows

@@ -17,9 +17,10 @@ from lib.model.encoder import PADDING_ROW, BehaviourEncoder
 from lib.model.fingerprint import Fingerprint
 from lib.model.folder import load_model
 from lib.model.inference import InferenceEncoder
-from lib.ranking.explain import influences, most_influential
-from lib.ranking.filters import ItemFilter, most_popular
-from lib.ranking.rerank import arrange
+from lib.ranking.cold_start import most_popular
+from lib.ranking.explain import reasons
+from lib.ranking.filters import ItemFilter
+from lib.ranking.rerank import rerank
 from lib.ranking.rules import BoundRules, RankingRules
 from lib.retrieval.index import ItemIndex, search_device
 
@@ -43,7 +44,7 @@ Search = Callable[[np.ndarray, int, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 class Question(NamedTuple):
-    """What one person asks: their history, how many items, and which."""
+    """One person's request: their history, how many items, and which."""
 
     history: History
     k: int
@@ -79,14 +80,14 @@ class Recommender:
         self.number = next(NUMBERS)  # of this one among all recommenders of the process
 
     @classmethod
-    def load(cls, folder: str | Path, rules: RankingRules | None = None) -> "Recommender":
+    def load(cls, folder: str | Path) -> "Recommender":
         """Load a model folder.
 
         Raises:
             InputError: the folder is missing, incomplete or damaged.
         """
         encoder, catalog, manifest = load_model(folder)
-        return cls(encoder, catalog, manifest.version, manifest.log_offset, rules)
+        return cls(encoder, catalog, manifest.version, manifest.log_offset)
 
     @property
     def checksum(self) -> str:
@@ -94,9 +95,11 @@ class Recommender:
         return self.fingerprint.checksum
 
     def _vectors(self, rows: np.ndarray) -> np.ndarray:
-        """(R, C) item vectors; the padding row and spare rows are zero and are never found."""
+        """Return (R, C) item vectors; the padding row and spare rows are zero and are never found."""
         with torch.inference_mode():
             return self.encoder.item_vectors(torch.from_numpy(rows).to(self.encoder.device)).cpu().numpy()
+
+    # -------------------------------------------------------------------------------------------- versions and catalog
 
     def apply(self, delta: Delta) -> None:
         """Move to the delta's version: weights, catalog and index together.
@@ -121,40 +124,61 @@ class Recommender:
         self.version = delta.version
         self.log_offset = delta.log_offset
 
-    def catalog_changed(self, items: Mapping[str, Mapping[str, Any] | None]) -> None:
-        """Items have other attributes, or are removed (None): true of the next answer, whatever version it is of."""
+    def change_items(self, items: Mapping[str, Mapping[str, Any] | None]) -> None:
+        """Give items other attributes, or remove them (None), from the next answer on, whatever version it is of."""
         if items:
             self.catalog.change(items)
             self._masks.clear()
 
+    # --------------------------------------------------------------------------- the answer: encode, retrieve and rank
+
     def recommend(self, questions: Sequence[Question]) -> list[list[RankedItem]]:
-        """Answer many people in one pass: encode, retrieve, rank."""
-        encoded = [self.encoded(question.history) for question in questions]
+        """Answer many people in one pass."""
+        histories = [self.encode(question.history) for question in questions]
+        known = [place for place, history in enumerate(histories) if history.codes.size]
+        queries = self._queries([histories[place].codes for place in known])
         answers: list[list[RankedItem]] = [[] for _ in questions]
-        known = [place for place, history in enumerate(encoded) if history.codes.size]
-        queries = self.queries([encoded[place].codes for place in known])
         for filter in {questions[place].filter for place in known}:
             chosen = [number for number, place in enumerate(known) if questions[place].filter == filter]
             places = [known[number] for number in chosen]
-            seen = [encoded[place].seen if questions[place].exclude_seen else NOTHING_SEEN for place in places]
-            if self.rules.active:
-                ranked = [
-                    self._arranged(questions[place].k, filter, own, self._search(query))
-                    for place, query, own in zip(places, queries[chosen].unbind(), seen, strict=True)
-                ]
-            else:
-                ranked = self._nearest([questions[place].k for place in places], queries[chosen], filter, seen)
+            counts = [questions[place].k for place in places]
+            seen = [histories[place].seen if questions[place].exclude_seen else NOTHING_SEEN for place in places]
+            ranked = self._rank(queries[chosen], counts, filter, seen)
             for place, items in zip(places, ranked, strict=True):
-                answers[place] = self._explained(questions[place], items)
-        for place, history in enumerate(encoded):
+                answers[place] = self._explain(questions[place], items)
+        for place, history in enumerate(histories):
             if not history.codes.size:
                 answers[place] = self.popular(questions[place].k, questions[place].filter)
         return answers
 
-    def _nearest(
-        self, counts: Sequence[int], queries: Tensor, filter: ItemFilter | None, seen: Sequence[np.ndarray]
+    def encode(self, history: History) -> EncodedHistory:
+        """Read a history as the encoder does; kept with it, and made anew when the catalog may know more of it."""
+        kept, known = history.encoded, len(self.catalog)
+        if kept is not None and kept.reader == self.number and (kept.complete or kept.catalog_items == known):
+            return kept
+        flat = to_histories([history], self.catalog, self.kind_codes)
+        codes = SequenceBatches(flat, self.encoder.config).codes()[:, -self.encoder.config.max_length :]
+        complete = len(flat.rows) == len(history)
+        history.encoded = EncodedHistory(codes, np.unique(flat.rows), self.number, known, complete)
+        return history.encoded
+
+    def _queries(self, histories: Sequence[np.ndarray]) -> Tensor:
+        """Return (B, C) float32 uT A of histories given as (4, T) codes, with little work on padding."""
+        lengths = np.array([codes.shape[1] for codes in histories], dtype=np.int64)
+        queries = torch.empty(len(histories), self.encoder.config.hidden_size, device=self.encoder.device)
+        for group in group_by_length(lengths, EVENTS_PER_BATCH):
+            queries[torch.from_numpy(group)] = self.reader.queries([histories[place] for place in group])
+        return queries
+
+    def _rank(
+        self, queries: Tensor, counts: Sequence[int], filter: ItemFilter | None, seen: Sequence[np.ndarray]
     ) -> list[list[RankedItem]]:
-        """For each query (B, C) so many of the items whose vectors are nearest."""
+        """Find for each query (B, C) so many items that pass the filter and are not seen, the best first."""
+        if self.rules.active:
+            return [
+                self._rerank(k, filter, own, self._search(query))
+                for query, k, own in zip(queries.unbind(), counts, seen, strict=True)
+            ]
         scores, rows = self.index.search(queries, max(counts), self.mask(filter), seen)
         found = np.minimum((rows >= 0).sum(axis=1), counts).tolist()
         return [
@@ -163,7 +187,7 @@ class Recommender:
         ]
 
     def _search(self, query: Tensor) -> Search:
-        """How candidates for one query (C,) are found: rows that may be, how many, rows that are seen."""
+        """Return how candidates for one query (C,) are found."""
 
         def nearest(mask: np.ndarray, count: int, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             scores, rows = self.index.search(query[None], count, mask, [seen])
@@ -172,24 +196,24 @@ class Recommender:
 
         return nearest
 
-    def _arranged(self, k: int, filter: ItemFilter | None, seen: np.ndarray, search: Search) -> list[RankedItem]:
-        """One person's answer by the ranking rules (lib/ranking/rerank.py)."""
-        bound, mask = self._bound_rules(), self.mask(filter)
-        count = bound.candidates(k)
-        masks = [mask if group is None else mask & group for group in bound.searches]
+    def _rerank(self, k: int, filter: ItemFilter | None, seen: np.ndarray, search: Search) -> list[RankedItem]:
+        """Answer one person by the ranking rules."""
+        rules, mask = self._bound_rules(), self.mask(filter)
+        count = rules.candidates(k)
+        masks = [mask if group is None else mask & group for group in rules.searches]
         found = [search(own, count, seen) for own in masks]
-        if len(pins := bound.pinned(mask, seen)):
+        if len(pins := rules.pinned(mask, seen)):
             pinned = np.zeros(len(mask), dtype=bool)
             pinned[pins] = True
             found.append(search(pinned, len(pins), seen))
         rows, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        arranged = arrange(
-            rows, scores, k, bound, self.index.vectors, self.generator, lambda open: search(mask & open, count, seen)
+        ranked = rerank(
+            rows, scores, k, rules, self.index.vectors, self.generator, lambda open: search(mask & open, count, seen)
         )
-        items = self._items(arranged.scores, arranged.rows)
-        if arranged.propensities is None:
+        items = self._items(ranked.scores, ranked.rows)
+        if ranked.propensities is None:
             return items
-        propensities = arranged.propensities.tolist()
+        propensities = ranked.propensities.tolist()
         return [item._replace(propensity=own) for item, own in zip(items, propensities, strict=True)]
 
     def _bound_rules(self) -> BoundRules:
@@ -197,28 +221,26 @@ class Recommender:
             self._bound = BoundRules.of(self.rules, self.catalog, len(self.index))
         return self._bound
 
-    def encoded(self, history: History) -> EncodedHistory:
-        """What the encoder reads of a history; kept with it, and made anew when the catalog may know more of it."""
-        found = history.encoded
-        own = found is not None and found.reader == self.number
-        if found is not None and own and (found.complete or found.catalog_items == len(self.catalog)):
-            return found
-        flat = to_histories([history], self.catalog, self.kind_codes)
-        codes = SequenceBatches(flat, self.encoder.config).codes()[:, -self.encoder.config.max_length :]
-        complete = len(flat.rows) == len(history)
-        history.encoded = EncodedHistory(codes, np.unique(flat.rows), self.number, len(self.catalog), complete)
-        return history.encoded
-
-    def queries(self, histories: Sequence[np.ndarray]) -> Tensor:
-        """(B, C) float32 uT A of histories given as (4, T) codes, with little work on padding."""
-        lengths = np.array([codes.shape[1] for codes in histories], dtype=np.int64)
-        queries = torch.empty(len(histories), self.encoder.config.hidden_size, device=self.encoder.device)
-        for group in group_by_length(lengths, EVENTS_PER_BATCH):
-            queries[torch.from_numpy(group)] = self.reader.queries([histories[place] for place in group])
-        return queries
+    def _explain(self, question: Question, items: list[RankedItem]) -> list[RankedItem]:
+        """Give items the events that raised their scores most as reasons, if that was asked for."""
+        if not question.explain or not items:
+            return items
+        vectors = self.index.vectors[self.catalog.rows(item.item_id for item in items)]
+        named = reasons(
+            question.history,
+            self.catalog,
+            self.encoder.config,
+            lambda codes: self._queries(codes).cpu().numpy(),
+            vectors,
+        )
+        return [item._replace(reason=reason) for item, reason in zip(items, named, strict=True)]
 
     def mask(self, filter: ItemFilter | None) -> np.ndarray:
-        """(rows of the index,) bool: rows of known items that pass the filter."""
+        """Return (rows of the index,) bool: rows of known items that pass the filter.
+
+        Raises:
+            InputError: the catalog does not understand the filter; the message names the attribute.
+        """
         if filter not in self._masks:
             if len(self._masks) >= MOST_MASKS:
                 self._masks.clear()
@@ -233,8 +255,14 @@ class Recommender:
         mask[self.catalog.rows(self.catalog.removed)] = False
         return mask
 
+    def _items(self, scores: np.ndarray, rows: np.ndarray) -> list[RankedItem]:
+        ids = self.catalog.item_ids
+        return [RankedItem(ids[row], score) for score, row in zip(scores.tolist(), rows.tolist(), strict=True)]
+
+    # ---------------------------------------------------------------------------------------------- without a history
+
     def popular(self, k: int, filter: ItemFilter | None = None) -> list[RankedItem]:
-        """The most popular items of late, for people of whom nothing is known."""
+        """Return the most popular items of late, for people of whom nothing is known."""
         popularity = self.encoder.item_popularity.cpu().numpy()
 
         def most(mask: np.ndarray, count: int, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -243,14 +271,14 @@ class Recommender:
 
         top = float(popularity[self.mask(filter)].max(initial=0.0)) or 1.0
         if self.rules.active:
-            items = self._arranged(k, filter, NOTHING_SEEN, most)
+            items = self._rerank(k, filter, NOTHING_SEEN, most)
         else:
             rows, scores = most(self.mask(filter), k, NOTHING_SEEN)
             items = self._items(scores, rows)
         return [item._replace(reason="popular") for item in items]
 
     def similar(self, item_id: str, k: int, filter: ItemFilter | None = None) -> list[RankedItem]:
-        """The items whose vectors are nearest to an item's, itself left out.
+        """Return the items whose vectors are nearest to an item's, itself left out.
 
         Raises:
             KeyError: the item is not in the catalog.
@@ -260,23 +288,3 @@ class Recommender:
         row = self.catalog.row_of[item_id]
         scores, rows = self.index.search(self.index.vectors[[row]], k, self.mask(filter), [np.array([row])])
         return self._items(scores[0][rows[0] >= 0], rows[0][rows[0] >= 0])
-
-    def _items(self, scores: np.ndarray, rows: np.ndarray) -> list[RankedItem]:
-        ids = self.catalog.item_ids
-        return [RankedItem(ids[row], score) for score, row in zip(scores.tolist(), rows.tolist(), strict=True)]
-
-    def _explained(self, question: Question, items: list[RankedItem]) -> list[RankedItem]:
-        """Items with the events that raised their scores most as reasons, if that was asked for."""
-        if not question.explain or not items:
-            return items
-        config, history = self.encoder.config, question.history
-        flat = to_histories([history], self.catalog, self.kind_codes)
-        vectors = self.index.vectors[self.catalog.rows(item.item_id for item in items)]
-        moved = most_influential(influences(flat, config, lambda codes: self.queries(codes).cpu().numpy(), vectors))
-        names = [
-            f"{event} {item_id}"
-            for item_id, event in zip(history.item_ids, history.events, strict=True)
-            if item_id in self.catalog.row_of and event in self.kind_codes
-        ][-config.max_length :]
-        reasons = [", ".join(dict.fromkeys(names[event] for event, _ in own)) or None for own in moved]
-        return [item._replace(reason=reason) for item, reason in zip(items, reasons, strict=True)]

@@ -1,14 +1,15 @@
-"""Arrangement: one person's candidates to the places of an answer, by the ranking rules.
+"""Re-ranking: one person's candidates to the places of an answer, by the ranking rules.
 
 Pinned items have their places. The others are filled from the top: at each of them those candidates are open whose
-categories are not full, and the one of the highest merit gets it. The merit is the score with the weights of boost and
-bury, less the likeness to what has a place already:
+categories are not full, and the one of the highest marginal relevance gets it. That is the score with the weights of
+boost and bury, less the similarity to what has a place already:
 
     lambda * (s + weight) - (1 - lambda) * max cos(v, v')        over v' in the answer
 
 (maximal marginal relevance, Carbonell & Goldstein 1998). With exploration the place is drawn instead, from the softmax
-of merit / temperature over what is open (Plackett-Luce where no other rule is set). Whatever the rules, the probability
-of that choice given the items above is therefore known exactly: it is the propensity that is logged.
+of marginal relevance / temperature over what is open (Plackett-Luce where no other rule is set). Whatever the rules,
+the probability of that choice given the items above is therefore known exactly: it is the propensity that is logged,
+and lib/ranking/off_policy.py reads.
 """
 
 from collections import Counter
@@ -23,15 +24,15 @@ Search = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # rows that may 
 
 
 @dataclass(frozen=True)
-class Arrangement:
-    """The items of an answer from the top, k or, where no more are allowed, fewer."""
+class RankedRows:
+    """The items of an answer from the top: k, or fewer where no more are allowed."""
 
     rows: np.ndarray  # (P,) int64
     scores: np.ndarray  # (P,) s = uT A v as it was retrieved, without weights
     propensities: np.ndarray | None  # (P,) of each item at its place given those above; None without exploration
 
 
-def arrange(
+def rerank(
     rows: np.ndarray,
     scores: np.ndarray,
     k: int,
@@ -39,79 +40,41 @@ def arrange(
     vectors: np.ndarray,
     generator: np.random.Generator,
     search: Search | None = None,
-) -> Arrangement:
-    """Arrange one person's candidates.
+) -> RankedRows:
+    """Choose and order the items of one person's answer.
 
     Args:
-        rows: (n,) candidates as BoundRules tells how to find them, each once, in any order; all real (above 0).
+        rows: (n,) candidates, found as BoundRules says, each once, in any order; none is padding (row 0).
         scores: (n,) their s.
-        k: how many places there are.
+        k: the number of places.
         rules: the rules, bound to the catalog.
-        vectors: (R, C) item vectors of unit length of all rows; read for diversity alone.
+        vectors: (R, C) unit item vectors of all rows; read for diversity alone.
         generator: draws the places, where exploration is on.
-        search: finds this person's best `rules.candidates(k)` among given rows; called where limits leave no candidate
-            open while places are empty. Without it the answer is shorter then.
+        search: finds this person's best `rules.candidates(k)` among given rows. It is called where the limits leave no
+            candidate open while places are empty; without it such an answer is shorter.
     """
     if not rules.rules.chooses:
         order = _by_weighted_score(rows, scores, k, rules)
-        return Arrangement(rows[order], scores[order], None)
-    answer = _Answer(k, rules, vectors)
-    answer.add(rows, scores)
+        return RankedRows(rows[order], scores[order], None)
+    slate = Slate(k, rules, vectors)
+    slate.add(rows, scores)
     temperature = rules.rules.exploration_temperature
-    while not answer.full:
-        if answer.open:
-            answer.put(*_drawn(answer.merits(), temperature, generator))
-        elif search is None or not answer.search_more(search):
+    while not slate.full:
+        if slate.open:
+            candidate, propensity = _draw(slate.marginal_relevance(), temperature, generator)
+            slate.put(candidate, propensity)
+        elif search is None or not slate.search_more(search):
             break
-    return answer.arrangement()
+    return slate.ranked_rows()
 
 
-def propensities_of(
-    shown: np.ndarray, rows: np.ndarray, scores: np.ndarray, rules: BoundRules, vectors: np.ndarray
-) -> np.ndarray:
-    """(P,) the propensities that rules give the rows (P,) of an answer of P places, whoever made it.
-
-    Candidates and scores are those that these rules would choose from, and may be of another model; nothing is searched
-    anew. 0 from the first item on that cannot stand at its place.
-    """
-    answer = _Answer(len(shown), rules, vectors)
-    answer.add(rows, scores)
-    temperature = rules.rules.exploration_temperature
-    propensities = np.zeros(len(shown))
-    for number, row in enumerate(shown):
-        fixed = answer.pinned_at(number)
-        if fixed is not None:
-            propensities[number] = float(fixed == row)
-        else:
-            merits = answer.merits()
-            places = np.flatnonzero((answer.rows == row) & np.isfinite(merits))
-            if len(places):
-                propensities[number] = _propensity(merits, int(places[0]), temperature)
-                answer.put(int(places[0]), propensities[number])
-        if propensities[number] == 0:
-            break
-    return propensities
-
-
-def estimated_value(rewards: np.ndarray, logged: np.ndarray, target: np.ndarray) -> tuple[float, float]:
-    """What the answers of another policy would have earned on average, and the standard error of that.
-
-    Inverse propensity scoring: the reward at a place is weighted with the product of target / logged propensities of
-    it and all places above. Unbiased where a reward depends on the item and on those above it (a cascade) and the
-    logging policy can show what the target shows: McInerney et al. 2020, "Counterfactual evaluation of slate
-    recommendations with sequential reward interactions".
-
-    Args:
-        rewards: (N, P) such as clicks; 0 where an answer had fewer items.
-        logged: (N, P) propensities as they were logged; 1 where an answer had fewer items.
-        target: (N, P) what `propensities_of` gives for the same items; 1 where an answer had fewer.
-    """
-    values = (np.cumprod(target / logged, axis=1) * rewards).sum(axis=1)
-    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+def softmax_weights(relevance: np.ndarray, temperature: float) -> np.ndarray:
+    """Return (n,) weights in proportion to the softmax of relevance / temperature; the best has 1."""
+    return np.exp((relevance - relevance[relevance.argmax()]) / temperature)
 
 
 def _by_weighted_score(rows: np.ndarray, scores: np.ndarray, k: int, rules: BoundRules) -> list[int]:
-    """The candidates of an answer where no place depends on another."""
+    """Order the candidates of an answer where no place depends on another."""
     order = (-scores - rules.weights[rows]).argsort(kind="stable").tolist()
     if not rules.pins:
         return order[:k]
@@ -123,30 +86,18 @@ def _by_weighted_score(rows: np.ndarray, scores: np.ndarray, k: int, rules: Boun
     return order
 
 
-def _drawn(merits: np.ndarray, temperature: float, generator: np.random.Generator) -> tuple[int, float]:
-    """A place drawn from the softmax, and its probability; without a temperature the best."""
+def _draw(relevance: np.ndarray, temperature: float, generator: np.random.Generator) -> tuple[int, float]:
+    """Draw a candidate from the softmax; returns it and its probability. Without a temperature it is the best."""
     if temperature == 0:
-        return int(merits.argmax()), 1.0
-    weights = _softmax_weights(merits, temperature)
+        return int(relevance.argmax()), 1.0
+    weights = softmax_weights(relevance, temperature)
     sums = weights.cumsum()
-    # what is sought is above 0 and at most the sum, so that a place of no weight is never found
-    place = int(sums.searchsorted((1.0 - generator.random()) * sums[-1]))
-    return place, float(weights[place] / sums[-1])
+    # what is sought is above 0 and at most the sum, so that a candidate of no weight is never found
+    candidate = int(sums.searchsorted((1.0 - generator.random()) * sums[-1]))
+    return candidate, float(weights[candidate] / sums[-1])
 
 
-def _propensity(merits: np.ndarray, place: int, temperature: float) -> float:
-    """The probability with which a place is drawn."""
-    if temperature == 0:
-        return float(place == merits.argmax())
-    weights = _softmax_weights(merits, temperature)
-    return float(weights[place] / weights.sum())
-
-
-def _softmax_weights(merits: np.ndarray, temperature: float) -> np.ndarray:
-    return np.exp((merits - merits[merits.argmax()]) / temperature)
-
-
-class _Answer:
+class Slate:
     """An answer as its places fill up, and the candidates for the rest of them."""
 
     def __init__(self, k: int, rules: BoundRules, vectors: np.ndarray):
@@ -157,7 +108,7 @@ class _Answer:
         self.rows = np.zeros(0, dtype=np.int64)  # (n,) candidates
         self.scores = np.zeros(0)
         self.relevance = np.zeros(0)  # (n,) lambda (s + weight), minus infinity where no longer open
-        self.likeness = np.zeros(0)  # (n,) to the nearest item of the answer
+        self.similarity = np.zeros(0)  # (n,) to the nearest item of the answer
         self.vectors = vectors[:0]  # (n, C)
         self.codes: list[np.ndarray] = []  # (F, n) of each limited attribute
         self.counts: list[Counter[int]] = [Counter() for _ in rules.categories]
@@ -168,6 +119,7 @@ class _Answer:
 
     @property
     def full(self) -> bool:
+        """Whether every place is taken."""
         return self.next == len(self.taken)
 
     @property
@@ -181,7 +133,7 @@ class _Answer:
         return [candidate for candidate in self.taken if candidate is not None]
 
     def add(self, rows: np.ndarray, scores: np.ndarray) -> None:
-        """More candidates, of which the best are kept; those that are pinned get their places."""
+        """Add candidates, of which the best are kept; those that are pinned get their places."""
         weighted = self.trade * (scores + self.rules.weights[rows])
         if len(rows) > self.most:
             order = weighted.copy()
@@ -196,22 +148,22 @@ class _Answer:
         self.codes = [np.ascontiguousarray(limited.of(self.rows).T) for limited in self.rules.categories]
         if self.trade < 1:
             self.vectors = self.table[self.rows]
-            chosen = self.chosen
-            self.likeness = (self.vectors @ self.vectors[chosen].T).max(axis=1) if chosen else np.zeros(len(self.rows))
+            chosen = self.vectors[self.chosen]
+            self.similarity = (self.vectors @ chosen.T).max(axis=1) if len(chosen) else np.zeros(len(self.rows))
         for row, place in self.rules.pins.items():
             for candidate in first + np.flatnonzero(rows == row):
                 self._take(int(candidate), place)
-        self._skip()
+        self._skip_taken()
 
-    def merits(self) -> np.ndarray:
-        """(n,) the merit of each candidate for the next place; minus infinity where it is not open."""
-        return self.relevance - (1 - self.trade) * self.likeness if self.trade < 1 else self.relevance
+    def marginal_relevance(self) -> np.ndarray:
+        """Return (n,) that of each candidate for the next place; minus infinity where it is not open."""
+        return self.relevance - (1 - self.trade) * self.similarity if self.trade < 1 else self.relevance
 
     def put(self, candidate: int, propensity: float) -> None:
         """Give the next place to a candidate."""
         self.propensities[self.next] = propensity
         self._take(candidate, self.next)
-        self._skip()
+        self._skip_taken()
 
     def _take(self, candidate: int, place: int) -> None:
         self.relevance[candidate] = -np.inf
@@ -219,7 +171,7 @@ class _Answer:
             return
         if self.trade < 1:
             cosines = self.vectors @ self.vectors[candidate]
-            self.likeness = cosines if self.empty else np.maximum(self.likeness, cosines)
+            self.similarity = cosines if self.empty else np.maximum(self.similarity, cosines)
         self.taken[place] = candidate
         self.empty = False
         for limited, counts, codes in zip(self.rules.categories, self.counts, self.codes, strict=True):
@@ -228,18 +180,18 @@ class _Answer:
                 if code and counts[code] >= limited.limit:
                     self.relevance[(codes == code).any(axis=0)] = -np.inf
 
-    def _skip(self) -> None:
+    def _skip_taken(self) -> None:
         while self.next < len(self.taken) and self.taken[self.next] is not None:
             self.next += 1
 
     def pinned_at(self, place: int) -> int | None:
-        """The row that is pinned to a place."""
+        """Return the row that is pinned to a place."""
         candidate = self.taken[place]
         row = None if candidate is None else int(self.rows[candidate])
         return row if row in self.rules.pins else None
 
     def search_more(self, search: Search) -> bool:
-        """Look for candidates that the limits still admit; whether there were any."""
+        """Look for candidates that the limits still admit; returns whether there were any."""
         allowed = np.ones(len(self.rules.weights), dtype=bool)
         allowed[self.rows] = False
         for limited, counts in zip(self.rules.categories, self.counts, strict=True):
@@ -249,9 +201,9 @@ class _Answer:
         self.add(rows, scores)
         return len(rows) > 0
 
-    def arrangement(self) -> Arrangement:
+    def ranked_rows(self) -> RankedRows:
+        """Return what has a place, from the top."""
         places = [place for place, candidate in enumerate(self.taken) if candidate is not None]
-        explored = self.rules.rules.exploration_temperature > 0
-        return Arrangement(
-            self.rows[self.chosen], self.scores[self.chosen], self.propensities[places] if explored else None
-        )
+        explores = self.rules.rules.exploration_temperature > 0
+        propensities = self.propensities[places] if explores else None
+        return RankedRows(self.rows[self.chosen], self.scores[self.chosen], propensities)

@@ -1,6 +1,6 @@
 """Ranking rules: what a shop, a channel or a newsroom wants of every answer beside what suits the person.
 
-`RankingRules` is the configuration, each rule off by default; `BoundRules` is the same for one catalog: which rows are
+`RankingRules` are the settings, each rule off by default; `BoundRules` are the same for one catalog: which rows are
 pinned, boosted, buried or limited. lib/ranking/rerank.py applies them to one person's candidates.
 
 Weights and temperature are in units of the score s = uT A v, about a cosine: from -1 to 1, the best items of an answer
@@ -14,16 +14,16 @@ from typing import Annotated, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from lib.data.attributes import text_parts
 from lib.data.catalog import Catalog
-from lib.errors import InputError, objection
+from lib.errors import InputError
 from lib.ranking.filters import ItemFilter
+from lib.settings import Settings
 
 LAST = 1e6  # far more than scores and weights can make up for
 MOST_GROUPS = 16  # of rows with equal weights, each of which is one search
-RULE = ConfigDict(frozen=True, extra="forbid")
 
 
 def _readable(filter: dict[str, Any]) -> dict[str, Any]:
@@ -37,51 +37,58 @@ ItemId = Annotated[str, Field(min_length=1, strict=True)]
 Filter = Annotated[dict[str, Any], AfterValidator(_readable)]  # as in a request, see ItemFilter
 
 
-class Boost(BaseModel):
+class Boost(Settings):
     """Items that pass a filter gain `weight` in score."""
 
-    model_config = RULE
-
-    filter: Filter
-    weight: Weight
+    filter: Filter = Field(description="which items, as in a request")
+    weight: Weight = Field(description="added to their score")
 
 
-class Bury(BaseModel):
-    """Items that pass a filter lose `weight` in score; without a weight they come behind all others."""
+class Bury(Settings):
+    """Items that pass a filter lose `weight` in score, or come behind all others."""
 
-    model_config = RULE
-
-    filter: Filter
-    weight: Weight | None = None
+    filter: Filter = Field(description="which items, as in a request")
+    weight: Weight | None = Field(default=None, description="taken from their score; without it they come last")
 
 
-class RankingRules(BaseModel):
-    """What every answer has to keep to; `active` is False where no rule is set.
+class RankingRules(Settings):
+    """The rules of every answer; `active` is False where none is set."""
 
-    Args:
-        pin: place (from 1) -> item id. It stands there if it passes the request's filter and is not seen; else, and
-            until the catalog has it, the place goes to another. In an answer with fewer places it is not shown.
-        boost: items that gain in score. They are found however far they are: see `BoundRules.searches`.
-        bury: items that lose in score, or come last.
-        at_most: attribute -> how many items of one answer may share a value of it. A hard limit: where nothing else is
-            left the answer is shorter. Pinned items are counted, and shown even where they alone exceed it. The values
-            of an item are the members of a list; of a text its parts, as the encoder sees them (lib/data/attributes.py:
-            between | , ; or words that many texts share, "Comedy Drama", but "The North Face" whole); else the value.
-        diversity_lambda: lambda of maximal marginal relevance, off at 1; the lower, the less alike are the items.
-        exploration_temperature: of the softmax from which each place is drawn, off at 0. 0.05 is the temperature that
-            the encoder is trained with; 0.01 trades little but neighbouring places.
-        candidates: how many of the best items limits, diversity and exploration choose from; at least 2 k.
-    """
-
-    model_config = RULE
-
-    pin: dict[Annotated[int, Field(ge=1)], ItemId] = Field(default={}, max_length=100)
-    boost: tuple[Boost, ...] = ()
-    bury: tuple[Bury, ...] = ()
-    at_most: dict[str, Annotated[int, Field(ge=1, strict=True)]] = {}
-    diversity_lambda: float = Field(default=1.0, ge=0.01, le=1, strict=True)
-    exploration_temperature: float = Field(default=0.0, ge=0, le=1, strict=True)
-    candidates: int = Field(default=200, ge=1, le=10_000, strict=True)
+    pin: dict[Annotated[int, Field(ge=1)], ItemId] = Field(
+        default={},
+        max_length=100,
+        description="place (from 1) -> item id. It stands there if it passes the request's filter and is not seen; "
+        "else, and until the catalog has it, the place goes to another. A place beyond the answer's last is not shown",
+    )
+    boost: tuple[Boost, ...] = Field(default=(), description="items that gain in score, found however far they are")
+    bury: tuple[Bury, ...] = Field(default=(), description="items that lose in score, or come last")
+    at_most: dict[str, Annotated[int, Field(ge=1, strict=True)]] = Field(
+        default={},
+        description="attribute -> how many items of one answer may share a value of it: a hard limit, so where nothing "
+        "else is left the answer is shorter. Pinned items are counted, and shown even where they alone exceed it",
+    )
+    diversity_lambda: float = Field(
+        default=1.0,
+        ge=0.01,
+        le=1,
+        strict=True,
+        description="lambda of maximal marginal relevance, off at 1; the lower, the less similar are the items",
+    )
+    exploration_temperature: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        strict=True,
+        description="of the softmax from which each place is drawn, off at 0; 0.05 is what the encoder is trained "
+        "with, 0.01 trades little but neighbouring places",
+    )
+    candidates: int = Field(
+        default=200,
+        ge=1,
+        le=10_000,
+        strict=True,
+        description="how many of the best items limits, diversity and exploration choose from; at least 2 k",
+    )
 
     @field_validator("pin")
     @classmethod
@@ -90,18 +97,6 @@ class RankingRules(BaseModel):
         if twice:
             raise InputError(f"pin: item {twice[0]!r} has more than one place; keep one")
         return pin
-
-    @classmethod
-    def of(cls, written: Mapping[str, Any]) -> "RankingRules":
-        """Read the JSON or YAML form.
-
-        Raises:
-            InputError: an unknown rule, or a value that it cannot have.
-        """
-        try:
-            return cls.model_validate(written)
-        except ValidationError as error:
-            raise InputError(objection(error, cls, Bury, whole="ranking")) from error
 
     @property
     def active(self) -> bool:
@@ -116,25 +111,30 @@ class RankingRules(BaseModel):
 
 @dataclass(frozen=True)
 class Categories:
-    """Which values of a limited attribute each row has; code 0 is none."""
+    """The values of a limited attribute that each row has; code 0 is none.
+
+    The values of an item are the members of a list; of a text its parts, as the encoder sees them
+    (lib/data/attributes.py: between | , ; or words that many texts share, "Comedy Drama", but "The North Face" whole);
+    else the value itself.
+    """
 
     limit: int  # items of one answer with the same code
     entry_of_row: np.ndarray  # (R,) int32, the line of `codes`
     codes: np.ndarray  # (D, F) int32, one line for each distinct set of values, the last of them empty
 
     def of(self, rows: np.ndarray) -> np.ndarray:
-        """(n, F) codes of rows (n,)."""
+        """Return (n, F) codes of rows (n,)."""
         return self.codes[self.entry_of_row[rows]]
 
     def without(self, full: Sequence[int]) -> np.ndarray:
-        """(R,) bool: the rows that have none of these codes."""
+        """Return (R,) bool: the rows that have none of these codes."""
         admitted = ~np.logical_or.reduce(np.isin(self.codes, full), axis=1)  # (D,)
         return admitted[self.entry_of_row]
 
 
 @dataclass(frozen=True)
 class BoundRules:
-    """Ranking rules for one catalog, computed once (`BoundRules.of`) and anew when they no longer `fit` it.
+    """Ranking rules for one catalog, bound once (`BoundRules.of`), and again when they no longer fit it (`fits`).
 
     The candidates of one person are: for each of `searches` the `candidates(k)` best rows that pass it and the
     request's mask and are not seen; and `pinned(mask, seen)`. With boost and bury alone that gives exactly the k items
@@ -151,7 +151,7 @@ class BoundRules:
 
     @classmethod
     def of(cls, rules: RankingRules, catalog: Catalog, rows: int | None = None) -> "BoundRules":
-        """Bind rules to a catalog whose item vectors have this many rows (by default one more than it has items).
+        """Bind rules to a catalog whose item vectors have so many rows; by default one more than it has items.
 
         Raises:
             InputError: a rule names an attribute that the catalog does not have, or a condition has another form.
@@ -167,20 +167,20 @@ class BoundRules:
         return cls(rules, catalog.attributes, len(catalog), pins, weights, searches, categories)
 
     def fits(self, catalog: Catalog, rows: int) -> bool:
-        """Whether the catalog and the number of rows are those that the rules were bound to."""
+        """Return whether the catalog and the number of rows are those that the rules were bound to."""
         return self.attributes is catalog.attributes and self.items == len(catalog) and len(self.weights) == rows
 
     def candidates(self, k: int) -> int:
-        """How many rows each search has to find for an answer of k."""
+        """Return how many rows each search has to find for an answer of k."""
         return max(2 * k, self.rules.candidates) if self.rules.chooses else k
 
     def pinned(self, mask: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """The pinned rows that pass the request's mask (R,) and are not among the rows seen."""
+        """Return the pinned rows that pass the request's mask (R,) and are not among the rows seen."""
         return np.array([row for row in self.pins if mask[row] and row not in seen], dtype=np.int64)
 
 
 def _weighted(rules: RankingRules, catalog: Catalog, rows: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """(R,) the weight of each row, and the rows of each weight as masks (R,)."""
+    """Return (R,) the weight of each row, and the rows of each weight as masks (R,)."""
     weights = np.zeros(rows)
     groups: list[np.ndarray] = [np.ones(rows, dtype=bool)]
     signed = [(f"boost.{place}", rule.filter, rule.weight) for place, rule in enumerate(rules.boost)]
@@ -238,7 +238,7 @@ def _categories(column: pa.ChunkedArray, name: str, limit: int, described: np.nd
 
 
 def _distinct(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, list[list[str]]]:
-    """(items,) the place of each item's value among the distinct ones, or their number for none; and their parts."""
+    """Return (items,) each item's place among the distinct values, or their number for none; and their parts."""
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         places: dict[tuple[str, ...], int] = {}
         members = (tuple(str(member) for member in line or () if member is not None) for line in column.to_pylist())

@@ -73,7 +73,7 @@ def test_a_new_item_has_a_row_and_is_recommended_by_what_it_is(registry, learner
     assert delta.rows.tolist() == [ITEMS + 1]
     assert delta.log_offset == 0
     replica = recommender_of(registry, 1)
-    replica.catalog_changed({"new": {"kind": "kind0"}})
+    replica.change_items({"new": {"kind": "kind0"}})
     assert "new" not in recommended(replica), "it has no row yet"
     replica.apply(delta)
     assert replica.checksum == learner.checksum
@@ -137,7 +137,7 @@ def test_a_deleted_item_is_in_no_answer_until_it_is_put_again(registry):
     replica = recommender_of(registry)
     replica.encoder.item_popularity[9] = 5.0
     assert "i9" in recommended(replica)
-    replica.catalog_changed({"i9": None})
+    replica.change_items({"i9": None})
     assert "i9" not in recommended(replica)
     assert "i9" not in recommended(replica, allow=["i9", "i10"])
     assert "i9" not in [item.item_id for item in replica.popular(100)]
@@ -145,7 +145,7 @@ def test_a_deleted_item_is_in_no_answer_until_it_is_put_again(registry):
     with pytest.raises(KeyError):
         replica.similar("i9", 5)
     assert len(recommended(replica)) == ITEMS - 3
-    replica.catalog_changed({"i9": {"kind": "kind0"}})
+    replica.change_items({"i9": {"kind": "kind0"}})
     assert "i9" in recommended(replica)
 
 

@@ -273,7 +273,7 @@ def test_an_explanation_of_no_items(recommender):
 
 def ruled(recommender: Recommender, **rules) -> Recommender:
     """The same model with ranking rules."""
-    return Recommender(recommender.encoder, recommender.catalog, 3, 7, RankingRules.of(rules))
+    return Recommender(recommender.encoder, recommender.catalog, 3, 7, RankingRules(**rules))
 
 
 def test_rules_that_are_off_change_nothing(recommender):
@@ -320,7 +320,7 @@ def test_exploration_tells_its_propensities(recommender):
 def test_rules_follow_the_catalog(recommender):
     rules = ruled(recommender, bury=[{"filter": {"parity": "odd"}}])
     best = ids(ask(rules, 3, 9, k=1))[0]
-    rules.catalog_changed({best: {"parity": "odd", "number": 1}})
+    rules.change_items({best: {"parity": "odd", "number": 1}})
     assert ids(ask(rules, 3, 9, k=1))[0] != best
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from lib.data.catalog import Catalog
 from lib.errors import InputError
-from lib.ranking.rerank import Arrangement, arrange, estimated_value, propensities_of
+from lib.ranking.off_policy import estimated_value, propensities_of
+from lib.ranking.rerank import RankedRows, rerank
 from lib.ranking.rules import BoundRules, RankingRules
 
 ITEMS = 60
@@ -48,7 +49,7 @@ def scores(vectors) -> np.ndarray:
 
 
 def bound(catalog: Catalog, **rules) -> BoundRules:
-    return BoundRules.of(RankingRules.of(rules), catalog)
+    return BoundRules.of(RankingRules(**rules), catalog)
 
 
 def best(scores: np.ndarray, mask: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -66,7 +67,7 @@ def answer(
     mask: np.ndarray | None = None,
     seen: np.ndarray = NOTHING,
     seed: int = 0,
-) -> Arrangement:
+) -> RankedRows:
     """An answer whose candidates come from the searches that the rules ask for."""
     mask = np.ones(len(scores), dtype=bool) if mask is None else mask.copy()
     pinned = rules.pinned(mask, seen)
@@ -74,7 +75,7 @@ def answer(
     masks = [mask if group is None else mask & group for group in rules.searches]
     rows = np.concatenate([best(scores, one, rules.candidates(k))[0] for one in masks] + [pinned])
     generator = np.random.default_rng(seed)
-    return arrange(rows, scores[rows], k, rules, vectors, generator, lambda more: best(scores, mask & more, 20))
+    return rerank(rows, scores[rows], k, rules, vectors, generator, lambda more: best(scores, mask & more, 20))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def answer(
 
 
 def test_every_rule_is_off_by_default(catalog, scores, vectors):
-    assert not RankingRules.of({}).active
+    assert not RankingRules().active
     found = answer(bound(catalog), scores, vectors, 10)
     assert found.rows.tolist() == best(scores, scores < 9, 10)[0].tolist()
     assert found.scores.tolist() == scores[found.rows].tolist()
@@ -104,7 +105,7 @@ def test_every_rule_is_off_by_default(catalog, scores, vectors):
     ],
 )
 def test_any_rule_makes_the_rules_active(catalog, written, candidates):
-    rules = RankingRules.of(written)
+    rules = RankingRules(**written)
     assert rules.active
     assert BoundRules.of(rules, catalog).candidates(10) == candidates
     assert RankingRules.model_validate_json(rules.model_dump_json()) == rules
@@ -113,7 +114,7 @@ def test_any_rule_makes_the_rules_active(catalog, written, candidates):
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ({"boots": []}, "boots: no such setting; there are pin, boost, bury, at_most"),
+        ({"boots": []}, "boots: no such setting, did you mean boost? there are pin, boost, bury, at_most"),
         ({"pin": ["i3"]}, "pin: input should be a valid dictionary"),
         ({"pin": {0: "i3"}}, "pin.0: input should be greater than or equal to 1, got 0"),
         ({"pin": {1: 50}}, "pin.1: input should be a valid string, got 50"),
@@ -125,7 +126,7 @@ def test_any_rule_makes_the_rules_active(catalog, written, candidates):
         ({"boost": [{"filter": {"colour": "red"}, "weight": True}]}, "boost.0.weight: input should be a valid number"),
         (
             {"bury": [{"filter": {"colour": "red"}, "wait": 1}]},
-            "bury.0.wait: no such setting; there are filter, weight",
+            "bury.0.wait: no such setting, did you mean weight? there are filter, weight",
         ),
         ({"at_most": {"genres": 0}}, "at_most.genres: input should be greater than or equal to 1, got 0"),
         ({"at_most": {"genres": "3"}}, "at_most.genres: input should be a valid integer, got '3'"),
@@ -137,7 +138,7 @@ def test_any_rule_makes_the_rules_active(catalog, written, candidates):
 )
 def test_a_wrong_rule_is_named(written, message):
     with pytest.raises(InputError) as raised:
-        RankingRules.of(written)
+        RankingRules(**written)
     assert str(raised.value).startswith(message)
 
 
@@ -170,7 +171,7 @@ def test_too_many_sums_of_weights_are_refused(catalog):
 
 def test_rules_are_bound_anew_when_the_catalog_changed():
     catalog = Catalog(["a", "b"], pa.table({"item_id": ["a", "b"], "colour": ["red", "blue"]}))
-    rules = RankingRules.of({"boost": [{"filter": {"colour": "red"}, "weight": 1}], "pin": {1: "c"}})
+    rules = RankingRules(**{"boost": [{"filter": {"colour": "red"}, "weight": 1}], "pin": {1: "c"}})
     old = BoundRules.of(rules, catalog, rows=5)  # two spare rows
     assert old.fits(catalog, 5)
     assert not old.fits(catalog, 6)
@@ -298,7 +299,7 @@ def test_the_words_of_a_text_are_categories_where_texts_share_them(catalog, scor
     other = Catalog(list("abcd"), brands)
     rows, values = np.arange(1, 5), np.array([0.4, 0.3, 0.2, 0.1])
     rules = bound(other, at_most={"brand": 1})
-    found = arrange(rows, values, 4, rules, vectors, np.random.default_rng(0))
+    found = rerank(rows, values, 4, rules, vectors, np.random.default_rng(0))
     assert found.rows.tolist() == [1, 2, 4]
 
 
@@ -351,7 +352,7 @@ def test_candidates_that_are_searched_later_are_compared_with_the_answer(catalog
     rules = bound(catalog, **written)
     rows = np.flatnonzero(catalog.mask({"colour": "red"}))
     generator = np.random.default_rng(0)
-    found = arrange(rows, scores[rows], 4, rules, vectors, generator, lambda more: best(scores, more, ITEMS)).rows
+    found = rerank(rows, scores[rows], 4, rules, vectors, generator, lambda more: best(scores, more, ITEMS)).rows
     others = np.flatnonzero(~catalog.mask({"colour": "red"}))[1:]
     merit = 0.4 * scores[others] - 0.6 * (vectors[others] @ vectors[found[:3]].T).max(axis=1)
     assert found[3] == others[merit.argmax()]
@@ -385,7 +386,7 @@ def test_propensities_are_the_probabilities_of_what_is_shown(catalog, scores, ve
     generator = np.random.default_rng(3)
     counts = dict.fromkeys((shown for shown, own in expected.items() if own.all()), 0)
     for _ in range(draws):
-        found = arrange(rows, scores[rows], 3, rules, vectors, generator)
+        found = rerank(rows, scores[rows], 3, rules, vectors, generator)
         shown = tuple(found.rows.tolist())
         assert found.propensities == pytest.approx(expected[shown])
         counts[shown] += 1
@@ -398,7 +399,7 @@ def test_propensities_are_the_probabilities_of_what_is_shown(catalog, scores, ve
 def test_without_exploration_one_answer_has_all_the_probability(catalog, scores, vectors):
     rules = bound(catalog, diversity_lambda=0.5, pin={2: "i4"})
     rows = np.arange(1, 7)
-    shown = arrange(rows, scores[rows], 3, rules, vectors, np.random.default_rng(0)).rows
+    shown = rerank(rows, scores[rows], 3, rules, vectors, np.random.default_rng(0)).rows
     found = all_lists(rules, rows, scores, vectors, 3)
     assert {key for key, own in found.items() if own.all()} == {tuple(shown.tolist())}
     assert found[tuple(shown.tolist())].tolist() == [1.0, 1.0, 1.0]
@@ -434,7 +435,7 @@ def test_the_value_of_another_policy_is_estimated_from_what_was_logged(catalog, 
     generator = np.random.default_rng(9)
     clicks, logged, wanted = np.zeros((people, k)), np.ones((people, k)), np.zeros((people, k))
     for person in range(people):
-        found = arrange(rows, scores[rows], k, logging, vectors, generator)
+        found = rerank(rows, scores[rows], k, logging, vectors, generator)
         assert found.propensities is not None
         logged[person] = found.propensities
         wanted[person] = target_lists[tuple(found.rows.tolist())]

@@ -180,10 +180,10 @@ def test_histories_are_read_anew_by_another_recommender(registry, tmp_path):
     """The rows of a cached history are those of one model."""
     read = history([3, 4, "unknown"])
     first = recommender_of(registry)
-    encoded = first.encoded(read)
-    assert first.encoded(read) is encoded
+    encoded = first.encode(read)
+    assert first.encode(read) is encoded
     registry.publish_snapshot(tiny_encoder(seed=2), Catalog(reversed(item_ids(24))), Manifest(version=2), None)
-    other = recommender_of(registry).encoded(read)
+    other = recommender_of(registry).encode(read)
     assert other is not encoded
     assert np.array_equal(other.codes[0], [22, 21])
 

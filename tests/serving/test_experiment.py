@@ -303,7 +303,7 @@ def test_items_are_described_alike_in_both_arms(tmp_path, model):
     assert found(genres="Comedy") == [{"i1", *item_ids(8, 3)}] * 2
     assert found(year={"min": 1999}) == [{"i9", "i10"}] * 2
     for changed in (live, challenger):
-        changed.catalog_changed({"i1": {"colour": "red"}, "i2": {"genres": "Comedy"}, "i3": None})
+        changed.change_items({"i1": {"colour": "red"}, "i2": {"genres": "Comedy"}, "i3": None})
     assert found(colour="red") == [{"i1"}] * 2
     assert found(genres="Comedy") == [{"i2", *item_ids(7, 4)}] * 2
     assert [answer & {"i3"} for answer in found()] == [set(), set()]
