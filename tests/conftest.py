@@ -1,7 +1,7 @@
-"""What tests of the running service share: one Ray, one small model, one service, for the whole session.
+"""Fixtures that tests share: one Ray and one small model for each process, and the running service.
 
-`service` is real: Serve behind HAProxy, two replicas, the aggregator and the learner. A test may kill any part of it,
-and must leave it live for the next one (`service.wait_until_learned()` says whether it is).
+`service` and `mortal_service` are real: Serve behind HAProxy, two replicas, the aggregator and the learner. Tests that
+only use it share the first; a file whose tests kill parts of it has the second for itself.
 
 Ray and torch are imported by the fixtures that need them, so that the other tests do not wait for them.
 """
@@ -16,11 +16,12 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
+from xdist.scheduler import LoadGroupScheduling
 
 from cluster.local import HOST, free_port, prepare_environment
 from tests.helpers.logs import ROOT
@@ -31,39 +32,39 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # it has ports and folders of its own, 
         del os.environ[name]
 prepare_environment()  # before any test module imports ray, which reads its settings then
 
-SERVING = (
-    "catalog_service",
-    "chaos",
-    "experiment",
-    "faults",
-    "finetune",
-    "layout",
-    "ray_job",
-    "replay",
-    "rollout",
-    "service",
-)
-TRAINING = "event_stream", "large", "learner_workers", "local", "pretrain"
-NEED_RAY = {f"test_{name}.py": "serving" for name in SERVING} | {f"test_{name}.py": "training" for name in TRAINING}
 
-
-class RayTogether(LoadScopeScheduling):
-    """Of pytest-xdist's processes one runs all files with the service, one the others that need Ray: each has one."""
+class GroupsAndFiles(LoadGroupScheduling):
+    """Hand out whole groups, and the other tests file by file, to the processes of `pytest -n`."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0].rpartition("/")[2]
-        return NEED_RAY.get(file, file)
+        group = super()._split_scope(nodeid)
+        return nodeid.partition("::")[0] if group == nodeid else group
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RayTogether:
-    """What `pytest -n 2` runs where."""
-    return RayTogether(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupsAndFiles:
+    """Choose what `pytest -n` runs where."""
+    return GroupsAndFiles(config, log)
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Refuse a test that would start a second Ray beside the session's."""
-    if "ray_session" in getattr(item, "fixturenames", ()) and item.path.name not in NEED_RAY:
-        raise pytest.UsageError(f"{item.path.name} needs Ray: add it to NEED_RAY in tests/conftest.py")
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups, and pytest chooses by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that need Ray: those with a service in one process, the others in another.
+
+    All with `service` come before those with `mortal_service`, which ends it: one Ray has one service.
+    """
+
+    def turn(item: pytest.Item) -> int:
+        needed = getattr(item, "fixturenames", ())
+        if "ray_session" not in needed:
+            return 3
+        return 0 if "service" in needed else 1 if "mortal_service" in needed else 2
+
+    for item in items:
+        if turn(item) < 3:
+            item.add_marker(pytest.mark.xdist_group("ray" if turn(item) == 2 else "service"))
+        if turn(item) == 1:
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=turn)
 
 
 @pytest.fixture(scope="session")
@@ -141,22 +142,40 @@ def small_model(ray_session: RaySession, shop_dataset: Path, tmp_path_factory: p
     return model
 
 
-@pytest.fixture(scope="session")
-def service(
-    ray_session: RaySession, small_model: Path, shop_dataset: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LiveService]:
-    """The running service, two replicas, on a fresh copy of the model."""
+@contextmanager
+def _started(model: Path, data: Path, folder: Path) -> Iterator[LiveService]:
+    """Start a service, two replicas, on a fresh copy of the model; whatever else is served here ends."""
+    from jobs.serve import stop_service
     from serving.app import ServeArguments
 
-    model = tmp_path_factory.mktemp("served") / "model"
-    shutil.copytree(small_model, model)
-    live = LiveService(ServeArguments(model=str(model), data=str(shop_dataset), replicas=2), free_port())
+    stop_service()
+    shutil.copytree(model, folder / "model")
+    live = LiveService(ServeArguments(model=str(folder / "model"), data=str(data), replicas=2), free_port())
     try:
         live.start()
         yield live
     finally:
         live.client.close()
         live.stop()
+
+
+@pytest.fixture(scope="session")
+def service(small_model: Path, shop_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveService]:
+    """The running service that tests share: they ask and send, and kill nothing of it."""
+    with _started(small_model, shop_dataset, tmp_path_factory.mktemp("served")) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def mortal_service(
+    small_model: Path, shop_dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveService]:
+    """A running service of the file's own, of which its tests may kill any part: each of them is marked slow.
+
+    Each leaves it live for the next one (`mortal_service.wait_until_learned()` says whether it is).
+    """
+    with _started(small_model, shop_dataset, tmp_path_factory.mktemp("mortal")) as live:
+        yield live
 
 
 @pytest.fixture

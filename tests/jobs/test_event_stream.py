@@ -409,6 +409,7 @@ def test_the_memory_of_this_machine():
 # --------------------------------------------------------------------------------------------------------- pretraining
 
 
+@pytest.mark.slow
 def test_streamed_training_gives_the_weights_of_training_in_memory(
     ray_session, small_model, shop_dataset, tmp_path, monkeypatch, capsys
 ):

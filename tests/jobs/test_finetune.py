@@ -31,13 +31,13 @@ SETTINGS = FinetuneSettings(epochs=1, tolerance=2.0, negatives=64)  # NDCG canno
 
 
 def test_a_new_base_goes_live_without_a_failed_request_and_learning_goes_on(
-    service: LiveService, shop_dataset: Path, capsys: pytest.CaptureFixture[str]
+    mortal_service: LiveService, shop_dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Traffic(service, "finetuned", senders=1, askers=1) as traffic:
+    with Traffic(mortal_service, "finetuned", senders=1, askers=1) as traffic:
         traffic.wait_for(events=200)
-        before = service.status()
-        outcome = finetune(service.state, shop_dataset, settings=SETTINGS, gpu=False)
-        live = service.status()
+        before = mortal_service.status()
+        outcome = finetune(mortal_service.state, shop_dataset, settings=SETTINGS, gpu=False)
+        live = mortal_service.status()
         traffic.wait_for(events=50, answers=50)
     assert traffic.failures == []
     assert outcome.version is not None
@@ -46,28 +46,28 @@ def test_a_new_base_goes_live_without_a_failed_request_and_learning_goes_on(
     assert all(replica["version"] >= outcome.version for replica in live["replicas"])
     assert live["learner"]["base"] == outcome.version
     # what was held out, and what came while it was trained, is learned after it, each event once
-    assert_each_event_once(service, traffic.acknowledged)
-    after = service.wait_until_learned()
+    assert_each_event_once(mortal_service, traffic.acknowledged)
+    after = mortal_service.wait_until_learned()
     assert versions_and_checksums(after) == [(after["model_version"], after["learner"]["checksum"])] * 2
-    registry = Registry(service.state)
+    registry = Registry(mortal_service.state)
     base = registry.load(outcome.version)
     assert (base.log_offset, base.facts["kind"]) == (outcome.log_offset, "finetune")
-    with FeedbackLogReader(service.log) as log:
+    with FeedbackLogReader(mortal_service.log) as log:
         assert base.facts["events_trained"] + base.facts["events_rejected"] == len(
             [logged for logged in log.replay() if logged.offset <= outcome.log_offset]
         )
     assert registry.offers() == []
-    assert not (service.state / "finetuning").exists()
+    assert not (mortal_service.state / "finetuning").exists()
     said = capsys.readouterr()
     assert "epoch 1/1  loss" in said.err
 
     # a rollback behind the base: a version of other weights, whole
-    response = service.client.post("/v1/rollback", json={"version": before["model_version"]})
+    response = mortal_service.client.post("/v1/rollback", json={"version": before["model_version"]})
     restored = response.raise_for_status().json()["model_version"]
-    status = service.status()
+    status = mortal_service.status()
     assert [replica["version"] for replica in status["replicas"]] == [restored] * 2
     assert status["learner"]["log_offset"] == after["learner"]["log_offset"]
-    service.wait_until_learned()
+    mortal_service.wait_until_learned()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

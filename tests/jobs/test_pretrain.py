@@ -115,6 +115,7 @@ def undisturbed(ray_session: RaySession, shop_dataset: Path, tmp_path_factory: p
 # ------------------------------------------------------------------------------------------------- what a run leaves
 
 
+@pytest.mark.slow
 def test_a_model_with_its_optimiser_and_what_it_was_made_of(undisturbed, shop_dataset):
     encoder, catalog, manifest = load_model(undisturbed)
     events = pq.read_table(shop_dataset / "events.parquet")
@@ -129,6 +130,7 @@ def test_a_model_with_its_optimiser_and_what_it_was_made_of(undisturbed, shop_da
     assert not undisturbed.with_name(".model.training").exists()
 
 
+@pytest.mark.slow
 def test_tensorboard_has_a_point_for_every_epoch(undisturbed):
     runs = undisturbed.with_name("model.runs")
     losses = scalars(runs, "loss")
@@ -142,6 +144,7 @@ def test_tensorboard_has_a_point_for_every_epoch(undisturbed):
     assert rates[-1] < max(rates) <= 1.001e-3
 
 
+@pytest.mark.slow
 def test_two_workers_learn_what_one_learns(undisturbed, shop_dataset, tmp_path, nothing_left):
     manifest = pretrain(shop_dataset, tmp_path / "model", SETTINGS, workers=2, gpu=False)
     assert manifest.training["workers"] == 2
@@ -161,6 +164,7 @@ def kill_worker(out: Path, before: list[Path]) -> None:
     os.kill(worker, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_whatever_is_killed_goes_on_from_the_newest_checkpoint(
     undisturbed, shop_dataset, tmp_path, capsys, nothing_left
 ):
@@ -193,6 +197,7 @@ def test_whatever_is_killed_goes_on_from_the_newest_checkpoint(
     assert_equal_to_the_bit(out, undisturbed)
 
 
+@pytest.mark.slow
 def test_an_error_in_a_worker_leaves_everything_as_it_was(
     shop_dataset, undisturbed, tmp_path, monkeypatch, nothing_left
 ):

@@ -7,12 +7,15 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 from lib.model.folder import load_model
 from tests.helpers.service import RaySession
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_ray_job_submit(ray_session: RaySession, shop_dataset, tmp_path):
     out, result = tmp_path / "model", tmp_path / "manifest.json"
     given = ["--set", "epochs=1", "--set", "hidden_size=16", "--set", "max_length=20"]

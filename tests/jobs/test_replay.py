@@ -36,6 +36,7 @@ def run(*arguments: str) -> int:
     return stopped.value.code
 
 
+@pytest.mark.slow
 def test_arms_side_by_side(ray_session: RaySession, folder: Path, shop_dataset: Path, tmp_path: Path, capsys) -> None:
     written, plot = tmp_path / "replay.json", tmp_path / "replay.png"
     arms = [f"--arm={name}" for name in ("batch", "history", "live", "daily")]

@@ -10,6 +10,8 @@ from lib.live.learner import LearnerConfig
 from lib.versions.registry import Registry
 from tests.helpers.streams import ADVERSARIAL, ATTACKS, LiveStream, Outcome, World, pretrained, shop_world
 
+pytestmark = pytest.mark.slow
+
 CONFIG = LearnerConfig(replay_events=300, negatives=128, held_out_candidates=100)
 
 

@@ -94,6 +94,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "parts"])
 def test_two_sharded_workers_make_what_one_makes(sharded, name):
     alone = new_trainer(replace(SHARDED[name], accumulation=1, activation_checkpointing=False))
@@ -112,6 +113,7 @@ def test_two_sharded_workers_make_what_one_makes(sharded, name):
         assert np.allclose(optimizer[tensor], expected, rtol=1e-3, atol=1e-6), tensor
 
 
+@pytest.mark.slow
 def test_sharded_half_precision_stays_near_full(sharded):
     alone = new_trainer()
     losses = [alone.step(batch).loss for batch in batches_of(8)]
@@ -129,6 +131,7 @@ def test_one_worker_has_nobody_to_share_with():
     assert_same_state(copied_state(trainer.encoder), copied_state(plain.encoder))
 
 
+@pytest.mark.slow
 def test_sharded_workers_of_ray_train_leave_a_whole_model(small_model, shop_dataset, tmp_path):
     """Its numbers are near those of one worker, and not the same: each worker's dropout is its own."""
     settings = PretrainSettings(epochs=2, max_length=20, hidden_size=32, sharded=True)

@@ -406,6 +406,7 @@ def _worker(rank: int, world: int, folder: str) -> None:
     safetensors.numpy.save_file(trainer.optimizer_state() | {"losses": np.array(losses)}, f"{folder}/optimizer{rank}")
 
 
+@pytest.mark.slow
 def test_two_workers_make_the_weights_that_one_makes(tmp_path: Path):
     multiprocessing.spawn(_worker, args=(2, str(tmp_path)), nprocs=2)  # type: ignore[attr-defined]
     alone = new_trainer()

@@ -59,17 +59,17 @@ async def rounds(load: Load, service: LiveService) -> list[str]:
     return unexcused + faults
 
 
-def test_ten_kills_lose_nothing_double_nothing_and_leave_the_loop_live(service: LiveService) -> None:
+def test_ten_kills_lose_nothing_double_nothing_and_leave_the_loop_live(mortal_service: LiveService) -> None:
     assert sum(map(len, ROUNDS)) == 10
-    before = service.wait_until_learned()
+    before = mortal_service.wait_until_learned()
     load = Load(
-        service.url,
+        mortal_service.url,
         "chaos",
-        service.items(),
+        mortal_service.items(),
         events_per_second=EVENTS_PER_SECOND,
         questions_per_second=QUESTIONS_PER_SECOND,
     )
-    assert asyncio.run(rounds(load, service)) == []
+    assert asyncio.run(rounds(load, mortal_service)) == []
     assert len(load.acknowledged) > 100
-    after = service.wait_until_learned()
+    after = mortal_service.wait_until_learned()
     assert after["model_version"] > before["model_version"]

@@ -544,32 +544,32 @@ class Restart(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def restart(service: LiveService) -> Restart:
+def restart(mortal_service: LiveService) -> Restart:
     items = [{"item_id": item, "category": "kept"} for item in ("kept", "gone")]
-    service.client.put("/v1/items", json={"items": items}).raise_for_status()
-    service.client.delete("/v1/items/gone").raise_for_status()
-    service.send({"user_id": "somebody", "item_id": "kept", "event": "click"})
-    before = service.wait_until_learned()
-    with Traffic(service, "stopped", askers=0) as traffic:
+    mortal_service.client.put("/v1/items", json={"items": items}).raise_for_status()
+    mortal_service.client.delete("/v1/items/gone").raise_for_status()
+    mortal_service.send({"user_id": "somebody", "item_id": "kept", "event": "click"})
+    before = mortal_service.wait_until_learned()
+    with Traffic(mortal_service, "stopped", askers=0) as traffic:
         traffic.wait_for(events=100)
     # the newest of them are not learned yet
-    service.stop()
+    mortal_service.stop()
     config = ChallengerConfig(model=str(before["model_version"]), share=0.5, effect=0.1)
-    service.start(challenger=config)
+    mortal_service.start(challenger=config)
     return Restart(before, traffic.acknowledged)
 
 
-def test_a_stopped_service_continues_where_it_was(service: LiveService, restart: Restart) -> None:
-    after = service.wait_until_learned()
-    assert_each_event_once(service, restart.acknowledged)
+def test_a_stopped_service_continues_where_it_was(mortal_service: LiveService, restart: Restart) -> None:
+    after = mortal_service.wait_until_learned()
+    assert_each_event_once(mortal_service, restart.acknowledged)
     assert after["model_version"] > restart.before["model_version"]
     assert after["aggregator"]["log_offset"] >= restart.before["aggregator"]["log_offset"] + len(restart.acknowledged)
-    assert len(service.export("visitor-00001")) > 0, "the histories of the dataset are there"
+    assert len(mortal_service.export("visitor-00001")) > 0, "the histories of the dataset are there"
 
 
-def test_both_arms_are_answered_and_know_the_items(service: LiveService, restart: Restart) -> None:
+def test_both_arms_are_answered_and_know_the_items(mortal_service: LiveService, restart: Restart) -> None:
     answers = [
-        service.client.post(
+        mortal_service.client.post(
             "/v1/recommendations", json={"user_id": user, "filter": {"category": "kept"}, "explain": True}
         )
         .raise_for_status()
@@ -580,30 +580,32 @@ def test_both_arms_are_answered_and_know_the_items(service: LiveService, restart
     assert {tuple(item["item_id"] for item in answer["items"]) for answer in answers} == {("kept",)}
     challenged = {answer["model_version"] for answer in answers if answer["arm"] == CHALLENGER}
     assert challenged == {restart.before["model_version"]}, "it does not learn"
-    assert "arm" not in service.client.post("/v1/recommendations", json={"history": []}).json()
+    assert "arm" not in mortal_service.client.post("/v1/recommendations", json={"history": []}).json()
 
 
-def test_a_winner_takes_over_without_a_failed_request(service: LiveService, restart: Restart) -> None:
-    item = service.items()[0]
-    answers = [service.recommend(user, 1) for user in USERS[:300]]
+def test_a_winner_takes_over_without_a_failed_request(mortal_service: LiveService, restart: Restart) -> None:
+    item = mortal_service.items()[0]
+    answers = [mortal_service.recommend(user, 1) for user in USERS[:300]]
     clicked = [
         {"user_id": user, "item_id": item, "event": "click", "request_id": answer["request_id"]}
         for number, (user, answer) in enumerate(zip(USERS, answers, strict=False))
         if number % 10 < (7 if answer["arm"] == CHALLENGER else 2)
     ]
-    with Traffic(service, "promoted", senders=1, askers=1) as traffic:
-        assert service.send(*clicked)["accepted"] == len(clicked)
-        assert service.wait_until("it is promoted", lambda status: status["experiment"]["state"] == "promoted")
-        assert service.wait_until("one model answers again", lambda _: "arm" not in service.recommend(USERS[0], 1))
+    with Traffic(mortal_service, "promoted", senders=1, askers=1) as traffic:
+        assert mortal_service.send(*clicked)["accepted"] == len(clicked)
+        assert mortal_service.wait_until("it is promoted", lambda status: status["experiment"]["state"] == "promoted")
+        assert mortal_service.wait_until(
+            "one model answers again", lambda _: "arm" not in mortal_service.recommend(USERS[0], 1)
+        )
         traffic.wait_for(events=20, answers=20)
     assert traffic.failures == []
-    assert_each_event_once(service, traffic.acknowledged)
-    status = service.wait_until_learned()
+    assert_each_event_once(mortal_service, traffic.acknowledged)
+    status = mortal_service.wait_until_learned()
     experiment = status["experiment"]
     assert status["learner"]["base"] == experiment["version"] > restart.before["model_version"]
     assert experiment["arms"][LIVE]["answers"] + experiment["arms"][CHALLENGER]["answers"] >= 300
     assert experiment["difference"]["click_through"]["value"] > 0.2
-    labels = {sample["arm"] for sample, _ in metrics(service)["afterclick_arm_answers_total"]}
+    labels = {sample["arm"] for sample, _ in metrics(mortal_service)["afterclick_arm_answers_total"]}
     assert labels == {LIVE, CHALLENGER}
-    with FeedbackLogReader(service.log) as log:
-        assert check(Registry(service.state).ledger(), log).faults == []
+    with FeedbackLogReader(mortal_service.log) as log:
+        assert check(Registry(mortal_service.state).ledger(), log).faults == []

@@ -23,45 +23,47 @@ def files_up_to(size: int, process: int) -> Iterator[None]:
         resource.prlimit(process, resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_without_room_events_are_refused_and_learning_waits_and_both_go_on_with_room(service: LiveService) -> None:
-    before = service.wait_until_learned()
+def test_without_room_events_are_refused_and_learning_waits_and_both_go_on_with_room(
+    mortal_service: LiveService,
+) -> None:
+    before = mortal_service.wait_until_learned()
     with files_up_to(1000, before["learner"]["process"]):
-        service.send(click("crowded", "item-0001", event_id="taken"))
-        status = service.wait_until("the learner says so", lambda s: s["learner"].get("storage_error") and s)
+        mortal_service.send(click("crowded", "item-0001", event_id="taken"))
+        status = mortal_service.wait_until("the learner says so", lambda s: s["learner"].get("storage_error") and s)
         assert status["learner"]["state"] == "waiting for storage"
         assert "make room in" in status["learner"]["storage_error"]
         assert status["learner"]["version"] == before["learner"]["version"], "nothing is pushed that is not stored"
         with files_up_to(1000, before["aggregator"]["process"]):
-            refused = service.client.post(
+            refused = mortal_service.client.post(
                 "/v1/events", json={"events": [click("crowded", "item-0002", event_id="not")]}
             )
             assert_refused(refused, 503, "nothing of the request was taken")
-        assert [event["item_id"] for event in service.export("crowded")] == ["item-0001"]
-        assert service.send(click("crowded", "item-0002", event_id="not"))["accepted"] == 1
-    after = service.wait_until_learned()
+        assert [event["item_id"] for event in mortal_service.export("crowded")] == ["item-0001"]
+        assert mortal_service.send(click("crowded", "item-0002", event_id="not"))["accepted"] == 1
+    after = mortal_service.wait_until_learned()
     assert (after["learner"]["state"], after["learner"]["storage_error"]) == ("running", None)
     assert after["learner"]["process"] == before["learner"]["process"]
     assert after["aggregator"]["process"] == before["aggregator"]["process"]
     assert after["learner"]["events_trained"] == before["learner"]["events_trained"] + 2
-    with FeedbackLogReader(service.log) as log:
-        assert check(Registry(service.state).ledger(), log).faults == []
+    with FeedbackLogReader(mortal_service.log) as log:
+        assert check(Registry(mortal_service.state).ledger(), log).faults == []
 
 
-def test_a_delta_that_is_torn_while_live_is_made_up_for(service: LiveService) -> None:
+def test_a_delta_that_is_torn_while_live_is_made_up_for(mortal_service: LiveService) -> None:
     """A replica that cannot catch up by it gets a version that is stored whole."""
-    before = service.wait_until_learned()
-    service.send(click("torn", "item-0001"))
-    service.wait_until_learned()
-    torn = Registry(service.state).head()
-    path = service.state / "deltas" / f"{torn:010d}"
+    before = mortal_service.wait_until_learned()
+    mortal_service.send(click("torn", "item-0001"))
+    mortal_service.wait_until_learned()
+    torn = Registry(mortal_service.state).head()
+    path = mortal_service.state / "deltas" / f"{torn:010d}"
     path.write_bytes(path.read_bytes()[:-100])
-    victim = service.status()["replicas"][0]
+    victim = mortal_service.status()["replicas"][0]
     os.kill(victim["process"], signal.SIGKILL)
-    service.wait_until(
+    mortal_service.wait_until(
         "a new replica is there", lambda s: len({r["process"] for r in s["replicas"]} - {victim["process"]}) == 2
     )
-    after = service.wait_until_learned()
+    after = mortal_service.wait_until_learned()
     assert after["model_version"] == before["model_version"] + 2
-    assert Registry(service.state).load().damage == []
-    with FeedbackLogReader(service.log) as log:
-        assert check(Registry(service.state).ledger(), log).faults == []
+    assert Registry(mortal_service.state).load().damage == []
+    with FeedbackLogReader(mortal_service.log) as log:
+        assert check(Registry(mortal_service.state).ledger(), log).faults == []

@@ -59,8 +59,8 @@ def learn_waiting_events(learner: NearlineLearner) -> Delta:
     return delta
 
 
-def test_fifty_pushes_under_load_fail_no_request(service: LiveService) -> None:
-    first = service.wait_until_learned()["model_version"]
+def test_fifty_pushes_under_load_fail_no_request(mortal_service: LiveService) -> None:
+    first = mortal_service.wait_until_learned()["model_version"]
     seen: dict[str, list[int]] = {}
 
     def enough(status: dict[str, Any]) -> bool:
@@ -68,11 +68,11 @@ def test_fifty_pushes_under_load_fail_no_request(service: LiveService) -> None:
             seen.setdefault(replica["replica_id"], []).append(replica["version"])
         return status["learner"].get("version", 0) >= first + 50
 
-    with Traffic(service, "loaded", askers=3) as traffic:
-        service.wait_until("50 versions are pushed", enough, patience=5 * PATIENCE)
+    with Traffic(mortal_service, "loaded", askers=3) as traffic:
+        mortal_service.wait_until("50 versions are pushed", enough, patience=5 * PATIENCE)
         traffic.wait_for(events=0, answers=20)
     assert traffic.failures == []
-    status = service.wait_until_learned()
+    status = mortal_service.wait_until_learned()
     assert len(seen) == 2
     for versions in seen.values():
         assert versions == sorted(versions), "a replica's version went back"
@@ -93,42 +93,44 @@ def test_an_answer_is_of_a_version_that_was_live_when_it_was_asked(service: Live
     service.wait_until_learned()
 
 
-def test_a_missed_push_and_a_crash_before_the_push_heal(service: LiveService) -> None:
-    with stopped_learner(service):
-        before = service.status()
+def test_a_missed_push_and_a_crash_before_the_push_heal(mortal_service: LiveService) -> None:
+    with stopped_learner(mortal_service):
+        before = mortal_service.status()
         catch_ups = {replica["replica_id"]: replica["catch_ups"] for replica in before["replicas"]}
-        learner = NearlineLearner(Registry(service.state), LearnerConfig())
-        service.send(click("missed", "item-0001"))
+        learner = NearlineLearner(Registry(mortal_service.state), LearnerConfig())
+        mortal_service.send(click("missed", "item-0001"))
         missed = learn_waiting_events(learner)
-        service.send(click("missed", "item-0002"))
+        mortal_service.send(click("missed", "item-0002"))
         later = learn_waiting_events(learner)
-        assert versions_and_checksums(service.status()) == versions_and_checksums(before), "nothing was pushed yet"
+        assert versions_and_checksums(mortal_service.status()) == versions_and_checksums(before), (
+            "nothing was pushed yet"
+        )
 
         acknowledgements, cost = Rollout().push(later)
         assert acknowledgements.all_at(later.version)
         assert cost.push_bytes > 0
         assert cost.apply_ms > 0
-        status = service.status()
+        status = mortal_service.status()
         assert versions_and_checksums(status) == [(later.version, later.checksum)] * 2
         assert later.version == missed.version + 1
         for replica in status["replicas"]:
             assert replica["catch_ups"] == catch_ups[replica["replica_id"]] + 1
 
         Rollout().push(missed)  # comes late, and changes nothing
-        assert versions_and_checksums(service.status()) == [(later.version, later.checksum)] * 2
+        assert versions_and_checksums(mortal_service.status()) == [(later.version, later.checksum)] * 2
 
-        service.send(click("missed", "item-0003"))
+        mortal_service.send(click("missed", "item-0003"))
         unpushed = learn_waiting_events(learner)  # and here the learner crashes
-    status = service.wait_until_learned()
+    status = mortal_service.wait_until_learned()
     assert versions_and_checksums(status) == [(unpushed.version, unpushed.checksum)] * 2
     assert status["learner"]["version"] == unpushed.version, "nothing was learned a second time"
 
 
-def test_a_replica_starts_at_the_newest_version_also_without_a_learner(service: LiveService) -> None:
-    with stopped_learner(service):
-        service.send(click("starter", "item-0001"))
-        unpushed = learn_waiting_events(NearlineLearner(Registry(service.state), LearnerConfig()))
-        victim, survivor = service.status()["replicas"]
+def test_a_replica_starts_at_the_newest_version_also_without_a_learner(mortal_service: LiveService) -> None:
+    with stopped_learner(mortal_service):
+        mortal_service.send(click("starter", "item-0001"))
+        unpushed = learn_waiting_events(NearlineLearner(Registry(mortal_service.state), LearnerConfig()))
+        victim, survivor = mortal_service.status()["replicas"]
         os.kill(victim["process"], signal.SIGKILL)
 
         def started(status: dict[str, Any]) -> dict[str, Any] | None:
@@ -137,15 +139,15 @@ def test_a_replica_starts_at_the_newest_version_also_without_a_learner(service: 
             ]
             return others[0] if others else None
 
-        newcomer = service.wait_until("a new replica has started", started)
+        newcomer = mortal_service.wait_until("a new replica has started", started)
         assert (newcomer["version"], newcomer["checksum"]) == (unpushed.version, unpushed.checksum)
 
         def knows_users(status: dict[str, Any]) -> bool:
             known = {r["replica_id"]: r["users_cached"] for r in status["replicas"]}
             return known.get(newcomer["replica_id"], 0) >= 150
 
-        service.wait_until("it has the histories of those who acted last", knows_users)
-    service.wait_until_learned()
+        mortal_service.wait_until("it has the histories of those who acted last", knows_users)
+    mortal_service.wait_until_learned()
 
 
 def test_a_stale_learner_cannot_publish(service: LiveService) -> None:
@@ -193,19 +195,19 @@ def test_a_rollback_to_an_unknown_version_says_which_there_are(service: LiveServ
     assert service.wait_until_learned()["model_version"] == version
 
 
-def test_a_rollback_without_a_learner_says_so(service: LiveService) -> None:
-    with stopped_learner(service):
-        assert_refused(service.client.post("/v1/rollback", json={"version": 1}), 503, "learner")
-    service.wait_until_learned()
+def test_a_rollback_without_a_learner_says_so(mortal_service: LiveService) -> None:
+    with stopped_learner(mortal_service):
+        assert_refused(mortal_service.client.post("/v1/rollback", json={"version": 1}), 503, "learner")
+    mortal_service.wait_until_learned()
 
 
-def test_a_rejected_update_reaches_no_replica_and_shows(service: LiveService) -> None:
-    before = service.wait_until_learned()
-    with stopped_learner(service, after=learner_config(loss_tolerance=-1.0)):  # no loss is below 0
+def test_a_rejected_update_reaches_no_replica_and_shows(mortal_service: LiveService) -> None:
+    before = mortal_service.wait_until_learned()
+    with stopped_learner(mortal_service, after=learner_config(loss_tolerance=-1.0)):  # no loss is below 0
         pass
-    service.wait_until("the strict learner is there", lambda status: "version" in status["learner"])
-    service.send(click("poison", "item-0001"), click("poison", "item-0002"))
-    status = service.wait_until_learned()
+    mortal_service.wait_until("the strict learner is there", lambda status: "version" in status["learner"])
+    mortal_service.send(click("poison", "item-0001"), click("poison", "item-0002"))
+    status = mortal_service.wait_until_learned()
     learner = status["learner"]
     assert versions_and_checksums(status) == versions_and_checksums(before)
     assert learner["rejected_updates"] >= 1
@@ -213,12 +215,12 @@ def test_a_rejected_update_reaches_no_replica_and_shows(service: LiveService) ->
     assert learner["events_trained"] == before["learner"]["events_trained"]
     assert "held-out loss" in learner["last_rejection"]["reason"]
     assert learner["last_rejection"]["last_offset"] == status["aggregator"]["log_offset"]
-    assert metrics(service)["afterclick_rejected_updates_total"] == [({}, learner["rejected_updates"])]
-    with stopped_learner(service):
+    assert metrics(mortal_service)["afterclick_rejected_updates_total"] == [({}, learner["rejected_updates"])]
+    with stopped_learner(mortal_service):
         pass
-    restarted = service.wait_until_learned()["learner"]
+    restarted = mortal_service.wait_until_learned()["learner"]
     for name in ("rejected_updates", "events_rejected", "events_trained", "last_rejection", "log_offset"):
         assert restarted[name] == learner[name], name
-    service.send(click("antidote", "item-0001"))
-    after = service.wait_until_learned()
+    mortal_service.send(click("antidote", "item-0001"))
+    after = mortal_service.wait_until_learned()
     assert after["model_version"] > before["model_version"]
