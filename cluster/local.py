@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lib.errors import InputError
-from lib.log.board import ONE_MACHINE
+from lib.log.one_machine import ONE_MACHINE
 
 HOST = "127.0.0.1"
 # both below the range that systems give to outgoing connections

@@ -1,96 +1,136 @@
-"""The `afterclick` command line: its verbs, and one way to report what went wrong.
+"""The `afterclick` command line: one Typer application whose verbs are imported when they are called.
 
 Exit status: 0; 1, a job failed; 2, bad input, with one line that names the field and the remedy; 130, Ctrl-C. The
-traceback of a failed job goes to a log file that its one line names, or to stderr where AFTERCLICK_TRACEBACK=1.
+traceback of a failed job goes to a log file that its one line names, and to stderr where AFTERCLICK_TRACEBACK=1.
 """
 
 import importlib
-import importlib.metadata
 import os
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from typing import Annotated, Any, NamedTuple
 
 import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
 from lib.errors import InputError
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 TRACEBACK = "AFTERCLICK_TRACEBACK"
+EXIT_STATUS = f"Exit status: 0, 1 (failed), 2 (bad input) or 130 (Ctrl-C). {TRACEBACK}=1 prints tracebacks."
 
-# verb -> (module of jobs, function); imported when it is called, so that `--help` answers at once
-COMMANDS = {
-    "demo": ("demo.demo", "demo_command"),
-    "ingest": ("ingest", "ingest_command"),
-    "pretrain": ("pretrain", "pretrain_command"),
-    "finetune": ("finetune", "finetune_command"),
-    "evaluate": ("evaluate", "evaluate_command"),
-    "replay": ("replay", "replay_command"),
-    "serve": ("serve", "serve_command"),
-    "nearline": ("nearline", "nearline_command"),
-    "status": ("status", "status_command"),
-    "versions": ("versions", "versions_command"),
-    "rollback": ("rollback", "rollback_command"),
+
+class Verb(NamedTuple):
+    """Where a verb's function is, and what `afterclick --help` says of it without importing it."""
+
+    module: str  # of jobs
+    function: str
+    summary: str
+
+
+VERBS = {
+    "demo": Verb("demo.demo", "demo_command", "a synthetic shop that learns from its visitors, on this machine"),
+    "ingest": Verb("ingest", "ingest_command", "event files of any common format -> a dataset folder"),
+    "pretrain": Verb("pretrain", "pretrain_command", "a dataset folder -> a model folder, on Ray Train"),
+    "finetune": Verb("finetune", "finetune_command", "the feedback of a served model -> its next base, on Ray Train"),
+    "evaluate": Verb("evaluate", "evaluate_command", "recall, ndcg, mrr and coverage of models, offline"),
+    "replay": Verb("replay", "replay_command", "what learning live gains on a dataset, event by event"),
+    "serve": Verb("serve", "serve_command", "answer over HTTP, take feedback, learn live, on this machine"),
+    "nearline": Verb("nearline", "nearline_command", "keep a near-line learner on a cluster that serves"),
+    "status": Verb("status", "status_command", "the versions, delays and counts of a running service"),
+    "versions": Verb("versions", "versions_command", "the stored versions of a served model"),
+    "rollback": Verb("rollback", "rollback_command", "bring the weights of a stored version back, live"),
 }
-SUMMARY = {
-    "demo": "a synthetic shop that learns from its visitors, on this machine",
-    "ingest": "event files of any common format -> a dataset folder",
-    "pretrain": "a dataset folder -> a model folder, on Ray Train",
-    "finetune": "the feedback of a served model -> its next base, on Ray Train",
-    "evaluate": "recall, ndcg, mrr and coverage of models, offline",
-    "replay": "what learning live is worth, event by event, on a dataset",
-    "serve": "HTTP answers, feedback, near-line learning and pushes, on this machine",
-    "nearline": "keep a near-line learner on a cluster that serves",
-    "status": "what a running service says of itself",
-    "versions": "the stored versions of a served model",
-    "rollback": "bring the weights of a stored version back, live",
-}
+
+
+class VerbGroup(TyperGroup):
+    """The verbs: listed by their summaries, each imported when it is called or its options are completed."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of all verbs, in the order of `--help`."""
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> TyperCommand | None:
+        """Return a verb without its options, which is enough to list it."""
+        return TyperCommand(cmd_name, short_help=VERBS[cmd_name].summary) if cmd_name in VERBS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Import the verb that is called or completed.
+
+        Raises:
+            InputError: there is no such verb.
+        """
+        name, *rest = args
+        if name == "help":
+            print(ctx.get_help())
+            ctx.exit()
+        if name in VERBS:
+            module, function, _ = VERBS[name]
+            return name, _command_of(getattr(importlib.import_module(f"jobs.{module}"), function)), rest
+        if ctx.resilient_parsing:  # completion: nothing follows an unknown verb
+            return None, None, rest
+        close = get_close_matches(name, VERBS, n=1)
+        meant = f"did you mean {close[0]}? There" if close else "there"
+        raise InputError(f"{name!r} is not a verb of afterclick; {meant} are {', '.join(VERBS)}")
+
+
+app = typer.Typer(
+    cls=VerbGroup,
+    invoke_without_command=True,
+    options_metavar="",
+    subcommand_metavar="VERB [OPTIONS]",
+    context_settings={"help_option_names": ["--help", "-h"]},
+    epilog=f"afterclick VERB --help lists the options of a verb. {EXIT_STATUS}",
+    rich_markup_mode=None,  # importing rich would take longer than all else that --help does
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _start(
+    ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False
+) -> None:
+    """A recommender that learns from the click you just made."""
+    if version:
+        from importlib.metadata import version as installed_version  # what --help need not wait for
+
+        print(f"afterclick {installed_version('afterclick')}")
+        ctx.exit()
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
 
 
 def main() -> None:
-    """Entry point of the console script; ends the process with its exit status."""
-    sys.exit(_guarded(lambda: _dispatch(sys.argv[1:])))
+    """Run the console script; end the process with its exit status."""
+    sys.exit(_guarded(lambda: _run(get_command(app), None, "afterclick")))
 
 
 def run_command(function: Callable[..., None], arguments: Sequence[str] | None = None, name: str | None = None) -> None:
-    """Run one command with the process's arguments or the given ones; ends the process with its exit status."""
-    sys.exit(_guarded(lambda: _run(function, arguments, name)))
+    """Run one command with the process's arguments or the given ones; end the process with its exit status."""
+    sys.exit(_guarded(lambda: _run(_command_of(function), arguments, name)))
 
 
-def _dispatch(arguments: Sequence[str]) -> int:
-    if not arguments or arguments[0] in ("--help", "-h", "help"):
-        print(usage())
-        return 0
-    if arguments[0] == "--version":
-        print(f"afterclick {importlib.metadata.version('afterclick')}")
-        return 0
-    verb = arguments[0]
-    if verb not in COMMANDS:
-        close = get_close_matches(verb, COMMANDS, n=1)
-        meant = f"did you mean {close[0]}? There" if close else "there"
-        raise InputError(f"{verb!r} is not a verb of afterclick; {meant} are {', '.join(COMMANDS)}")
-    module, function = COMMANDS[verb]
-    command = getattr(importlib.import_module(f"jobs.{module}"), function)
-    return _run(command, arguments[1:], f"afterclick {verb}")
+def _command_of(function: Callable[..., None]) -> Any:
+    """Return a function as a Typer command of its own."""
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(epilog=EXIT_STATUS)(function)
+    return get_command(single)
 
 
-def _run(function: Callable[..., None], arguments: Sequence[str] | None, name: str | None) -> int:
-    application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    application.command(epilog=f"Exit status: 0, 1 (failed) or 2 (bad input). {TRACEBACK}=1 prints tracebacks.")(
-        function
-    )
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+def _run(command: Any, arguments: Sequence[str] | None, name: str | None) -> int:
     try:
-        # outside its standalone mode typer returns the status of --help and of Ctrl-C, and raises all else
-        return application(args=arguments, prog_name=name, standalone_mode=False) or 0
+        # outside its standalone mode Typer returns the status of --help and of Ctrl-C, and raises all else
+        return command(args=arguments, prog_name=name, standalone_mode=False) or 0
     except typer.TyperException as error:
         raise InputError(f"{error.format_message().rstrip('.')}; --help lists the options") from error
 
 
 def _guarded(run: Callable[[], int]) -> int:
-    """The exit status of a run, after the one line that says what went wrong with it."""
+    """Return the exit status of a run, after the one line that says what went wrong with it."""
     try:
         return run()
     except KeyboardInterrupt:
@@ -116,26 +156,10 @@ def _one_line(text: str) -> str:
 
 
 def _write_log(error: BaseException) -> str:
-    """Keep the traceback in a file; returns its path."""
+    """Write the traceback to a file; return its path."""
     with tempfile.NamedTemporaryFile("w", prefix="afterclick-", suffix=".log", delete=False) as file:
         traceback.print_exception(error, file=file)
     return file.name
-
-
-def usage() -> str:
-    """What `afterclick --help` prints."""
-    width = max(map(len, COMMANDS))
-    return "\n".join(
-        [
-            "usage: afterclick VERB [options]",
-            "",
-            *(f"  {verb:<{width}}  {SUMMARY[verb]}" for verb in COMMANDS),
-            "",
-            "afterclick VERB --help lists a verb's options; afterclick --version names the version.",
-            "Exit status: 0; 1, the job failed (its one line names the log with the traceback, which",
-            f"{TRACEBACK}=1 prints instead of a line alone); 2, bad input; 130, Ctrl-C.",
-        ]
-    )
 
 
 if __name__ == "__main__":

@@ -26,10 +26,11 @@ from lib.data.events import Event
 from lib.data.guard import CleaningRules, FeedbackGuard
 from lib.data.user_histories import History, UserHistories
 from lib.live.micro_batch import MicroBatch, SampleSizes, micro_batch
-from lib.log.board import ONE_MACHINE, ChangeBoard
+from lib.log.board import ChangeBoard
 from lib.log.feedback import LoggedEvent, LogWriteError
 from lib.log.items import ItemChange, ItemLog
 from lib.log.layout import ONLY, LogLayout, Shard
+from lib.log.one_machine import on_one_machine
 from lib.settings import Settings
 
 ITEM_LOG_FILE = "items.sqlite"
@@ -97,7 +98,7 @@ class Aggregator:
         self.items = ItemLog(folder / ITEM_LOG_FILE) if shard.number == 0 else None
         self.damage = [TORN.format(log.path) for log in (self.log, self.items) if log is not None and log.torn]
         board = folder / shard.named(BOARD_FILE)  # its own, as counters have one writer
-        self.changes = ChangeBoard.create(board) if os.environ.get(ONE_MACHINE) else None
+        self.changes = ChangeBoard.create(board) if on_one_machine() else None
         self.guard = FeedbackGuard(_rules_of(shard, self.config.cleaning))
         self.quarantined: set[int] = set()  # offsets of events that the learner has yet to pass by
         self.rejected: Counter[str] = Counter()

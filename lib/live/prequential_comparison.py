@@ -5,14 +5,16 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute as pc
 
 from lib.evaluation.comparison import Estimate
 from lib.evaluation.metrics import RESAMPLES, bootstrap_means, interval, ndcg_at, recall_at, reciprocal_rank
-from lib.live.prequential import Outcome, Stream
+
+if TYPE_CHECKING:  # torch comes with it, and who only shows a comparison need not wait for that
+    from lib.live.prequential import Outcome, Stream
 
 K = 10
 DEEPEST = 100  # an answer is a list of so many at most: beyond it the reciprocal rank counts 0
@@ -67,7 +69,7 @@ def _written(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
     return {name: {"value": each.value, "interval": [each.low, each.high]} for name, each in estimates.items()}
 
 
-def compare_arms(stream: Stream, outcomes: Mapping[str, Outcome], seed: int = 0) -> ReplayComparison:
+def compare_arms(stream: "Stream", outcomes: "Mapping[str, Outcome]", seed: int = 0) -> ReplayComparison:
     """Every number with the interval that holds it in 95% of resamples of the users, whose events go together."""
     groups = dict(_groups(stream))
     _, users = np.unique(stream.newest["user_id"].to_numpy(zero_copy_only=False), return_inverse=True)
@@ -109,7 +111,7 @@ def compare_arms(stream: Stream, outcomes: Mapping[str, Outcome], seed: int = 0)
     )
 
 
-def _groups(stream: Stream) -> Iterator[tuple[str, np.ndarray]]:
+def _groups(stream: "Stream") -> Iterator[tuple[str, np.ndarray]]:
     """(E,) which events belong to each group."""
     yield "all", np.ones(len(stream.newest), dtype=bool)
     for name, column in (("new users", "user_id"), ("new items", "item_id")):

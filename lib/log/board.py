@@ -18,7 +18,6 @@ import numpy as np
 
 from lib.data.events import Event
 
-ONE_MACHINE = "AFTERCLICK_ONE_MACHINE"  # set where no process of the cluster can ever be on another machine
 SLOTS = 1 << 16  # a hundred changed users make one copy in six hundred ask in vain
 ITEMS = SLOTS  # the place of the counter of the catalog, behind those of the users
 WRITTEN = SLOTS + 1  # the place of the number of bytes that were ever written to the ring

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 from jobs import command_line
-from jobs.command_line import COMMANDS, SUMMARY
+from jobs.command_line import VERBS
 from lib.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,9 +94,9 @@ def assert_one_line(outcome: Outcome, beginning: str, remedy: str, status: int =
 def test_the_verbs_are_listed(afterclick, arguments):
     outcome = afterclick(*arguments)
     assert (outcome.status, outcome.err) == (0, "")
-    for verb in COMMANDS:
+    for verb in VERBS:
         assert f"  {verb} " in outcome.out
-        assert SUMMARY[verb] in outcome.out
+        assert VERBS[verb].summary in outcome.out
     assert "AFTERCLICK_TRACEBACK=1" in outcome.out
 
 
@@ -104,7 +104,7 @@ def test_version(afterclick):
     assert afterclick("--version") == (0, f"afterclick {importlib.metadata.version('afterclick')}\n", "")
 
 
-@pytest.mark.parametrize("verb", COMMANDS)
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(afterclick, verb):
     outcome = afterclick(verb, "--help")
     assert (outcome.status, outcome.err) == (0, "")
@@ -116,13 +116,92 @@ def test_help_does_not_wait_for_what_only_the_job_needs():
     verbs = ["ingest", "pretrain", "finetune", "evaluate", "status", "versions", "rollback"]
     program = (
         "import importlib, sys\n"
-        "from jobs.command_line import COMMANDS\n"
+        "from jobs.command_line import VERBS\n"
         f"for verb in {verbs}:\n"
-        "    importlib.import_module(f'jobs.{COMMANDS[verb][0]}')\n"
+        "    importlib.import_module(f'jobs.{VERBS[verb].module}')\n"
         "print([name for name in ('torch', 'ray', 'transformers', 'matplotlib') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "jobs"),
+    [
+        (["--help"], {"command_line"}),
+        (["status", "--help"], {"command_line", "configuration", "client", "status"}),
+        (["serve", "--help"], {"command_line", "serve"}),
+    ],
+)
+def test_help_imports_the_verb_that_is_asked_for_and_no_other(arguments, jobs):
+    program = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print(*sys.modules, file=sys.stderr))\n"
+        f"sys.argv = ['afterclick', *{arguments}]\n"
+        "from jobs.command_line import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    modules = set(done.stderr.split())
+    assert {name.removeprefix("jobs.") for name in modules if name.startswith("jobs.")} == jobs
+    if arguments == ["--help"]:
+        assert not modules & {"numpy", "pyarrow", "pydantic", "rich", "ray", "torch"}
+
+
+# ----------------------------------------------------------------------------------------------------------- completion
+
+
+def complete(*words: str) -> list[str]:
+    """What bash would be told to complete the last word with."""
+    environment = {"COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.command_line"],
+        cwd=ROOT,
+        env=os.environ | environment | {"_AFTERCLICK_COMPLETE": "complete_bash"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_verbs_are_completed():
+    assert complete("afterclick", "") == list(VERBS)
+    assert complete("afterclick", "s") == ["serve", "status"]
+    assert complete("afterclick", "x") == []
+
+
+def test_the_options_of_a_verb_are_completed():
+    assert complete("afterclick", "rollback", "--") == ["--version", "--url", "--help"]
+    assert complete("afterclick", "serve", "--learner") == ["--learner-workers"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_of_a_shell_is_shown(shell):
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.command_line", "--show-completion", shell],
+        cwd=ROOT,
+        env=os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"_AFTERCLICK_COMPLETE=complete_{shell}" in done.stdout
+    assert "afterclick" in done.stdout
+
+
+def test_completion_is_installed(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.command_line", "--install-completion", "bash"],
+        cwd=ROOT,
+        env=os.environ | {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "bash completion installed" in done.stdout
+    assert "complete_bash" in (tmp_path / ".bash_completions" / "afterclick.sh").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

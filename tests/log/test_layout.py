@@ -18,9 +18,9 @@ from lib.data.guard import CleaningRules
 from lib.errors import InputError
 from lib.live.learner import LearnerConfig, NearlineLearner
 from lib.live.micro_batch import MicroBatch
-from lib.log.board import ONE_MACHINE
 from lib.log.feedback import LogFull
 from lib.log.layout import LogLayout, PartlyWritten, Shard, read_log, shard_of
+from lib.log.one_machine import on_one_machine
 from lib.log.order import LogOrder
 from lib.versions.ledger import check
 from lib.versions.registry import Registry
@@ -199,7 +199,7 @@ async def assert_as_one(aggregators: Aggregators) -> None:
     histories = cache.update(copies, newer, counters)
     assert {user: len(history) for user, history in histories.items()} == dict(await aggregators.users(1000))
     assert (changes, await aggregators.newer([], 0)) == ([], ([], []))
-    if os.environ.get(ONE_MACHINE):
+    if on_one_machine():
         assert cache.split(USERS, aggregators.counters(USERS))[1] == {}
     items = aggregators.items_counter()
     assert await aggregators.change_items([("new", {"title": "New"})]) == 1
