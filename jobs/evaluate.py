@@ -182,7 +182,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _refuse_leak(folder: str | Path, manifest: "Manifest", protocol: str) -> None:
-    held_out = manifest.training.get("holdout")
+    held_out = manifest.training.holdout
     if held_out == protocol:
         return
     raise InputError(

@@ -334,13 +334,15 @@ def _metrics(comparison: "Comparison") -> dict[str, dict[str, dict[str, float]]]
 
 def _offer(registry: "Registry", storage: Path, plan: Mapping[str, Any], metrics: dict[str, Any]) -> None:
     """Leave the result where the learner looks for it, unless a run that was killed has done so."""
+    from lib.model.facts import VersionFacts
     from lib.model.folder import read_manifest, write_manifest
 
     if registry.adopted(plan["name"]) is not None:
         return
     folder, cut = storage / "result", plan["cut"]
-    facts = {"kind": "finetune", "since": cut["since"], "rival": cut["rival"], "events": plan["events"]}
-    facts |= plan["ledger"]
+    facts = VersionFacts(
+        kind="finetune", since=cut["since"], rival=cut["rival"], events=plan["events"], **plan["ledger"]
+    )
     manifest = read_manifest(folder).model_copy(update={"log_offset": cut["until"], "facts": facts, "metrics": metrics})
     write_manifest(folder, manifest)
     registry.offer(plan["name"], folder)

@@ -369,9 +369,9 @@ def pretrain_command(
         write_json(json_, manifest)
     training = manifest.training
     print(
-        f"{out}: version {manifest.version}, {training['items']} items, {training['events']} events, "
-        f"{training['epochs']} epochs in {training['seconds']:.0f} s "
-        f"({training['sequences_per_second']:.0f} sequences/s), loss {training['loss']:.3f}"
+        f"{out}: version {manifest.version}, {training.items} items, {training.events} events, "
+        f"{training.epochs} epochs in {training.seconds:.0f} s "
+        f"({training.sequences_per_second:.0f} sequences/s), loss {training.loss:.3f}"
     )
 
 

@@ -37,6 +37,7 @@ from lib.live.finetuning import MarkedHistories, WeightedBatches
 from lib.model.batches import SequenceBatches
 from lib.model.buckets import Figures, figures_of, figures_of_all
 from lib.model.encoder import DEFAULT_INPUTS, BehaviourEncoder, BehaviourEncoderConfig
+from lib.model.facts import TrainingFacts
 from lib.model.folder import Manifest, save_model, write_manifest
 from lib.model.presets import Preset, preset_for
 from lib.model.trainer import Trainer, TrainingConfig, keep_freed_memory
@@ -303,24 +304,23 @@ def _facts(
     done: Done,
     workers: int,
     device: torch.device,
-) -> dict[str, Any]:
-    """What the manifest says of the training."""
-    return {
-        **asdict(settings),
-        **asdict(_training_config(settings, preset, device)),
-        **asdict(preset),
-        "seconds": done.seconds,
-        "sequences_per_second": done.sequences_per_second,
-        "loss": done.loss,
-        "workers": workers,
-        "device": str(device),
-        "events": data.figures.events,
-        "users": data.figures.users,
-        "items": len(data.catalog),
-    }
+) -> TrainingFacts:
+    """Return what the manifest says of the training."""
+    given = asdict(settings) | asdict(_training_config(settings, preset, device)) | asdict(preset)
+    return TrainingFacts(
+        **given,
+        seconds=done.seconds,
+        sequences_per_second=done.sequences_per_second,
+        loss=done.loss,
+        workers=workers,
+        device=str(device),
+        events=data.figures.events,
+        users=data.figures.users,
+        items=len(data.catalog),
+    )
 
 
-def _save_result(folder: Path, trainer: Trainer, data: TrainingData | StreamedData, training: dict[str, Any]) -> None:
+def _save_result(folder: Path, trainer: Trainer, data: TrainingData | StreamedData, training: TrainingFacts) -> None:
     """The model folder, with the optimiser's state so that learning goes on where it stopped."""
     manifest = Manifest(training=training)
     save_model(folder, trainer.unsharded_encoder().cpu(), data.catalog, manifest)

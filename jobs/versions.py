@@ -37,7 +37,14 @@ def stored_versions(model: Path, state: str | None = None) -> "list[VersionInfo]
             f"state: no versions are stored at {state}; give the --state that `afterclick serve` was given"
         )
     size = sum(path.stat().st_size for path in model.iterdir() if path.is_file())
-    own = VersionInfo(manifest.version, "snapshot", manifest.created, manifest.log_offset, size, {"kind": "base"})
+    own = VersionInfo(
+        version=manifest.version,
+        kind="snapshot",
+        created=manifest.created,
+        log_offset=manifest.log_offset,
+        size=size,
+        facts=manifest.facts,
+    )
     return versions or [own]
 
 
@@ -78,14 +85,14 @@ def versions_command(
         raise typer.Exit(1 if ledger.faults else 0)
     versions = stored_versions(model, state)
     if json_ is not None:
-        write_json(json_, [asdict(version) for version in versions])
+        write_json(json_, [version.model_dump() for version in versions])
     table = Table("version", "stored as", "made by", "created", "log offset", "events", "bytes")
     for version in versions[-last:]:
-        made_by = version.facts.get("kind", "base")
-        if "restored" in version.facts:
-            made_by += f" to {version.facts['restored']}"
+        made_by: str = version.facts.kind
+        if version.facts.restored is not None:
+            made_by += f" to {version.facts.restored}"
         created = datetime.fromtimestamp(version.created / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
-        events = str(version.facts.get("events", ""))
+        events = "" if version.facts.events is None else str(version.facts.events)
         table.add_row(
             str(version.version), version.kind, made_by, created, str(version.log_offset), events, f"{version.size:,}"
         )

@@ -22,6 +22,7 @@ from lib.errors import InputError
 from lib.experiments.results import SHADOW, ChallengerConfig, ExperimentResults, Records
 from lib.live.learner import LearnerConfig, NearlineLearner
 from lib.model.encoder import WEIGHTS, BehaviourEncoder
+from lib.model.facts import VersionFacts
 from lib.model.folder import MANIFEST, Manifest, read_manifest
 from lib.versions.registry import Registry, load_folder, save_with_optimizer
 from serving.aggregator import NAMESPACE
@@ -118,8 +119,13 @@ class KeptModel(NamedTuple):
 def _stored(registry: Registry, version: int) -> KeptModel:
     """A version, which goes on from its place in the log when it wins."""
     learner = NearlineLearner(registry, LearnerConfig(), version=version)  # it joins the optimiser's deltas
-    counts = {"events_trained": learner.events_trained, "events_rejected": learner.events_rejected}
-    facts = {"kind": "promotion", "since": version, "events": 0} | counts
+    facts = VersionFacts(
+        kind="promotion",
+        since=version,
+        events=0,
+        events_trained=learner.events_trained,
+        events_rejected=learner.events_rejected,
+    )
     manifest = Manifest(version=version, log_offset=learner.log_offset, facts=facts)
     return KeptModel(learner.encoder, learner.catalog, manifest, learner.trainer.optimizer_state())
 
@@ -127,7 +133,7 @@ def _stored(registry: Registry, version: int) -> KeptModel:
 def _pretrained(folder: Path) -> KeptModel:
     """A model that has nothing of the log, so it learns all of it when it wins."""
     loaded = load_folder(folder)
-    manifest = Manifest(version=loaded.version, facts={"kind": "promotion"})
+    manifest = Manifest(version=loaded.version, facts=VersionFacts(kind="promotion"))
     return KeptModel(loaded.encoder, loaded.catalog, manifest, loaded.optimizer)
 
 

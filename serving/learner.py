@@ -189,7 +189,7 @@ class Learner:
 
     def _update(self, batch: MicroBatch) -> None:
         start = time.perf_counter()
-        now, adopted = time.time_ns() / 1e6, self.learner.adopted
+        now, adopted = time.time_ns() / 1e6, self.learner.facts.adopted
         # what came before the present base was taken over was live once already
         waited = [now - received for received in batch.received_at if received > adopted]
         outcome = self.workers.learn(batch)
@@ -206,7 +206,7 @@ class Learner:
             # a clock that was set meanwhile changes neither part by more than it must
             self.progress.delays.extend(max(before, 0.0) + (pushed - start) * 1e3 for before in waited)
             self.progress.delayed += len(waited)
-        loss = outcome.facts["loss"]
+        loss = outcome.facts.loss
         if loss is not None:
             previous = self.progress.loss
             self.progress.loss = loss if previous is None else 0.95 * previous + 0.05 * loss
@@ -276,7 +276,7 @@ class Learner:
         self.looked_for_offers = time.monotonic()
         registry = self.learner.registry
         for name in registry.offers():
-            if self.learner.offer != name:
+            if self.learner.facts.offer != name:
                 try:
                     self.workers.take_over(name)
                 except InputError as error:

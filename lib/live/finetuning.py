@@ -129,7 +129,7 @@ def _lineage(registry: Registry, live: LoadedVersion) -> Iterator[VersionInfo]:
     for info in reversed(registry.versions()):
         if info.version not in lineage:  # it was given up because of damage
             continue
-        if info.version == base or info.facts.get("base", base) != base or info.facts.get("kind") == "rollback":
+        if info.version == base or (info.facts.base or base) != base or info.facts.kind == "rollback":
             return
         yield info
 

@@ -14,6 +14,7 @@ import numpy as np
 from lib.data.histories import Histories
 from lib.data.user_histories import History
 from lib.errors import InputError
+from lib.model.facts import NewcomerShare
 
 OPINIONS = ("like", "dislike", "rating")  # of the same item, only a user's last one counts
 LEAST_CROWD = 4.0  # that newcomers may weigh however few others act; a micro-batch may hold nobody else
@@ -52,10 +53,11 @@ class Targets:
 class Influence:
     """Limits targets, and remembers what part of new feedback is usually newcomers'."""
 
-    def __init__(self, limits: InfluenceLimits, usual: float = 0.0, updates: int = 0):
+    def __init__(self, limits: InfluenceLimits, newcomers: NewcomerShare | None = None):
+        newcomers = newcomers or NewcomerShare()
         self.limits = limits
-        self.usual = usual  # share of newcomers in the weight of new events, a mean over the latest updates
-        self.updates = updates  # that it was taken over, up to MEMORY
+        self.usual = newcomers.usual  # share of newcomers in the weight of new events, a mean over the latest updates
+        self.updates = newcomers.updates  # that it was taken over, up to MEMORY
         self.kept = 1.0  # of the weight of the new events at hand
         self._share: float | None = None  # of newcomers in it
         self.taken: dict[int, float] = {}  # by row, what newcomers weighed on an item of late

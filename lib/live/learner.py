@@ -29,6 +29,7 @@ from lib.model.batches import Batch, SequenceBatches
 from lib.model.delta import ROW_TENSORS, Delta, difference, grow_items, state_of
 from lib.model.distributed import broadcast_from_rank_0, is_rank_0, local_batch, require_equal
 from lib.model.encoder import BehaviourEncoder
+from lib.model.facts import NewcomerShare, RejectedSpan, VersionFacts
 from lib.model.fingerprint import Fingerprint
 from lib.model.folder import Manifest
 from lib.model.trainer import Trainer, TrainingConfig, train_top_layers
@@ -102,15 +103,20 @@ class NearlineLearner:
         self.damage = loaded.damage
         self.newest_number = max(loaded.version, registry.head() or 0)  # also of versions that are damaged
         self._take(loaded)
-        self.influence = Influence(config, *loaded.facts.get("newcomers", ()))
+        self.influence = Influence(config, loaded.facts.newcomers)
         self.rejections = Rejections(registry)
         newest = self.rejections.newest
         if newest is not None and newest.version == self.version:  # no version was published since
             self.log_offset, self.events_rejected = newest.last_offset, newest.events_rejected
-        elif version is None and "rejected" in loaded.facts:
-            after, events = loaded.facts["rejected"]
-            known = self.version, after, self.log_offset, events, self.events_rejected
-            rejection = Rejection(*known, loaded.facts["reason"])
+        elif version is None and loaded.facts.rejected is not None:
+            rejection = Rejection(
+                version=self.version,
+                after_offset=loaded.facts.rejected.after_offset,
+                last_offset=self.log_offset,
+                events=loaded.facts.rejected.events,
+                events_rejected=self.events_rejected,
+                reason=loaded.facts.reason or "",
+            )
             if rejection not in self.rejections.all():  # the process ended after it went back, before it said so there
                 self._mark(rejection)
 
@@ -122,11 +128,10 @@ class NearlineLearner:
         self.version = loaded.version
         self.parent = loaded.parent
         self.log_offset = loaded.log_offset
-        self.events_trained = int(loaded.facts.get("events_trained", 0))
-        self.events_rejected = int(loaded.facts.get("events_rejected", 0))
+        self.facts = loaded.facts
+        self.events_trained = loaded.facts.events_trained
+        self.events_rejected = loaded.facts.events_rejected
         self.base = base_of(loaded, self.registry)  # the version that this one follows from by deltas alone
-        self.adopted = int(loaded.facts.get("adopted", 0))  # when the base was taken over, in milliseconds
-        self.offer: str | None = loaded.facts.get("offer")  # the name of the base, as long as nothing follows from it
         self.item_revision = 0  # of changed items: deltas do not hold their attributes, so all of them are asked for
         training = TrainingConfig(
             learning_rate=self.config.learning_rate or 1e-3 * min(1.0, 128 / self.encoder.config.hidden_size),
@@ -158,7 +163,7 @@ class NearlineLearner:
         events = sum(batch.new_counts)
         journal = UndoJournal(self.trainer)
         if events == 0:  # their users were erased
-            facts = {"kind": "nearline", "events": 0, "loss": None, "ndcg": None}
+            facts = VersionFacts(kind="nearline", events=0)
             return self._publish(self._changes(journal, self._unpublished_rows()), batch.last_offset, facts)
         self._extend_catalog(batch)
         if (rest := broadcast_from_rank_0(self.gate.resting)) is not None:
@@ -178,7 +183,8 @@ class NearlineLearner:
         self.events_trained += events
         self.influence.passed()
         quality = self.gate.live.quality
-        facts = {"kind": "nearline", "events": events, "loss": loss, "ndcg": None if np.isnan(quality) else quality}
+        ndcg = None if np.isnan(quality) else quality
+        facts = VersionFacts(kind="nearline", events=events, loss=loss, ndcg=ndcg)
         delta = self._publish(self._changes(journal, rows), batch.last_offset, facts)
         if is_rank_0():
             self.gate.passed(events, delta.version, delta.log_offset, journal.embeddings())
@@ -188,8 +194,17 @@ class NearlineLearner:
         """Pass a micro-batch by."""
         events = sum(batch.new_counts)
         self.events_rejected += events
-        offsets = self.log_offset, batch.last_offset
-        return self._mark(Rejection(self.version, *offsets, events, self.events_rejected, reason, harmful))
+        return self._mark(
+            Rejection(
+                version=self.version,
+                after_offset=self.log_offset,
+                last_offset=batch.last_offset,
+                events=events,
+                events_rejected=self.events_rejected,
+                reason=reason,
+                harmful=harmful,
+            )
+        )
 
     def _go_back(self, batch: MicroBatch, reason: str) -> Rejection:
         """Publish the weights of the gate's reference anew: what was learned since did harm, a little each time."""
@@ -202,11 +217,21 @@ class NearlineLearner:
             self.gate.forget()
             return self._reject(batch, reason)
         self.events_rejected += events  # those before were trained on, and count as such
-        offsets = log_offset, batch.last_offset
         events += since
-        facts = {"kind": "rollback", "restored": version, "reason": reason, "rejected": [log_offset, events]}
+        rejected = RejectedSpan(after_offset=log_offset, events=events)
+        facts = VersionFacts(kind="rollback", restored=version, reason=reason, rejected=rejected)
         delta = self._restore(loaded, batch.last_offset, facts)
-        return self._mark(Rejection(self.version, *offsets, events, self.events_rejected, reason, delta=delta))
+        return self._mark(
+            Rejection(
+                version=self.version,
+                after_offset=log_offset,
+                last_offset=batch.last_offset,
+                events=events,
+                events_rejected=self.events_rejected,
+                reason=reason,
+                delta=delta,
+            )
+        )
 
     def _mark(self, rejection: Rejection) -> Rejection:
         """Have it known for good which events the weights have not learned from; harmful ones are not replayed."""
@@ -232,7 +257,7 @@ class NearlineLearner:
         rows = torch.unique(torch.cat([known[changed], self._unpublished_rows()]))
         if len(rows) == 0:
             return None
-        facts = {"kind": "items", "items": len(changes), "loss": None}
+        facts = VersionFacts(kind="items", items=len(changes))
         return self._publish(self._changes(journal, rows), self.log_offset, facts)
 
     def take_over(self, name: str) -> None:
@@ -242,11 +267,11 @@ class NearlineLearner:
             InputError: it is damaged, or describes its items differently; nothing has changed.
         """
         model = self.registry.load_offer(name)
-        known = {fact: model.facts[fact] for fact in ("since", "events") if fact in model.facts}
-        facts = {"kind": model.facts.get("kind", "base"), "offer": name} | known
-        self.adopt(model, facts, known.get("since"))
+        known = model.facts
+        facts = VersionFacts(kind=known.kind, offer=name, since=known.since, events=known.events)
+        self.adopt(model, facts, known.since)
 
-    def adopt(self, model: LoadedVersion, facts: dict, parent: int | None = None) -> None:
+    def adopt(self, model: LoadedVersion, facts: VersionFacts, parent: int | None = None) -> None:
         """Publish a new version that is another model, whole; learning goes on from that model's log offset.
 
         The offset may go back: what the other weights have not learned is then read again from the log, and what is
@@ -267,13 +292,12 @@ class NearlineLearner:
         self._take(replace(model, catalog=catalog, parent=parent))
         self._add_rows(known)
         self.version = self.base = self.newest_number = self.newest_number + 1
-        self.adopted = time.time_ns() // 1_000_000
-        self.offer = facts.get("offer")
+        self.facts = self._with_lineage(facts, time.time_ns() // 1_000_000)
         manifest = Manifest(
             version=self.version,
             parent=parent,
             log_offset=self.log_offset,
-            facts=facts | self._lineage() | {"created": self.adopted},
+            facts=self.facts,
         )
         optimizer = self.trainer.optimizer_state()
         self.fingerprint = Fingerprint(self.encoder)
@@ -295,17 +319,18 @@ class NearlineLearner:
             InputError: the version is not stored.
         """
         loaded = self.registry.load(version)
-        facts = {"kind": "rollback", "restored": version}
+        facts = VersionFacts(kind="rollback", restored=version)
         if base_of(loaded, self.registry) == self.base:
             return self._restore(loaded, self.log_offset, facts)
         parent = version
         if loaded.log_offset <= self.log_offset:  # else the old weights have learned what these have not yet
             parent, loaded.log_offset = self.version, self.log_offset
-            loaded.facts |= {"events_trained": self.events_trained, "events_rejected": self.events_rejected}
+            counts = {"events_trained": self.events_trained, "events_rejected": self.events_rejected}
+            loaded.facts = loaded.facts.model_copy(update=counts)
         self.adopt(loaded, facts, parent)
         return None
 
-    def _restore(self, loaded: LoadedVersion, log_offset: int, facts: dict) -> Delta:
+    def _restore(self, loaded: LoadedVersion, log_offset: int, facts: VersionFacts) -> Delta:
         grow_items(loaded.encoder, self.encoder.config.item_rows)
         target = state_of(loaded.encoder)
         later = slice(len(loaded.catalog) + 1, None)  # items that came after that version keep what they have
@@ -327,8 +352,8 @@ class NearlineLearner:
     def store_whole(self) -> Delta:
         """Publish a version that changes nothing and is stored whole, so that no older file is needed to load it."""
         changes = self._changes(UndoJournal(self.trainer), self._unpublished_rows())
-        delta = self._publish(changes, self.log_offset, {"kind": "whole", "loss": None})
-        self.save_snapshot(delta.facts)
+        delta = self._publish(changes, self.log_offset, VersionFacts(kind="whole"))
+        self.save_snapshot()
         return delta
 
     def _rows_that_differ(self, target: Mapping[str, Tensor], trainer: Trainer) -> Tensor:
@@ -468,7 +493,7 @@ class NearlineLearner:
         changed = (name for name, before in journal.dense.items() if not torch.equal(state[name], before))
         return rows, tensors | {name: state[name].numpy().copy() for name in changed}
 
-    def _publish(self, changes: tuple[Tensor, dict[str, np.ndarray]], last_offset: int, facts: dict) -> Delta:
+    def _publish(self, changes: tuple[Tensor, dict[str, np.ndarray]], last_offset: int, facts: VersionFacts) -> Delta:
         rows, tensors = changes
         checksum = self.fingerprint.update(state_of(self.encoder), rows.numpy(), set(tensors))
         delta = Delta(
@@ -480,26 +505,33 @@ class NearlineLearner:
             rows=rows.numpy(),
             tensors=tensors,
             new_items=self.catalog.item_ids[self.published_items + 1 :],
-            facts=facts | self._lineage() | {"created": time.time_ns() // 1_000_000},
+            facts=self._with_lineage(facts),
         )
         require_equal(checksum)  # and what others may still read here is not pruned before
         optimizer = self.trainer.optimizer_state(delta.rows)
         self._store(lambda: self.registry.publish_delta(delta, optimizer))
         self.version = self.newest_number = delta.version
         self.parent, self.log_offset, self.published_items = delta.parent, last_offset, len(self.catalog)
-        self.offer = None
+        self.facts = delta.facts
         if self.version % self.config.snapshot_every == 0 or self.version != delta.parent + 1:
-            self.save_snapshot(delta.facts)
+            self.save_snapshot()
         return delta
 
-    def _lineage(self) -> dict[str, Any]:
-        """What every version says of those that it follows from."""
-        known = {name: getattr(self, name) for name in ("events_trained", "events_rejected", "base", "adopted")}
-        return known | {"newcomers": [self.influence.usual, self.influence.updates]}
+    def _with_lineage(self, facts: VersionFacts, adopted: int | None = None) -> VersionFacts:
+        """Add what every version says of those that it follows from; `adopted` is the time of a new base."""
+        lineage = {
+            "events_trained": self.events_trained,
+            "events_rejected": self.events_rejected,
+            "base": self.base,
+            "adopted": self.facts.adopted if adopted is None else adopted,
+            "newcomers": NewcomerShare(self.influence.usual, self.influence.updates),
+            "created": time.time_ns() // 1_000_000 if adopted is None else adopted,
+        }
+        return facts.model_copy(update=lineage)
 
-    def save_snapshot(self, facts: dict) -> None:
+    def save_snapshot(self) -> None:
         """Store the newest version whole, so that loading it needs no deltas, and prune what is old."""
-        manifest = Manifest(version=self.version, parent=self.parent, log_offset=self.log_offset, facts=facts)
+        manifest = Manifest(version=self.version, parent=self.parent, log_offset=self.log_offset, facts=self.facts)
         optimizer = self.trainer.optimizer_state()
         self._store(lambda: self.registry.publish_snapshot(self.encoder, self.catalog, manifest, optimizer))
         self._store(lambda: self.registry.prune(self.config.keep_snapshots, self.base))
@@ -520,7 +552,7 @@ class NearlineLearner:
 
 def base_of(loaded: LoadedVersion, registry: Registry) -> int:
     """The version that a stored one follows from by deltas alone; the first one where nothing is said of it."""
-    return int(loaded.facts.get("base") or registry.oldest() or loaded.version)
+    return loaded.facts.base or registry.oldest() or loaded.version
 
 
 def _trainer_of(loaded: LoadedVersion, config: TrainingConfig) -> Trainer:

@@ -228,7 +228,7 @@ class Daily(ModelArm):
         super().__init__(encoder, catalog, exclude_seen)
         self.epochs = epochs
         self.half_life = half_life
-        self.events_per_batch = int(manifest.training["events_per_batch"])
+        self.events_per_batch = manifest.training.events_per_batch
         self.trainer = Trainer(self.encoder, len(self.catalog), TrainingConfig(learning_rate=learning_rate))
         self.day: int | None = None
         self.fine_tunes = 0

@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.model.encoder import BehaviourEncoder
+from lib.model.facts import VersionFacts
 
 ROW_TENSORS = ("item_embeddings.weight", "item_popularity", "item_attributes")
 ATTRIBUTE_TABLE = "attribute_embeddings.weight"
@@ -49,11 +49,12 @@ class Delta:
     rows: np.ndarray  # (R,) int64 changed rows, ascending
     tensors: dict[str, np.ndarray]  # row tensors as (R, ...), other tensors whole
     new_items: list[str] = field(default_factory=list)  # items that got the next rows of the catalog
-    facts: dict[str, Any] = field(default_factory=dict)  # what the learner says of it: counts, losses, reasons
+    facts: VersionFacts = field(default_factory=VersionFacts)
 
     def to_bytes(self, optimizer: Mapping[str, np.ndarray] | None = None) -> bytes:
         """Safetensors bytes; with the optimiser's tensors for storage, without them for the way to the replicas."""
-        header = json.dumps({name: value for name, value in vars(self).items() if name not in ("rows", "tensors")})
+        said = {name: value for name, value in vars(self).items() if name not in ("rows", "tensors")}
+        header = json.dumps(said | {"facts": self.facts.model_dump(mode="json")})
         tensors = {"rows": self.rows, **self.tensors}
         tensors |= {OPTIMIZER_PREFIX + name: value for name, value in (optimizer or {}).items()}
         contiguous = {name: np.require(value, requirements="C") for name, value in tensors.items()}
@@ -71,11 +72,13 @@ class Delta:
             length = int.from_bytes(data[:8], "little")
             metadata = json.loads(data[8 : 8 + length])["__metadata__"]
             header, digest = metadata["delta"], metadata["digest"]
+            said = json.loads(header)
+            facts = VersionFacts.model_validate(said.pop("facts"))
         except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
             raise DeltaMismatch(f"the bytes are not a whole delta: {error!r}") from error
         if _digest(header, tensors) != digest:
             raise DeltaMismatch("the bytes are not a whole delta: their digest is another")
-        return cls(rows=tensors.pop("rows"), tensors=tensors, **json.loads(header))
+        return cls(rows=tensors.pop("rows"), tensors=tensors, facts=facts, **said)
 
 
 def _digest(header: str, tensors: Mapping[str, np.ndarray]) -> str:

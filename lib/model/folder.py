@@ -11,10 +11,12 @@ from typing import Any
 
 import safetensors
 from pydantic import BaseModel, Field, ValidationError
+from pydantic_core import from_json, to_json
 
 from lib.data.catalog import Catalog
 from lib.errors import InputError
 from lib.model.encoder import WEIGHTS, BehaviourEncoder
+from lib.model.facts import TrainingFacts, VersionFacts
 
 FILES = ("config.json", WEIGHTS, "catalog.parquet")
 MANIFEST = "manifest.json"
@@ -27,9 +29,9 @@ class Manifest(BaseModel):
     parent: int | None = None
     log_offset: int = 0
     created: int = Field(default_factory=lambda: time.time_ns() // 1_000_000)  # milliseconds
-    training: dict[str, Any] = {}
+    training: TrainingFacts = TrainingFacts()
     metrics: dict[str, Any] = {}
-    facts: dict[str, Any] = {}
+    facts: VersionFacts = VersionFacts()
     checksums: dict[str, str] = {}  # sha256 of each file
 
 
@@ -47,7 +49,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".parquet"))
     checksums = {path.name: _sha256(path) for path in files if path.name != MANIFEST}
     whole = manifest.model_copy(update={"checksums": checksums})
-    whole.checksums[MANIFEST] = _own_checksum(whole)
+    whole.checksums[MANIFEST] = _own_checksum(whole.model_dump_json())
     temporary = folder / f".{MANIFEST}"
     temporary.write_text(whole.model_dump_json(indent=2) + "\n")
     temporary.rename(folder / MANIFEST)
@@ -63,14 +65,15 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not folder.is_dir():
         raise InputError(f"model: no folder at {folder}; make one with `afterclick pretrain --data D --out {folder}`")
     try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_text())
+        text = (folder / MANIFEST).read_text()
+        manifest = Manifest.model_validate_json(text)
     except FileNotFoundError:
         raise InputError(f"model: {folder} has no {MANIFEST}, so it is no finished model; pretrain it again") from None
     except (ValidationError, UnicodeDecodeError) as error:
         raise InputError(
             f"model: {folder / MANIFEST} is damaged ({type(error).__name__}); restore it or pretrain again"
         ) from error
-    own = _own_checksum(manifest)
+    own = _own_checksum(text)
     if manifest.checksums.get(MANIFEST, own) != own:
         raise InputError(f"model: {folder / MANIFEST} was changed since it was written; restore it or pretrain again")
     return manifest
@@ -106,11 +109,11 @@ def check_file(path: Path, manifest: Manifest) -> None:
         raise InputError(f"model: {path} is not the file that the manifest describes; restore it or pretrain again")
 
 
-def _own_checksum(manifest: Manifest) -> str:
-    """sha256 of what a manifest says, its own checksum left out."""
-    others = {name: checksum for name, checksum in manifest.checksums.items() if name != MANIFEST}
-    text = manifest.model_copy(update={"checksums": others}).model_dump_json()
-    return hashlib.sha256(text.encode()).hexdigest()
+def _own_checksum(text: str) -> str:
+    """Return the sha256 of what a manifest's JSON says, white space and its own checksum left out."""
+    said = from_json(text)
+    said.get("checksums", {}).pop(MANIFEST, None)
+    return hashlib.sha256(to_json(said)).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -12,7 +12,9 @@ lineage of its own, and its counts must be those of all events up to its offset.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self
+
+from lib.model.facts import VersionFacts
 
 
 class Account(NamedTuple):
@@ -27,10 +29,16 @@ class Account(NamedTuple):
     versions: int = 1  # that this account stands for
 
     @classmethod
-    def of(cls, version: int, parent: int | None, log_offset: int, facts: Mapping[str, Any]) -> Self:
-        """The account of a stored version with its facts."""
-        counts = (int(facts.get(name) or 0) for name in ("events_trained", "events_rejected", "events"))
-        return cls(version, parent, log_offset, *counts)
+    def of(cls, version: int, parent: int | None, log_offset: int, facts: VersionFacts) -> Self:
+        """Return the account of a stored version with its facts."""
+        return cls(
+            version=version,
+            parent=parent,
+            log_offset=log_offset,
+            events_trained=facts.events_trained,
+            events_rejected=facts.events_rejected,
+            events=facts.events or 0,
+        )
 
 
 NOTHING = Account(0, None, 0, 0, 0, 0)

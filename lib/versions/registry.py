@@ -21,19 +21,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import safetensors
 import safetensors.numpy
 from pyarrow import fs
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from lib.data.catalog import Catalog
 from lib.errors import InputError
 from lib.model.delta import OPTIMIZER_PREFIX, Delta, DeltaMismatch, apply_delta
 from lib.model.encoder import BehaviourEncoder
+from lib.model.facts import VersionFacts
 from lib.model.folder import MANIFEST, Manifest, check_file, load_model, save_model, write_manifest
 from lib.versions.ledger import Account, folded, lineage
 
@@ -42,16 +43,23 @@ LEDGER_FILE = "ledger.json"
 SNAPSHOTS, DELTAS, OFFERS = "snapshots", "deltas", "offers"
 
 
-@dataclass(frozen=True)
-class VersionInfo:
+class VersionInfo(BaseModel):
     """One line of the list of versions."""
 
     version: int
-    kind: str  # "snapshot", "delta" or "damaged"
-    created: int  # milliseconds
-    log_offset: int
+    kind: Literal["snapshot", "delta", "damaged"]
+    created: int = 0  # milliseconds
+    log_offset: int = 0
     size: int  # bytes
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: VersionFacts
+
+
+class DeltaHeader(BaseModel):
+    """Of a stored delta what the list of versions shows; the rest of it is not read."""
+
+    parent: int
+    log_offset: int
+    facts: VersionFacts
 
 
 @dataclass
@@ -62,7 +70,7 @@ class LoadedVersion:
     catalog: Catalog
     version: int
     log_offset: int
-    facts: dict[str, Any]
+    facts: VersionFacts
     optimizer: dict[str, np.ndarray] | None
     optimizer_deltas: list[tuple[np.ndarray, dict[str, np.ndarray]]]
     parent: int | None
@@ -183,7 +191,7 @@ class Registry:
     def adopted(self, name: str) -> int | None:
         """The version as which an offer was taken over, None where it was not (yet)."""
         newest_first = reversed(self.versions())
-        return next((info.version for info in newest_first if info.facts.get("offer") == name), None)
+        return next((info.version for info in newest_first if info.facts.offer == name), None)
 
     def read_delta(self, version: int) -> Delta:
         """Read one delta.
@@ -261,8 +269,14 @@ class Registry:
             except InputError as error:
                 found[version] = _damaged(version, size, error)
                 continue
-            facts = header["facts"]
-            found[version] = VersionInfo(version, "delta", facts.get("created", 0), header["log_offset"], size, facts)
+            found[version] = VersionInfo(
+                version=version,
+                kind="delta",
+                created=header.facts.created,
+                log_offset=header.log_offset,
+                size=size,
+                facts=header.facts,
+            )
         for version in self.snapshots():
             size = sum(info.size for info in self._children(f"{SNAPSHOTS}/{version:010d}"))
             try:
@@ -270,8 +284,14 @@ class Registry:
             except InputError as error:
                 found[version] = _damaged(version, size, error)
                 continue
-            facts = manifest.facts or {"kind": "base"}
-            found[version] = VersionInfo(version, "snapshot", manifest.created, manifest.log_offset, size, facts)
+            found[version] = VersionInfo(
+                version=version,
+                kind="snapshot",
+                created=manifest.created,
+                log_offset=manifest.log_offset,
+                size=size,
+                facts=manifest.facts,
+            )
         return [found[version] for version in sorted(found)]
 
     def ledger(self) -> list[Account]:
@@ -308,7 +328,7 @@ class Registry:
         """What a stored version says of itself; None where it is damaged, so that a lineage ends there."""
         with suppress(InputError, FileNotFoundError):
             header = self._delta_header(version)
-            return Account.of(version, header["parent"], header["log_offset"], header["facts"])
+            return Account.of(version, header.parent, header.log_offset, header.facts)
         with suppress(InputError, FileNotFoundError):
             manifest = self._manifest(version)
             return Account.of(version, manifest.parent, manifest.log_offset, manifest.facts)
@@ -372,14 +392,14 @@ class Registry:
     def _delta_path(self, version: int) -> str:
         return f"{self.root}/{DELTAS}/{version:010d}"
 
-    def _delta_header(self, version: int) -> dict[str, Any]:
+    def _delta_header(self, version: int) -> DeltaHeader:
         path = self._delta_path(version)
         try:
             with self.fs.open_input_file(path) as file:
                 length = int.from_bytes(file.read(8), "little")
                 if length > file.size():
                     raise ValueError("it is cut short")
-                return json.loads(json.loads(file.read(length))["__metadata__"]["delta"])
+                return DeltaHeader.model_validate_json(json.loads(file.read(length))["__metadata__"]["delta"])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"version: {path} is damaged: {error!r}") from error
 
@@ -450,7 +470,8 @@ class Registry:
 
 
 def _damaged(version: int, size: int, error: InputError) -> VersionInfo:
-    return VersionInfo(version, "damaged", 0, 0, size, {"kind": "damaged", "reason": str(error)})
+    facts = VersionFacts(kind="damaged", reason=str(error))
+    return VersionInfo(version=version, kind="damaged", size=size, facts=facts)
 
 
 def load_folder(folder: Path) -> LoadedVersion:
@@ -461,8 +482,16 @@ def load_folder(folder: Path) -> LoadedVersion:
     """
     encoder, catalog, manifest = load_model(folder)
     optimizer = _read_optimizer(folder, manifest)
-    known = manifest.log_offset, manifest.facts, optimizer
-    return LoadedVersion(encoder, catalog, manifest.version, *known, [], manifest.parent)
+    return LoadedVersion(
+        encoder=encoder,
+        catalog=catalog,
+        version=manifest.version,
+        log_offset=manifest.log_offset,
+        facts=manifest.facts,
+        optimizer=optimizer,
+        optimizer_deltas=[],
+        parent=manifest.parent,
+    )
 
 
 def save_with_optimizer(

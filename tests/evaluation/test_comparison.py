@@ -19,6 +19,7 @@ from lib.data.holdout import LEAVE_ONE_OUT, TEMPORAL
 from lib.errors import InputError
 from lib.evaluation.comparison import Comparison, activity, compare, item_popularity
 from lib.evaluation.protocols import Cases, Ranking
+from lib.model.facts import TrainingFacts
 from lib.model.folder import Manifest, save_model
 from tests.helpers.tiny import NOW, SECOND, item_ids, random_histories, tiny_encoder
 
@@ -190,7 +191,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two models, of 24 and of 12 items, that say of themselves that they held out the newest event."""
     folder = tmp_path_factory.mktemp("models")
     for name, items in (("large", 24), ("small", 12)):
-        manifest = Manifest(version=3, training={"holdout": LEAVE_ONE_OUT})
+        manifest = Manifest(version=3, training=TrainingFacts(holdout=LEAVE_ONE_OUT))
         save_model(folder / name, tiny_encoder(items), Catalog(item_ids(items)), manifest)
     return [folder / "large", folder / "small"]
 

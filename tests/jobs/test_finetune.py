@@ -51,9 +51,9 @@ def test_a_new_base_goes_live_without_a_failed_request_and_learning_goes_on(
     assert versions_and_checksums(after) == [(after["model_version"], after["learner"]["checksum"])] * 2
     registry = Registry(mortal_service.state)
     base = registry.load(outcome.version)
-    assert (base.log_offset, base.facts["kind"]) == (outcome.log_offset, "finetune")
+    assert (base.log_offset, base.facts.kind) == (outcome.log_offset, "finetune")
     with FeedbackLogReader(mortal_service.log) as log:
-        assert base.facts["events_trained"] + base.facts["events_rejected"] == len(
+        assert base.facts.events_trained + base.facts.events_rejected == len(
             [logged for logged in log.replay() if logged.offset <= outcome.log_offset]
         )
     assert registry.offers() == []
@@ -149,14 +149,14 @@ def test_without_a_learner_the_result_waits_for_one_that_takes_it_over_once(comm
     registry = Registry(state)
     (name,) = registry.offers()
     offered = registry.load_offer(name)
-    assert (offered.log_offset, offered.facts["since"]) == (180, 6)
-    assert (offered.facts["events_trained"], offered.facts["events_rejected"]) == (180, 0)
+    assert (offered.log_offset, offered.facts.since) == (180, 6)
+    assert (offered.facts.events_trained, offered.facts.events_rejected) == (180, 0)
     learner = NearlineLearner(registry, CONFIG)
     learner.take_over(name)
     assert int(learner.encoder.popularity_reference) == learner.log_offset
     assert (learner.version, learner.log_offset, learner.events_trained) == (12, 180, 180)
     restarted = NearlineLearner(registry, CONFIG)
-    assert restarted.offer == name, "which a learner that died before the offer was gone knows it by"
+    assert restarted.facts.offer == name, "which a learner that died before the offer was gone knows it by"
     with FeedbackLogReader(state / "feedback.sqlite") as log:
         ledger = check(registry.ledger(), log)
     assert (ledger.faults, ledger.versions, ledger.events_trained, ledger.waiting) == ([], 7, 180, 20)
@@ -184,7 +184,7 @@ def test_what_the_gate_rejected_is_neither_learned_nor_judged_by(state, trained)
     facts = Registry(state).load_offer(name).facts
     assert outcome.events + outcome.held_out_events == 170
     learned = outcome.log_offset - 20
-    assert (outcome.events, facts["events_trained"], facts["events_rejected"]) == (learned, learned, 20)
+    assert (outcome.events, facts.events_trained, facts.events_rejected) == (learned, learned, 20)
 
 
 def test_two_runs_do_not_work_in_one_folder(command, state, trained):

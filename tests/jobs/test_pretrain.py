@@ -122,9 +122,10 @@ def test_a_model_with_its_optimiser_and_what_it_was_made_of(undisturbed, shop_da
     assert encoder.config.hidden_size == 16
     assert set(events["item_id"].to_pylist()) <= set(catalog.item_ids)
     assert manifest.version == 1
-    assert {**asdict(SETTINGS), **manifest.training} == manifest.training | {"holdout": "leave-one-out"}
-    assert manifest.training["events"] < len(events)  # the newest of each user is held out
-    assert manifest.training["seconds"] > 0
+    training = manifest.training.model_dump()
+    assert asdict(SETTINGS) | training == training | {"holdout": "leave-one-out"}
+    assert manifest.training.events < len(events)  # the newest of each user is held out
+    assert manifest.training.seconds > 0
     assert float(encoder.item_popularity.sum()) > 0
     assert OPTIMIZER_FILE in manifest.checksums
     assert not undisturbed.with_name(".model.training").exists()
@@ -138,7 +139,7 @@ def test_tensorboard_has_a_point_for_every_epoch(undisturbed):
     steps = [step for step, _ in losses]
     assert steps == sorted(set(steps))
     assert losses[-1][1] < losses[0][1]
-    assert losses[-1][1] == pytest.approx(read_manifest(undisturbed).training["loss"])
+    assert losses[-1][1] == pytest.approx(read_manifest(undisturbed).training.loss)
     assert all(rate > 0 for _, rate in scalars(runs, "sequences_per_second"))
     rates = [rate for _, rate in scalars(runs, "learning_rate")]
     assert rates[-1] < max(rates) <= 1.001e-3
@@ -147,7 +148,7 @@ def test_tensorboard_has_a_point_for_every_epoch(undisturbed):
 @pytest.mark.slow
 def test_two_workers_learn_what_one_learns(undisturbed, shop_dataset, tmp_path, nothing_left):
     manifest = pretrain(shop_dataset, tmp_path / "model", SETTINGS, workers=2, gpu=False)
-    assert manifest.training["workers"] == 2
+    assert manifest.training.workers == 2
     one, two = weights_of(undisturbed), weights_of(tmp_path / "model")
     assert one.keys() == two.keys()
     for key in one:

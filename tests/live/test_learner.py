@@ -165,7 +165,7 @@ def test_a_batch_in_which_nothing_can_be_trained(registry, learner):
     replica, before = recommender_of(registry), copied_state(learner.encoder)
     outcome = learner.learn(micro_batch(4, [history([5]), history(["new"])]))  # first events of new users
     assert isinstance(outcome, Delta)
-    assert outcome.facts["loss"] is None
+    assert outcome.facts.loss is None
     after = copied_state(learner.encoder)
     changed = {name for name in before if not torch.equal(before[name], after[name][: len(before[name])])}
     assert changed == {"item_popularity"}
@@ -204,7 +204,7 @@ def test_the_offset_and_the_count_of_events_advance_together(registry, learner):
         learner.learn(micro_batch(offset, histories, new))
         trained += sum(new)
         stored = registry.load()
-        assert (stored.log_offset, stored.facts["events_trained"]) == (offset, trained)
+        assert (stored.log_offset, stored.facts.events_trained) == (offset, trained)
         assert (learner.log_offset, learner.events_trained) == (offset, trained)
         restarted = NearlineLearner(registry, CONFIG)
         assert (restarted.log_offset, restarted.events_trained) == (offset, trained)
@@ -350,7 +350,7 @@ def test_learning_goes_on_after_a_rejection(registry, learner):
     rejected_update(learner, micro_batch(1, [history([1, 2, 3])], held_out=HELD_OUT))
     one, other = update(learner, 2, 4, 5, 6), update(twin, 2, 4, 5, 6)
     assert one.checksum == other.checksum  # as if the rejected one had never been
-    assert one.facts["events_rejected"] == 1
+    assert one.facts.events_rejected == 1
     assert_same_optimizer(optimizer_of(learner), optimizer_of(twin))
     assert NearlineLearner(registry, CONFIG).events_rejected == 1
 
@@ -404,8 +404,8 @@ def test_a_rollback_is_a_new_version_with_the_weights_of_the_old(registry, learn
     replica = recommender_of(registry)
     delta = learner.restore(3)
     assert (delta.version, delta.parent) == (6, 5)
-    assert delta.facts["kind"] == "rollback"
-    assert delta.facts["restored"] == 3
+    assert delta.facts.kind == "rollback"
+    assert delta.facts.restored == 3
     assert_same_state(states[3], copied_state(learner.encoder))
     replica.apply(Delta.from_bytes(delta.to_bytes()))
     assert_same_state(states[3], copied_state(replica.encoder))

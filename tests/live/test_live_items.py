@@ -126,7 +126,7 @@ def test_a_restarted_learner_asks_for_all_and_comes_to_the_same(registry, learne
 
 def test_a_snapshot_holds_attributes_and_removals(registry, learner):
     learner.change_items([put("new", kind="kind0", title="New"), ItemChange(2, "i6", None)])
-    learner.save_snapshot({})
+    learner.save_snapshot()
     replica = recommender_of(registry)
     assert replica.catalog.titles["new"] == "New"
     assert "new" in recommended(replica, kind="kind0")

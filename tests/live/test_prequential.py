@@ -18,6 +18,7 @@ from lib.live.prequential import MISSED, Daily, Frozen, Live, Outcome, Stream, r
 from lib.live.prequential_comparison import compare_arms
 from lib.log.feedback import LoggedEvent
 from lib.model.batches import gap_buckets
+from lib.model.facts import TrainingFacts
 from lib.model.folder import Manifest, save_model, write_manifest
 from tests.helpers.tiny import NOW, SECOND, history, item_ids, tiny_encoder
 
@@ -48,7 +49,7 @@ def pairs(users: int, first: int, spacing: int = 60) -> list[tuple[str, str, int
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained model of i1 to i24."""
     folder = tmp_path_factory.mktemp("prequential") / "model"
-    manifest = Manifest(training={"events_per_batch": 256})
+    manifest = Manifest(training=TrainingFacts(events_per_batch=256))
     save_model(folder, tiny_encoder(), Catalog(item_ids(24)), manifest)
     write_manifest(folder, manifest)
     return folder

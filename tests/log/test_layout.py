@@ -22,6 +22,7 @@ from lib.log.feedback import LogFull
 from lib.log.layout import LogLayout, PartlyWritten, Shard, read_log, shard_of
 from lib.log.one_machine import on_one_machine
 from lib.log.order import LogOrder
+from lib.model.facts import VersionFacts
 from lib.versions.ledger import check
 from lib.versions.registry import Registry
 from serving.aggregator import Aggregator, AggregatorConfig, aggregator_handle
@@ -172,7 +173,7 @@ def test_two_aggregators_are_as_one(aggregators: Aggregators, registry: Registry
     assert_each_learned_once(registry)
 
     # weights that know less have the rest again, in the same order
-    learner.adopt(registry.load(1), {"kind": "base"})
+    learner.adopt(registry.load(1), VersionFacts())
     assert (learner.log_offset, learner.events_trained) == (0, 0)
     again = learn_up_to(learner, batches, last)
     assert (again[-1], learner.events_trained + learner.events_rejected) == (last, last)

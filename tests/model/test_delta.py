@@ -1,5 +1,6 @@
 """Snapshots, deltas and fingerprints: two copies are equal to the bit, or it is noticed."""
 
+import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,6 +18,7 @@ from lib.model.delta import (
     state_of,
 )
 from lib.model.encoder import BehaviourEncoder
+from lib.model.facts import NewcomerShare, RejectedSpan, VersionFacts
 from lib.model.fingerprint import Fingerprint, fingerprint
 from tests.helpers.tiny import assert_same_state, copied_state, tiny_encoder
 
@@ -42,7 +44,7 @@ def changed(encoder: BehaviourEncoder, seed: int, rows: list[int], dense: bool, 
 @pytest.fixture
 def delta() -> Delta:
     made = changed(tiny_encoder(), 1, [2, 5], dense=True)
-    made.new_items, made.facts = ["ä", 'quote"'], {"loss": 1.5, "kind": "nearline"}
+    made.new_items, made.facts = ["ä", 'quote"'], VersionFacts(loss=1.5, kind="nearline")
     return made
 
 
@@ -54,6 +56,14 @@ def test_a_delta_survives_its_bytes(delta):
     for name, values in delta.tensors.items():
         assert read.tensors[name].dtype == values.dtype
         assert np.array_equal(read.tensors[name], values)
+
+
+def test_what_a_delta_says_of_itself_is_plain_json(delta):
+    delta.facts = VersionFacts(kind="rollback", rejected=RejectedSpan(3, 4), loss=None, newcomers=NewcomerShare(0.5, 2))
+    data = delta.to_bytes()
+    length = int.from_bytes(data[:8], "little")
+    facts = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["delta"])["facts"]
+    assert facts == {"kind": "rollback", "rejected": [3, 4], "loss": None, "newcomers": [0.5, 2]}
 
 
 def test_a_delta_holds_what_changed_and_nothing_else(delta):

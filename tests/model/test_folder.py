@@ -9,6 +9,7 @@ import pytest
 
 from lib.data.catalog import Catalog
 from lib.errors import InputError
+from lib.model.facts import NewcomerShare, RejectedSpan, VersionFacts
 from lib.model.folder import (
     FILES,
     MANIFEST,
@@ -26,7 +27,7 @@ from tests.helpers.tiny import assert_same_state, copied_state, item_ids, tiny_e
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     titles = pa.table({"item_id": item_ids(24), "title": [f"Item {number}" for number in range(1, 25)]})
-    manifest = Manifest(version=3, parent=2, log_offset=17, metrics={"ndcg@10": 0.25}, facts={"kind": "base"})
+    manifest = Manifest(version=3, parent=2, log_offset=17, metrics={"ndcg@10": 0.25}, facts=VersionFacts(kind="base"))
     save_model(folder, tiny_encoder(), Catalog(item_ids(24), titles), manifest)
     return folder
 
@@ -118,6 +119,34 @@ def test_a_manifest_that_was_edited_is_refused(folder):
     path.write_text(path.read_text().replace('"log_offset": 17', '"log_offset": 18'))
     with pytest.raises(InputError, match=f"{MANIFEST} was changed"):
         load_model(folder)
+
+
+def test_a_manifest_of_an_earlier_release_is_read(tmp_path):
+    """Its checksum covers names in an order of their own, and one that is unknown now."""
+    (tmp_path / MANIFEST).write_text(
+        """{
+  "version": 7, "parent": 6, "log_offset": 310, "created": 1764400000123, "training": {},
+  "metrics": {"ndcg@10": 0.00001, "é": 1.0},
+  "facts": {
+    "kind": "rollback", "restored": 3, "reason": "it did härm", "rejected": [120, 190], "events_trained": 100,
+    "events_rejected": 210, "base": 1, "adopted": 0, "newcomers": [0.1, 17], "created": 1764400000123, "gone": true
+  },
+  "checksums": {"manifest.json": "a1223d1468082f973a07abf70fce51cc0a56e8e39d3bd7ec452b7ddf14990681"}
+}"""
+    )
+    facts = read_manifest(tmp_path).facts
+    assert facts == VersionFacts(
+        kind="rollback",
+        restored=3,
+        reason="it did härm",
+        rejected=RejectedSpan(after_offset=120, events=190),
+        events_trained=100,
+        events_rejected=210,
+        base=1,
+        adopted=0,
+        newcomers=NewcomerShare(usual=0.1, updates=17),
+        created=1764400000123,
+    )
 
 
 def test_saving_again_replaces_all_of_it(folder):

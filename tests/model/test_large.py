@@ -136,10 +136,10 @@ def test_sharded_workers_of_ray_train_leave_a_whole_model(small_model, shop_data
     """Its numbers are near those of one worker, and not the same: each worker's dropout is its own."""
     settings = PretrainSettings(epochs=2, max_length=20, hidden_size=32, sharded=True)
     manifest = pretrain(shop_dataset, tmp_path / "model", settings, workers=2, gpu=False)
-    assert (manifest.training["sharded"], manifest.training["workers"]) == (True, 2)
+    assert (manifest.training.model_dump()["sharded"], manifest.training.workers) == (True, 2)
     alone, _, one = load_model(small_model)
     encoder, _, _ = load_model(tmp_path / "model")
-    assert manifest.training["loss"] == pytest.approx(one.training["loss"], rel=0.02)
+    assert manifest.training.loss == pytest.approx(one.training.loss, rel=0.02)
     learned, expected = encoder.interest_to_item.flatten(), alone.interest_to_item.flatten()
     start = torch.eye(32).flatten()
     assert F.cosine_similarity(learned, expected, dim=0) > F.cosine_similarity(start, expected, dim=0)

@@ -12,6 +12,7 @@ from lib.data.catalog import Catalog
 from lib.errors import InputError
 from lib.live.learner import LearnerConfig, NearlineLearner
 from lib.model.delta import Delta
+from lib.model.facts import VersionFacts
 from lib.model.folder import Manifest
 from lib.versions.registry import LoadedVersion, Registry, load_folder, save_with_optimizer
 from serving.learner import OFFER_SECONDS, Learner, Progress
@@ -35,7 +36,7 @@ from tests.helpers.tiny import (
     tiny_encoder,
 )
 
-FACTS = {"kind": "finetune", "offer": "first"}
+FACTS = VersionFacts(kind="finetune", offer="first")
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def learner(registry: Registry) -> NearlineLearner:
 def model_folder(path: Path, log_offset: int, items: int = 24, **changes) -> Path:
     """A base that has learned from the log up to an offset."""
     encoder, catalog = tiny_encoder(items, seed=7, **changes), Catalog(item_ids(items))
-    manifest = Manifest(log_offset=log_offset, facts={"events_trained": log_offset, "events_rejected": 0})
+    manifest = Manifest(log_offset=log_offset, facts=VersionFacts(events_trained=log_offset))
     save_with_optimizer(path, encoder, catalog, manifest, None)
     return path
 
@@ -69,13 +70,13 @@ def test_the_other_model_is_the_next_version_and_a_restarted_learner_has_it(regi
     assert (learner.log_offset, learner.events_trained) == (3, 3)
     restarted = NearlineLearner(registry, CONFIG)
     assert_same_learners(learner, restarted)
-    assert (restarted.base, restarted.offer, restarted.adopted) == (7, "first", learner.adopted)
+    assert (restarted.base, restarted.facts.offer, restarted.facts.adopted) == (7, "first", learner.facts.adopted)
     assert_same_state(copied_state(recommender_of(registry).encoder), copied_state(learner.encoder))
     assert registry.adopted("first") == 7
     assert registry.adopted("second") is None
     update(learner, 4)
     restarted = NearlineLearner(registry, CONFIG)
-    assert (restarted.base, restarted.offer, restarted.adopted) == (7, None, learner.adopted)
+    assert (restarted.base, restarted.facts.offer, restarted.facts.adopted) == (7, None, learner.facts.adopted)
     assert (restarted.version, restarted.log_offset, restarted.events_trained) == (8, 4, 4)
 
 
@@ -85,7 +86,7 @@ def test_what_came_meanwhile_is_learned_as_if_the_new_weights_had_been_there_bef
     learner.adopt(base(tmp_path / "base", 3), FACTS)
     other = Registry(tmp_path / "other")  # where nothing but the new weights ever was
     made = base(tmp_path / "base", 3)
-    manifest = Manifest(version=7, log_offset=3, facts={"events_trained": 3})
+    manifest = Manifest(version=7, log_offset=3, facts=VersionFacts(events_trained=3))
     other.publish_snapshot(made.encoder, made.catalog, manifest, None)
     alone = NearlineLearner(other, CONFIG)
     for number in (4, 5, 6):

@@ -30,6 +30,7 @@ from lib.experiments.results import (
 )
 from lib.live.learner import NearlineLearner
 from lib.log.feedback import FeedbackLog, FeedbackLogReader
+from lib.model.facts import VersionFacts
 from lib.model.folder import Manifest
 from lib.ranking.filters import ItemFilter
 from lib.ranking.recommender import Question, Recommender
@@ -309,7 +310,7 @@ def test_items_are_described_alike_in_both_arms(tmp_path, model):
     assert [answer & {"i3"} for answer in found()] == [set(), set()]
     # and when it is promoted
     learner = NearlineLearner(registry, CONFIG)
-    learner.adopt(load_folder(challenger.prepared.model), {})
+    learner.adopt(load_folder(challenger.prepared.model), VersionFacts())
     attributes = learner.catalog.attributes
     assert attributes is not None
     assert (attributes.column_names, learner.catalog.removed) == (["item_id", "genres", "year"], {"i2"})
@@ -494,7 +495,7 @@ def test_a_challenger_is_kept_as_it_was(state, model):
     """A stored version may be pruned, and a model trained again, while the experiment runs."""
     stored = prepare_challenger(ChallengerConfig(model="2"), str(state))
     loaded = load_folder(stored.model)
-    assert (stored.name, loaded.version, loaded.log_offset, loaded.facts["events_trained"]) == ("version-2", 2, 1, 1)
+    assert (stored.name, loaded.version, loaded.log_offset, loaded.facts.events_trained) == ("version-2", 2, 1, 1)
     assert loaded.optimizer is not None
     (state / "deltas" / "0000000002").unlink()
     assert prepare_challenger(ChallengerConfig(model="2"), str(state)) == stored
@@ -528,7 +529,7 @@ def test_what_cannot_challenge_is_refused(state, model, tmp_path):
 
 def snapshot_of(state: Path) -> Path:
     """The newest version, whole."""
-    NearlineLearner(Registry(state), CONFIG).save_snapshot({})
+    NearlineLearner(Registry(state), CONFIG).save_snapshot()
     return state / "snapshots" / "0000000003"
 
 

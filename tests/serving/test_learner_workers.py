@@ -84,7 +84,7 @@ def test_two_workers_learn_what_one_learns(
         assert isinstance(together, Delta)
         assert (together.version, together.log_offset) == (wanted.version, wanted.log_offset)
         assert together.new_items == wanted.new_items
-        assert together.facts.get("loss") == pytest.approx(wanted.facts.get("loss"))
+        assert together.facts.loss == pytest.approx(wanted.facts.loss)
     stored = registry.load()
     assert registry.snapshots() == [1, 4], "the first worker alone publishes"
     assert fingerprint(stored.encoder) == two.first.checksum == other_worker(two)[1]
@@ -111,7 +111,7 @@ def test_two_workers_learn_what_one_learns(
     harm = two.learn(replace(FIRST, last_offset=11))
     assert isinstance(harm, Rejection)
     assert harm.delta is not None
-    assert (harm.delta.version, harm.delta.facts["restored"], harm.after_offset) == (8, 6, 7)
+    assert (harm.delta.version, harm.delta.facts.restored, harm.after_offset) == (8, 6, 7)
     rest = two.learn(replace(FIRST, last_offset=13))
     assert isinstance(rest, Rejection)
     assert "learning rests" in rest.reason
@@ -131,7 +131,7 @@ def test_two_workers_learn_what_one_learns(
     again = NearlineLearner(registry, CONFIG)
     learned = again.learn(micro_batch(again.log_offset + 2, [history([1, 2])]))
     assert isinstance(learned, Delta)
-    assert (learned.version, again.events_trained) == (11, whole.facts["events_trained"] + 1)
+    assert (learned.version, again.events_trained) == (11, whole.facts.events_trained + 1)
 
 
 def test_one_worker_is_the_learner_itself(alone: tuple[NearlineLearner, list[Any]], registry: Registry) -> None:

@@ -12,6 +12,7 @@ from lib.live.learner import LearnerConfig, NearlineLearner, Rejection
 from lib.log.feedback import FeedbackLog
 from lib.log.layout import LOG_FILE
 from lib.model.delta import Delta
+from lib.model.facts import VersionFacts
 from lib.model.folder import Manifest, read_manifest, write_manifest
 from lib.versions.ledger import Account, Ledger, check, folded, lineage
 from lib.versions.registry import Registry, save_with_optimizer
@@ -152,8 +153,9 @@ def test_the_ledger_of_stored_versions_outlives_their_files(tmp_path):
 def offer(registry: Registry, folder: Path, name: str, since: int, events: int, log_offset: int) -> None:
     """A model that was fine-tuned from a version with so many events, up to this log offset."""
     start = registry.load(since)
-    facts = {"kind": "finetune", "since": since, "events": events, "events_rejected": 0}
-    facts["events_trained"] = start.facts.get("events_trained", 0) + events
+    facts = VersionFacts(
+        kind="finetune", since=since, events=events, events_trained=start.facts.events_trained + events
+    )
     save_with_optimizer(folder, start.encoder, start.catalog, Manifest(log_offset=log_offset, facts=facts), None)
     registry.offer(name, folder)
 

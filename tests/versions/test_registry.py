@@ -12,6 +12,7 @@ from lib.data.catalog import Catalog
 from lib.errors import InputError
 from lib.live.learner import LearnerConfig, NearlineLearner
 from lib.model.delta import Delta, DeltaMismatch
+from lib.model.facts import VersionFacts
 from lib.model.folder import MANIFEST, Manifest, load_model, save_model
 from lib.versions.registry import OPTIMIZER_FILE, Registry
 from tests.helpers.tiny import (
@@ -89,9 +90,9 @@ def test_any_stored_version_is_loaded_to_the_bit(registry):
 def test_versions_are_listed_with_what_is_known_of_them(registry):
     learn(registry, 2)
     base, *deltas = registry.versions()
-    assert (base.version, base.kind, base.facts) == (1, "snapshot", {"kind": "base"})
+    assert (base.version, base.kind, base.facts.kind) == (1, "snapshot", "base")
     assert base.size > 10_000
-    assert [(v.version, v.kind, v.log_offset, v.facts["kind"]) for v in deltas] == [
+    assert [(v.version, v.kind, v.log_offset, v.facts.kind) for v in deltas] == [
         (2, "delta", 10, "nearline"),
         (3, "delta", 20, "nearline"),
     ]
@@ -110,7 +111,7 @@ def test_a_version_is_never_published_twice(registry):
     learn(registry, 1)
     delta = registry.read_delta(2)
     before = (files_of(registry) / "deltas" / "0000000002").read_bytes()
-    delta.facts = {"other": True}
+    delta.facts = VersionFacts(events=17)
     with pytest.raises(FileExistsError, match="another learner"):
         registry.publish_delta(delta, {})
     assert (files_of(registry) / "deltas" / "0000000002").read_bytes() == before
@@ -140,7 +141,7 @@ def test_an_unfinished_write_is_not_a_version(registry):
     assert [info.version for info in registry.versions()] == [1, 2]
     assert len(learn(registry, 1)) == 2  # version 3 is free
     learner = NearlineLearner(registry, CONFIG)
-    learner.save_snapshot({})  # and what was left of the snapshot is replaced
+    learner.save_snapshot()  # and what was left of the snapshot is replaced
     assert registry.snapshots() == [1, 3]
     assert_same_state(copied_state(learner.encoder), copied_state(registry.load(3).encoder))
 
@@ -160,10 +161,10 @@ def test_a_crash_between_the_files_leaves_no_snapshot(registry, monkeypatch, sur
     with monkeypatch.context() as patch:
         patch.setattr(registry, "_write", crash)
         with pytest.raises(OSError, match="killed"):
-            learner.save_snapshot({})
+            learner.save_snapshot()
     assert registry.snapshots() == [1]
     assert registry.load().version == 2
-    learner.save_snapshot({})
+    learner.save_snapshot()
     assert registry.snapshots() == [1, 2]
     assert len(list((files_of(registry) / "snapshots" / "0000000002").iterdir())) == 5
 
@@ -196,7 +197,7 @@ def test_snapshots_in_between_and_pruning(registry):
 def test_a_snapshot_holds_the_optimiser_and_the_catalog(registry):
     learn(registry, 2)
     learner = NearlineLearner(registry, CONFIG)
-    learner.save_snapshot({"kind": "nearline", "events_trained": 2})
+    learner.save_snapshot()
     for version in registry.deltas():
         registry.fs.delete_file(f"{registry.root}/deltas/{version:010d}")
     again = NearlineLearner(registry, CONFIG)
@@ -240,7 +241,7 @@ def test_a_torn_delta_is_named_and_the_newest_whole_version_loaded(registry):
         with pytest.raises(InputError, match=r"deltas/0000000004 is damaged"):
             registry.load(4)
         loaded = registry.load()
-        assert (loaded.version, loaded.log_offset, loaded.facts["events_trained"]) == (3, 20, 2)
+        assert (loaded.version, loaded.log_offset, loaded.facts.events_trained) == (3, 20, 2)
         assert_same_state(states[3], copied_state(loaded.encoder))
         [damage] = loaded.damage
         assert damage.startswith(f"version: {registry.root}/deltas/0000000004 is damaged: ")
@@ -260,7 +261,7 @@ def test_a_delta_is_not_laid_over_a_version_that_it_does_not_follow(registry):
 @pytest.mark.parametrize("name", ["model.safetensors", "catalog.parquet", "config.json", OPTIMIZER_FILE])
 def test_a_damaged_or_missing_file_of_a_snapshot_is_named(registry, name):
     states = learn(registry, 1)
-    NearlineLearner(registry, CONFIG).save_snapshot({})
+    NearlineLearner(registry, CONFIG).save_snapshot()
     path = files_of(registry) / "snapshots" / "0000000002" / name
     flip(path, 50)
     for damage in (lambda: None, path.unlink):
@@ -298,7 +299,7 @@ def test_a_missing_delta_is_named(registry):
 
 def test_it_starts_from_a_model_folder_once(tmp_path):
     model = tmp_path / "model"
-    save_model(model, tiny_encoder(seed=3), Catalog(item_ids(24)), Manifest(version=1, facts={"kind": "base"}))
+    save_model(model, tiny_encoder(seed=3), Catalog(item_ids(24)), Manifest(version=1, facts=VersionFacts(kind="base")))
     registry = Registry(tmp_path / "store")
     registry.start_from(model)
     assert registry.load().optimizer is None
