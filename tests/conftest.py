@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from xdist.scheduler import LoadGroupScheduling
+from xdist.scheduler import LoadScopeScheduling
 
 from cluster.local import HOST, free_port, prepare_environment
 from tests.helpers.logs import ROOT
@@ -33,38 +34,46 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # it has ports and folders of its own, 
 prepare_environment()  # before any test module imports ray, which reads its settings then
 
 
-class GroupsAndFiles(LoadGroupScheduling):
-    """Hand out whole groups, and the other tests file by file, to the processes of `pytest -n`."""
+def group_of(fixtures: Collection[str]) -> str | None:
+    """Return the group of a test that needs Ray, by its fixtures: a process that runs a group has one Ray for it."""
+    if "ray_session" not in fixtures:
+        return None
+    return "service" if {"service", "mortal_service"} & set(fixtures) else "ray"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Name the group in the id of a test: pytest-xdist distributes tests by nothing else."""
+    if group := group_of(metafunc.fixturenames):
+        metafunc.fixturenames.append("group")
+        metafunc.parametrize("group", [group], ids=[f"@{group}"])
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by markers
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Begin with the groups, which take longest, and in them use `service` before a `mortal_service` ends it."""
+
+    def turn(item: pytest.Function) -> tuple[bool, ...]:
+        group = group_of(item.fixturenames)
+        return group != "service", group != "ray", "mortal_service" in item.fixturenames
+
+    for item in items:
+        if "mortal_service" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=turn)
+
+
+class GroupsAndFiles(LoadScopeScheduling):
+    """Give each process of `pytest -n` whole groups, and of the other tests whole files."""
 
     def _split_scope(self, nodeid: str) -> str:
-        group = super()._split_scope(nodeid)
-        return nodeid.partition("::")[0] if group == nodeid else group
+        file, _, test = nodeid.partition("::")
+        group = re.search(r"\[(@\w+)", test)
+        return group[1] if group else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupsAndFiles:
     """Choose what `pytest -n` runs where."""
     return GroupsAndFiles(config, log)
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups, and pytest chooses by markers
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests that need Ray: those with a service in one process, the others in another.
-
-    All with `service` come before those with `mortal_service`, which ends it: one Ray has one service.
-    """
-
-    def turn(item: pytest.Item) -> int:
-        needed = getattr(item, "fixturenames", ())
-        if "ray_session" not in needed:
-            return 3
-        return 0 if "service" in needed else 1 if "mortal_service" in needed else 2
-
-    for item in items:
-        if turn(item) < 3:
-            item.add_marker(pytest.mark.xdist_group("ray" if turn(item) == 2 else "service"))
-        if turn(item) == 1:
-            item.add_marker(pytest.mark.slow)
-    items.sort(key=turn)
 
 
 @pytest.fixture(scope="session")
