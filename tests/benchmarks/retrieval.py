@@ -3,13 +3,10 @@
     python -m tests.benchmarks.retrieval [--items 10000 --items 100000 ...] [--threads N] [--gaussian] [--json FILE]
 
 Queries a second, for the 100 best of each: `FAISS exact` is IndexFlatIP at its best batch size (16, 64, 256); `product`
-a matrix product with torch.topk (on a card the limit) and `lists` the approximate index, both in batches of 64 and one
+a matrix product with torch.topk (on a GPU the limit) and `lists` the approximate index, both in batches of 64 and one
 by one. All on the same threads. Recall is the share of the exact 100 best.
 
-The vectors are synthetic and look like trained ones: 4,096 centres, drawn with a variance that falls as 1/j in the j-th
-direction (effective dimension 14; the item vectors of a model trained on MovieLens have 16), sizes that fall as
-1/sqrt(rank), unit items at a centre plus noise of 0.6 times the centre's length with the same spectrum, all turned by
-one random rotation; queries are drawn in the same way but apart from the items. `--gaussian` draws plain Gaussian
+The vectors are synthetic and look like trained ones (tests/benchmarks/vectors.py). `--gaussian` draws plain Gaussian
 directions instead, which have no neighbourhoods to find and are the worst case.
 
 Changed: a fifth of the rows (at most 200,000) get new vectors of the same kind, a thousand rows each tenth of a second
@@ -36,41 +33,12 @@ from jobs.configuration import write_json
 from lib.retrieval.faiss_lists import copy_to
 from lib.retrieval.index import ItemIndex, search_device, use_threads
 from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.vectors import WIDTH, Search, gaussian, in_batches, recall, speed, trained_like
 
 SIZES = [10_000, 100_000, 1_000_000]
-WIDTH, K, BATCH, SINGLE, REPEATS = 64, 100, 64, 64, 3
-CENTRES, NOISE = 4096, 0.6
+K, BATCH, SINGLE, REPEATS = 100, 64, 64, 3
 PIECE, PIECE_SECONDS, SEARCHED, MOST_CHANGED = 1000, 0.1, 8, 200_000
 BATCHES = (16, 64, 256)
-
-Search = Callable[[np.ndarray], np.ndarray]
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows of length 1."""
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def gaussian(count: int, generator: np.random.Generator) -> np.ndarray:
-    """Directions without any neighbourhoods."""
-    return unit(generator.standard_normal((count, WIDTH), dtype=np.float32))
-
-
-def trained_like(count: int, generator: np.random.Generator) -> np.ndarray:
-    """(count, WIDTH) unit vectors around the same centres at every call."""
-    fixed = np.random.default_rng(0)
-    spectrum = np.arange(1, WIDTH + 1, dtype=np.float32) ** -0.5
-    spectrum /= np.linalg.norm(spectrum)
-    centres = unit(fixed.standard_normal((CENTRES, WIDTH), dtype=np.float32) * spectrum)
-    rotation = np.linalg.qr(fixed.standard_normal((WIDTH, WIDTH)))[0].astype(np.float32)
-    sizes = np.arange(1, CENTRES + 1) ** -0.5
-    vectors = np.empty((count, WIDTH), dtype=np.float32)
-    for start in range(0, count, 100_000):
-        part = vectors[start : start + 100_000]
-        chosen = generator.choice(CENTRES, len(part), p=sizes / sizes.sum())
-        noise = NOISE * spectrum * generator.standard_normal(part.shape, dtype=np.float32)
-        part[:] = unit(centres[chosen] + noise) @ rotation
-    return vectors
 
 
 def resident_bytes() -> int:
@@ -78,26 +46,6 @@ def resident_bytes() -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-def in_batches(search: Search, queries: np.ndarray, batch: int) -> np.ndarray:
-    """Rows found for all queries."""
-    return np.concatenate([search(queries[start : start + batch]) for start in range(0, len(queries), batch)])
-
-
-def speed(search: Search, queries: np.ndarray, batch: int, repeats: int = REPEATS) -> float:
-    """Queries a second, the best of some rounds."""
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        in_batches(search, queries, batch)
-        seconds.append(time.perf_counter() - started)
-    return len(queries) / min(seconds)
-
-
-def recall(found: np.ndarray, exact: np.ndarray) -> float:
-    """Share of the exact best that was found."""
-    return sum(len(np.intersect1d(one, other)) for one, other in zip(found, exact, strict=True)) / exact.size
 
 
 def faiss_exact(vectors: np.ndarray) -> Search:
@@ -242,7 +190,7 @@ def benchmark(
     use_threads(threads)
     device = search_device()
     if device.type == "cuda":
-        machine["card"] = torch.cuda.get_device_name(device)
+        machine["gpu"] = torch.cuda.get_device_name(device)
     results = []
     for size in items or SIZES:
         results.append(measure(size, gaussian if random else trained_like))
@@ -250,7 +198,7 @@ def benchmark(
         if json_file is not None:
             settings = {"width": WIDTH, "k": K, "batch": BATCH, "threads": threads, "gaussian": random}
             write_json(json_file, {"machine": machine, "settings": settings, "results": results})
-    for table in tables(results, f"{threads} threads, {machine.get('card', machine['processor'])}"):
+    for table in tables(results, f"{threads} threads, {machine.get('gpu', machine['processor'])}"):
         Console().print(table)
 
 

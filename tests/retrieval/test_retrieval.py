@@ -11,7 +11,7 @@ from lib.retrieval.approximate import FreshRows, among, inner_products
 from lib.retrieval.exact import exact_search
 from lib.retrieval.faiss_lists import PROBED_LISTS, CardLists, ProcessorLists, choose_device, inverted_index, list_count
 from lib.retrieval.index import ItemIndex
-from tests.benchmarks.retrieval import recall, trained_like
+from tests.benchmarks.vectors import recall, trained_like
 
 ITEMS = 30_000
 
