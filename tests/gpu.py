@@ -2,12 +2,12 @@
 
     python -m tests.gpu --json FILE [--only PART ...] [--cpu]
 
-Needs nothing but torch, transformers, pyarrow and numpy; two parts need more and are not run without it: approximate
-search FAISS, the whole near-line learner pydantic, typer and rich. Every part runs in a process of its own and is ended
-when its time is up (what earlier parts left of theirs is added to it): a part that fails, hangs or breaks the CUDA
-context hides none of the others, and what it had found stands. Exit status 1 where a part failed, 0 otherwise, also
-where there is no GPU. `--cpu` runs every part in a tiny size on the CPU, to test the parts themselves; its figures mean
-nothing.
+Needs nothing but torch, transformers, pyarrow and numpy; three parts need more and are not run without it: a push
+pydantic, the whole near-line learner typer and rich as well, approximate search FAISS. Every part runs in a process of
+its own and is ended when its time is up (what earlier parts left of theirs is added to it): a part that fails, hangs or
+breaks the CUDA context hides none of the others, and what it had found stands. Exit status 1 where a part failed, 0
+otherwise, also where there is no GPU. `--cpu` runs every part in a tiny size on the CPU, to test the parts themselves;
+its figures mean nothing.
 
 How flops are counted, and with which peak they are compared, stands in tests/benchmarks/training_step.py.
 """
@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.numpy
@@ -35,12 +35,10 @@ import torch
 from torch import Tensor
 
 from lib.model.batches import Batch
-from lib.model.delta import ROW_TENSORS, Delta, apply_delta, dense_state, state_of
 from lib.model.encoder import BehaviourEncoder, Packing
-from lib.model.fingerprint import fingerprint
 from lib.model.inference import InferenceEncoder
 from lib.model.presets import PRESETS, Preset
-from lib.model.trainer import Trainer, TrainingConfig, train_uppermost
+from lib.model.trainer import Trainer, TrainingConfig, train_top_layers
 from lib.retrieval.exact import exact_search
 from tests.benchmarks.machine import describe_gpu, describe_machine
 from tests.benchmarks.training_step import (
@@ -52,6 +50,9 @@ from tests.benchmarks.training_step import (
     synthetic_batches,
 )
 from tests.benchmarks.vectors import WIDTH, in_batches, recall, speed, trained_like
+
+if TYPE_CHECKING:
+    from lib.model.delta import Delta
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 ROOT = Path(__file__).resolve().parents[1]
@@ -254,19 +255,22 @@ def resume(run: Run) -> Iterator[Row]:
 
 
 def _weights(trainer: Trainer) -> Tensor:
-    return torch.cat([tensor.double().flatten().cpu() for tensor in state_of(trainer.encoder).values()])
+    return torch.cat([tensor.double().flatten().cpu() for tensor in trainer.encoder.state_dict().values()])
 
 
 def push(run: Run) -> Iterator[Row]:
     """Measure steps like those of the near-line learner, and what changed on its way to a replica on the same GPU."""
+    from lib.model.delta import Delta, apply_delta
+    from lib.model.fingerprint import fingerprint
+
     for name in ("small", "base", "large"):
         preset, items = run.preset(name), run.size(100_000, 500)
         learned, served = (_new_encoder(preset, items, run.device) for _ in range(2))
-        train_uppermost(learned, PUSHED_BYTES)
+        train_top_layers(learned, PUSHED_BYTES)
         trainer = Trainer(learned, items, TrainingConfig(learning_rate=1e-3 * min(1.0, 128 / preset.hidden_size)))
         batches = synthetic_batches(learned.config, items, run.size(2048, 128), run.size(12, 3), seed=0)
         times: list[tuple[float, float, float]] = []
-        size = 0
+        data = b""
         for version, batch in enumerate(batches, start=1):
             begin = run.clock()
             rows = trainer.step(batch.to(run.device)).rows
@@ -276,15 +280,16 @@ def push(run: Run) -> Iterator[Row]:
             apply_delta(served, Delta.from_bytes(data))
             InferenceEncoder(served)
             times.append((trained - begin, built - trained, run.clock() - built))
-            size = len(data)
-        milliseconds = np.median(np.array(times[2:] or times), axis=0) * 1e3
+        milliseconds = np.median(np.array(times[2:]), axis=0) * 1e3  # the first two warm up
         figures = dict(zip(("learn_ms", "build_ms", "apply_ms"), milliseconds.tolist(), strict=True))
         equal = fingerprint(served) == fingerprint(learned)
-        yield {"name": f"{name}, {items:,} items", "passed": equal, "delta_bytes": size, **figures}
+        yield {"name": f"{name}, {items:,} items", "passed": equal, "delta_bytes": len(data)} | figures
 
 
-def _delta(encoder: BehaviourEncoder, rows: Tensor, version: int) -> Delta:
+def _delta(encoder: BehaviourEncoder, rows: Tensor, version: int) -> "Delta":
     """Gather the changed rows and the trained dense tensors."""
+    from lib.model.delta import ROW_TENSORS, Delta, dense_state, state_of
+
     state = state_of(encoder)
     tensors = {name: state[name][rows] for name in ROW_TENSORS} | dense_state(encoder)
     return Delta(
@@ -372,7 +377,7 @@ PARTS = {
     "train base": Part(partial(training, preset="base"), 60),
     "train large": Part(partial(training, preset="large"), 85),
     "resume": Part(resume, 30),
-    "push": Part(push, 40),
+    "push": Part(push, 40, needs=("pydantic",)),
     "learner": Part(learner, 20, needs=("pydantic", "typer", "rich")),
     "exact search": Part(exact, 25),
     "approximate search": Part(approximate, 90, needs=("faiss",)),
