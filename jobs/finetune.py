@@ -16,24 +16,24 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from pydantic import Field
 
 from cluster.local import running_ray
 from jobs.configuration import settings_from, write_json
 from jobs.pretrain import (
-    LARGEST_SEED,
     LIVE_FOLDER,
-    PRECISIONS,
     PretrainSettings,
     checksums,
     keep_or_start_afresh,
     run_workers,
 )
 from lib.errors import InputError
+from lib.settings import Settings
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,37 +52,30 @@ LOOK_SECONDS = 0.2
 METRIC = "ndcg@10"
 
 
-@dataclass(frozen=True)
-class FinetuneSettings:
+class FinetuneSettings(Settings):
     """How a model is fine-tuned, and how good the result must be."""
 
-    epochs: int = 5
-    learning_rate: float = 5e-4
-    events_per_batch: int = 2048  # over all workers
-    negatives: int = 512
-    older_events: float = 1.0  # of other users, drawn at random, for each new event
-    older_weight: float = 0.5  # of an older event as a target, where a new one's is 1
-    held_out: float = 0.1  # share of the new events, the newest, that the result is judged by
-    most_held_out: int = 10_000
-    tolerance: float = 0.005  # so much worse in NDCG@10 than the live weights the result may be
-    popularity_half_life: float | None = None  # events, as the learner's; None: as many as the catalog has items
-    precision: str | None = None  # of the blocks; None: float32
-    accumulation: int = 1  # parts that a worker works a batch off in
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "events_per_batch", "negatives", "most_held_out", "accumulation"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: {getattr(self, name)} is too small; give 1 or more")
-        for name in (each.name for each in fields(self) if isinstance(getattr(self, each.name), float)):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"{name}: {getattr(self, name)} is not a finite number of 0 or more")
-        if not 0 < self.held_out <= 0.5:
-            raise InputError(f"held_out: {self.held_out} is not above 0 and at most 0.5")
-        if self.precision not in (None, *PRECISIONS):
-            raise InputError(f"precision: {self.precision!r} is not one of {', '.join(PRECISIONS)}")
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise InputError(f"seed: {self.seed} is not from 0 to {LARGEST_SEED}")
+    epochs: int = Field(default=5, ge=1, description="passes over the feedback")
+    learning_rate: float = Field(default=5e-4, ge=0, description="at its peak; it is warmed up, and decays")
+    events_per_batch: int = Field(default=2048, ge=1, description="over all workers")
+    negatives: int = Field(default=512, ge=1, description="random items that each batch's targets are compared with")
+    older_events: float = Field(default=1.0, ge=0, description="of other users, drawn at random, for each new event")
+    older_weight: float = Field(default=0.5, ge=0, description="of an older event as a target, where a new one's is 1")
+    held_out: float = Field(
+        default=0.1, gt=0, le=0.5, description="share of the new events, the newest, that the result is judged by"
+    )
+    most_held_out: int = Field(default=10_000, ge=1, description="events of that share at most")
+    tolerance: float = Field(
+        default=0.005, ge=0, description="how far the result's NDCG@10 may be below the live weights'"
+    )
+    popularity_half_life: float | None = Field(
+        default=None, gt=0, description="in events, as the learner's; default: as many as the catalog has items"
+    )
+    precision: Literal["float32", "bfloat16"] | None = Field(
+        default=None, description="of the blocks; default: float32"
+    )
+    accumulation: int = Field(default=1, ge=1, description="parts that a worker processes a batch in")
+    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="of all that is drawn")
 
 
 @dataclass(frozen=True)
@@ -142,7 +135,11 @@ def _finetune(
     gpu: bool | None,
 ) -> Outcome:
     start, storage = time.monotonic(), state / FOLDER
-    run = {"settings": asdict(settings), "since": since, "data": checksums(Path(data)) if data is not None else None}
+    run = {
+        "settings": settings.model_dump(),
+        "since": since,
+        "data": checksums(Path(data)) if data is not None else None,
+    }
     keep_or_start_afresh(storage, run)
     if not (storage / PLAN_FILE).exists():
         try:
@@ -223,7 +220,8 @@ def _plan(
     import pyarrow as pa
 
     from lib.live.finetuning import cut_feedback, feedback, older_events
-    from lib.live.learner import LearnerConfig, NearlineLearner, base_of
+    from lib.live.learner import NearlineLearner, base_of
+    from lib.live.settings import LearnerConfig
     from lib.log.layout import read_log
     from lib.model.folder import Manifest, save_model
 

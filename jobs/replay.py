@@ -28,9 +28,9 @@ from jobs.reports import check_plot, plot_replay, print_replay
 from lib.data.dataset import read_events, read_items, write_dataset
 from lib.data.tables import order_events
 from lib.errors import InputError
-from lib.live.learner import LearnerConfig
 from lib.live.prequential import Daily, Frozen, Live, Outcome, Stream, replay, split_by_time
 from lib.live.prequential_comparison import ReplayComparison, compare_arms
+from lib.live.settings import LearnerConfig
 from lib.model.trainer import keep_freed_memory
 
 ARMS = ("batch", "history", "live", "daily")

@@ -26,9 +26,9 @@ from ray.serve.config import HTTPOptions
 from cluster.local import HOST, require_free_port, running_ray
 from lib.data.dataset import read_events
 from lib.data.guard import CleaningRules
-from lib.errors import InputError
+from lib.errors import InputError, SettingsError
 from lib.experiments.results import ChallengerConfig
-from lib.live.learner import LearnerConfig
+from lib.live.settings import LearnerConfig
 from lib.log.layout import SQLITE
 from lib.model.folder import load_model
 from lib.ranking.rules import BoundRules, RankingRules
@@ -224,13 +224,16 @@ def serve_command(
 def _challenger(
     model: str | None, share: float | None, shadow: bool, settings: dict[str, Any]
 ) -> ChallengerConfig | None:
-    given = {} if share is None else {"share": share}
+    given: dict[str, Any] = {} if share is None else {"share": share}
     if model is None:
         if given or shadow or settings:
             raise InputError("challenger: name the second model with --challenger, or leave out what is said of it")
         return None
     named = model if model.isdecimal() else str(Path(model).absolute())
-    return ChallengerConfig.of({"model": named, "shadow": shadow} | given | settings)
+    try:
+        return ChallengerConfig(**{"model": named, "shadow": shadow} | given | settings)
+    except SettingsError as error:
+        raise InputError(f"challenger.{error}") from error
 
 
 if __name__ == "__main__":

@@ -53,7 +53,10 @@ def objection(error: "ValidationError", *models: "type[BaseModel]", whole: str =
 def _remedy(name: str, model: "type[BaseModel]") -> str:
     """Say what an unknown setting may have been meant to be: one inside of another, or one of a similar name."""
     for group, field in model.model_fields.items():
-        if name in getattr(field.annotation, "model_fields", ()):
+        inner = getattr(field.annotation, "model_fields", {})
+        if name in inner:
             return f"; it is {group}.{name}"
+        if name.removeprefix(f"{group}_") in inner:
+            return f"; it is {group}.{name.removeprefix(f'{group}_')}"
     close = get_close_matches(name, model.model_fields, n=1)
     return f"{f', did you mean {close[0]}?' if close else ';'} there are {', '.join(model.model_fields)}"

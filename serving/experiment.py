@@ -20,7 +20,8 @@ from ray.actor import ActorHandle
 from lib.data.catalog import Catalog
 from lib.errors import InputError
 from lib.experiments.results import SHADOW, ChallengerConfig, ExperimentResults, Records
-from lib.live.learner import LearnerConfig, NearlineLearner
+from lib.live.learner import NearlineLearner
+from lib.live.settings import LearnerConfig
 from lib.model.encoder import WEIGHTS, BehaviourEncoder
 from lib.model.facts import VersionFacts
 from lib.model.folder import MANIFEST, Manifest, read_manifest

@@ -23,8 +23,9 @@ import ray
 from ray.actor import ActorHandle
 
 from lib.errors import InputError
-from lib.live.learner import LearnerConfig, NearlineLearner, Rejection
+from lib.live.learner import NearlineLearner, Rejection
 from lib.live.micro_batch import MicroBatch
+from lib.live.settings import LearnerConfig
 from lib.log.integrity import check_ends
 from lib.log.items import ItemChange
 from lib.log.layout import LogLayout

@@ -22,8 +22,9 @@ from ray.util import get_node_ip_address
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from lib.errors import InputError
-from lib.live.learner import LearnerConfig, NearlineLearner, Rejection
+from lib.live.learner import NearlineLearner, Rejection
 from lib.live.micro_batch import MicroBatch
+from lib.live.settings import LearnerConfig
 from lib.log.items import ItemChange
 from lib.model.delta import Delta
 from lib.model.distributed import require_equal

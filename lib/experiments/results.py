@@ -9,18 +9,19 @@ what the challenger would have answered is compared with it, and with what was c
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from lib.data.events import EVENT_WEIGHTS
-from lib.errors import InputError, objection
+from lib.errors import InputError
 from lib.experiments.sequential_test import ArmTotals, difference, evidence, interval, verdict
 from lib.experiments.split import place_of
+from lib.settings import Settings
 
 LIVE, CHALLENGER, SHADOW = "live", "challenger", "shadow"
 ARMS = (LIVE, CHALLENGER)
@@ -40,10 +41,8 @@ CREATE TABLE IF NOT EXISTS facts(name TEXT PRIMARY KEY, value);
 ADD = "INSERT INTO facts VALUES(?, ?) ON CONFLICT(name) DO UPDATE SET value = value + excluded.value"
 
 
-class ChallengerConfig(BaseModel):
+class ChallengerConfig(Settings):
     """A second model, and how it is compared with the live one."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(min_length=1, description="a model folder, or the number of a stored version")
     share: float = Field(default=0.1, gt=0, lt=1, description="of the users, that it answers or (shadow) is asked for")
@@ -54,18 +53,6 @@ class ChallengerConfig(BaseModel):
     decide: bool = Field(default=True, description="promote or give up the challenger when the test is sure")
     alpha: float = Field(default=0.05, gt=0, lt=1, description="probability of a wrong decision, however long it runs")
     effect: float = Field(default=0.01, gt=0, lt=1, description="difference of rates that the test is best at")
-
-    @classmethod
-    def of(cls, written: Mapping[str, Any]) -> "ChallengerConfig":
-        """Read what somebody wrote.
-
-        Raises:
-            InputError: an unknown setting, or a value that it cannot have.
-        """
-        try:
-            return cls.model_validate(written)
-        except ValidationError as error:
-            raise InputError(f"challenger.{objection(error, cls)}") from error
 
     def arm_of(self, user_id: str | None, experiment: str) -> str | None:
         """The arm of a user; None for who takes no part, as whoever comes without an id."""

@@ -24,17 +24,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from lib.data.catalog import Catalog
 from lib.data.histories import Histories
 from lib.data.user_histories import History, to_histories
-from lib.errors import InputError
 from lib.evaluation.metrics import ndcg_at
 from lib.live.micro_batch import MicroBatch
 from lib.model.batches import SequenceBatches, target_weights
 from lib.model.delta import ROW_TENSORS, dense_state, state_of
 from lib.model.encoder import BehaviourEncoder
+from lib.settings import Settings
 
 TABLE = ROW_TENSORS[0]
 TO_SIGMA = 1.4826  # of a median absolute deviation, where what deviates is normal
@@ -45,31 +46,44 @@ FIRST_REST, LONGEST_REST = 8, 512  # updates
 MOST_OF_AN_ITEM = 2  # of the new events of an update
 
 
-@dataclass(frozen=True)
-class GateConfig:
+class GateConfig(Settings):
     """What is held out, and how much worse an update may be."""
 
-    held_out_users: int = 64  # in the window; 0 leaves only what needs none
-    held_out_length: int = 20  # events that are read before the one to be ranked
-    held_out_candidates: int = 1000  # it is ranked among so many random items, and all items of the update
-    loss_tolerance: float = 0.25  # a loss may be above the live version's, or the usual one, by this share
-    loss_deviations: float = 6.0  # and above the usual one by so many standard deviations, whichever is more
-    movement_tolerance: float = 4.0  # the weights may move so many times as far as they usually do
-    usual_updates: int = 64  # latest updates that say what is usual
-    quality_tolerance: float = 0.05  # the window's NDCG@10 may fall by this share of it
-    deviations: float = 3.0  # a fall must be so many standard errors to be more than chance
-    reference_updates: int = 32  # after so many updates a version that is no worse becomes the reference
-    reference_tolerance: float = 0.02  # the share of the reference's NDCG@10 by which later versions may be worse
-    reference_users: int = 24  # of an update, whose new event the reference ranks; 0: there is no reference
-    reference_events: int = 512  # the latest of these, by which the versions since are judged
-
-    def __post_init__(self) -> None:
-        for name in ("held_out_users", "reference_users"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name}: {getattr(self, name)} is below 0")
-        for name in ("held_out_length", "held_out_candidates", "usual_updates", "reference_updates"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: {getattr(self, name)} is too small; give 1 or more")
+    held_out_users: int = Field(
+        default=64, ge=0, description="users in the held-out window; 0 leaves only the checks that need no window"
+    )
+    held_out_length: int = Field(default=20, ge=1, description="events read before the one that is to be ranked")
+    held_out_candidates: int = Field(
+        default=1000, ge=1, description="random items among which it is ranked, beside all items of the update"
+    )
+    loss_tolerance: float = Field(
+        default=0.25, ge=-1, description="share by which a loss may be above the live version's, or the usual one"
+    )
+    loss_deviations: float = Field(
+        default=6.0, ge=0, description="standard deviations above the usual loss; the wider of the two bounds counts"
+    )
+    movement_tolerance: float = Field(
+        default=4.0, ge=0, description="how many times as far as usual the weights may move"
+    )
+    usual_updates: int = Field(default=64, ge=1, description="latest updates that say what is usual")
+    quality_tolerance: float = Field(
+        default=0.05, ge=0, description="share by which NDCG@10 of the held-out window may fall"
+    )
+    deviations: float = Field(
+        default=3.0, ge=0, description="standard errors from which on a fall is taken to be more than chance"
+    )
+    reference_updates: int = Field(
+        default=32, ge=1, description="updates after which a version that is no worse becomes the reference"
+    )
+    reference_tolerance: float = Field(
+        default=0.02, ge=0, description="share by which NDCG@10 of later versions may be below the reference's"
+    )
+    reference_users: int = Field(
+        default=24, ge=0, description="users of an update whose new event the reference ranks, too; 0: no reference"
+    )
+    reference_events: int = Field(
+        default=512, ge=1, description="latest of these events, by which versions since the reference are judged"
+    )
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import Field
 
 from lib.data.histories import Histories
 from lib.data.user_histories import History
-from lib.errors import InputError
 from lib.model.facts import NewcomerShare
+from lib.settings import Settings
 
 OPINIONS = ("like", "dislike", "rating")  # of the same item, only a user's last one counts
 LEAST_CROWD = 4.0  # that newcomers may weigh however few others act; a micro-batch may hold nobody else
@@ -22,21 +23,21 @@ LEAST_SHARE = 0.1
 MEMORY = 512  # updates that make up what is usual
 
 
-@dataclass(frozen=True)
-class InfluenceLimits:
+class InfluenceLimits(Settings):
     """What counts in full; beyond it a user's total grows with the square root, a crowd's not at all."""
 
-    user_limit: float = 64.0  # of one user's new events in a micro-batch, where a click counts 1
-    newcomer_events: int = 100_000  # a newcomer's first event is among so many latest ones of the log
-    newcomer_share: float = 2.0  # newcomers may weigh so many times what they usually do,
-    item_limit: float = 4.0  # and so many of their clicks on one item may count,
-    item_refill: float = 0.2  # with so many more after each update,
-    item_share: float = 4.0  # or so many times what the item's share of all events makes likely
-
-    def __post_init__(self) -> None:
-        for name in ("user_limit", "newcomer_events", "newcomer_share", "item_limit", "item_refill", "item_share"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name}: {getattr(self, name)} is too small; give more than 0")
+    user_limit: float = Field(
+        default=64.0, gt=0, description="weight of one user's new events in a micro-batch, where a click counts 1"
+    )
+    newcomer_events: int = Field(
+        default=100_000, gt=0, description="a user whose first event is among so many latest of the log is a newcomer"
+    )
+    newcomer_share: float = Field(default=2.0, gt=0, description="how many times their usual share newcomers may weigh")
+    item_limit: float = Field(default=4.0, gt=0, description="clicks of newcomers on one item that may count")
+    item_refill: float = Field(default=0.2, gt=0, description="by how many that grows again with every update")
+    item_share: float = Field(
+        default=4.0, gt=0, description="or how many times what the item's share of all events makes likely"
+    )
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,9 @@ One update reads: extend the catalog, train on the new events with a replay samp
 publish the delta with the optimiser's state and the log offset in one atomic step, or go back to the live state.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,11 @@ from lib.data.histories import Histories
 from lib.data.popularity import event_counts, moved_reference, start_weights
 from lib.data.user_histories import History, ReplaySample, to_histories
 from lib.errors import InputError
-from lib.live.gate import Gate, GateConfig
-from lib.live.influence import Influence, InfluenceLimits, Targets, is_newcomer, last_opinions
+from lib.live.gate import Gate
+from lib.live.influence import Influence, Targets, is_newcomer, last_opinions
 from lib.live.micro_batch import MicroBatch, SampleSizes
 from lib.live.new_items import add_rows, encode_attributes
+from lib.live.settings import LearnerConfig
 from lib.live.undo import UndoJournal
 from lib.log.items import ItemChange
 from lib.model.batches import Batch, SequenceBatches
@@ -38,44 +38,6 @@ from lib.versions.rejections import Rejection, Rejections
 
 LEAST_CONTEXT = 8  # events before a user's new ones
 LEAST_HALF_LIFE = 1000.0  # events: of fewer, chance decides what is popular
-
-
-@dataclass(frozen=True)
-class LearnerConfig(GateConfig, InfluenceLimits):
-    """How the weights follow the feedback; what an update must pass is the gate's (lib/live/gate.py)."""
-
-    learning_rate: float | None = None  # None: 1e-3, and of a model wider than 128 as much less as it is wider
-    new_row_boost: float = 20.0  # times the learning rate that a new item's row moves faster, fading with its updates
-    steps: int = 1  # of training with every update, each with the new events and its own part of the replayed windows
-    context_length: int = 50  # events read before a user's new ones, and of a replayed window; never over max_length
-    context_events: int = 1000  # read before new ones altogether: fewer of each where many users act at once
-    replay_events: int = 1000  # in windows of earlier histories, learned again with every update
-    replay_recent_share: float = 0.3  # of the windows around the latest events; the others are around any
-    replay_recent_events: int = 2000  # so many are the latest
-    replay_weight: float = 0.2  # of a replayed target, where a new event's is 1
-    negatives: int = 512
-    trained_bytes: int = 14_000_000  # the uppermost dense weights are trained, and pushed: as many as this holds
-    popularity_half_life: float | None = None  # events; None: as many as the catalog has items
-    snapshot_every: int = 200  # versions
-    keep_snapshots: int = 10
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        GateConfig.__post_init__(self)
-        InfluenceLimits.__post_init__(self)
-        counts = ("steps", "context_length", "replay_recent_events", "negatives", "snapshot_every", "keep_snapshots")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: {getattr(self, name)} is too small; give 1 or more")
-        for name in ("context_events", "replay_events", "replay_weight", "new_row_boost", "trained_bytes"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name}: {getattr(self, name)} is not a finite number of 0 or more")
-        if not 0 <= self.replay_recent_share <= 1:
-            raise InputError(f"replay_recent_share: {self.replay_recent_share} is not from 0 to 1")
-        for name in ("learning_rate", "popularity_half_life"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name}: {value} is not a finite number above 0")
 
 
 class NearlineLearner:
@@ -103,7 +65,7 @@ class NearlineLearner:
         self.damage = loaded.damage
         self.newest_number = max(loaded.version, registry.head() or 0)  # also of versions that are damaged
         self._take(loaded)
-        self.influence = Influence(config, loaded.facts.newcomers)
+        self.influence = Influence(config.influence, loaded.facts.newcomers)
         self.rejections = Rejections(registry)
         newest = self.rejections.newest
         if newest is not None and newest.version == self.version:  # no version was published since
@@ -143,15 +105,24 @@ class NearlineLearner:
         self.trainer = _trainer_of(loaded, training)
         self.fingerprint = Fingerprint(self.encoder)
         self.kind_codes = self.encoder.config.kind_codes
-        self.gate = Gate(self.config, self.encoder, self.catalog, self.kind_codes, self.config.seed)
+        self.gate = Gate(self.config.gate, self.encoder, self.catalog, self.kind_codes, self.config.seed)
 
     @property
     def sample_sizes(self) -> SampleSizes:
         """What the learner wants with the new events of a micro-batch."""
         config = self.config
         length = min(config.context_length, self.encoder.config.max_length)
-        replay = ReplaySample(config.replay_events, config.replay_recent_share, config.replay_recent_events)
-        return SampleSizes(length, replay, config.held_out_users, config.held_out_length)
+        replay = ReplaySample(
+            events=config.replay.events,
+            recent_share=config.replay.recent_share,
+            recent_events=config.replay.recent_events,
+        )
+        return SampleSizes(
+            history_length=length,
+            replay=replay,
+            held_out_users=config.gate.held_out_users,
+            held_out_length=config.gate.held_out_length,
+        )
 
     @property
     def checksum(self) -> str:
@@ -421,7 +392,7 @@ class NearlineLearner:
             known = sum(kind in self.kind_codes for kind in history.newest(count).events)
             new[stop - known : stop] = True
         share = new.astype(np.float32)
-        share[flat.offsets[len(histories)] :] = self.config.replay_weight
+        share[flat.offsets[len(histories)] :] = self.config.replay.weight
         share[new & np.isin(offsets, list(batch.quarantined))] = 0.0
         share[~new & self.rejections.cover(offsets)] = 0.0
         newcomers = self._newcomers([*histories, *replay], batch.last_offset)
@@ -449,7 +420,7 @@ class NearlineLearner:
 
     def _newcomers(self, histories: Sequence[History], last_offset: int) -> np.ndarray:
         """(U,) bool, whose users are new here."""
-        return np.array([is_newcomer(history, last_offset, self.config) for history in histories], dtype=bool)
+        return np.array([is_newcomer(history, last_offset, self.config.influence) for history in histories], dtype=bool)
 
     def _count_popularity(self, batch: MicroBatch, journal: UndoJournal) -> None:
         """Count the new events, a user's of one item once in the history at hand, all within the limits."""

@@ -27,8 +27,9 @@ from lib.data.popularity import DAY, popularity_of
 from lib.data.user_histories import History, UserHistories, to_histories
 from lib.errors import InputError
 from lib.evaluation.protocols import model_scores, remove_seen, target_ranks
-from lib.live.learner import LearnerConfig, NearlineLearner, Rejection
+from lib.live.learner import NearlineLearner, Rejection
 from lib.live.micro_batch import micro_batch
+from lib.live.settings import LearnerConfig
 from lib.log.feedback import LoggedEvent
 from lib.model.batches import SequenceBatches
 from lib.model.delta import grow_items

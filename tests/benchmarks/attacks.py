@@ -25,21 +25,18 @@ from jobs.command_line import run_command
 from jobs.configuration import write_json
 from lib.data.dataset import read_events, read_items
 from lib.data.guard import CleaningRules
-from lib.live.learner import LearnerConfig
+from lib.live.gate import GateConfig
+from lib.live.influence import InfluenceLimits
 from lib.live.prequential import events_of, split_by_time
+from lib.live.settings import LearnerConfig
 from lib.versions.registry import Registry
 from tests.benchmarks.machine import describe_machine
 from tests.helpers.streams import ATTACKS, LiveStream, Outcome, World, pretrained
 
 OPEN = float("1e9")
 UNGUARDED = LearnerConfig(
-    held_out_users=0,
-    reference_users=0,
-    loss_tolerance=OPEN,
-    movement_tolerance=OPEN,
-    user_limit=OPEN,
-    newcomer_share=OPEN,
-    item_limit=OPEN,
+    gate=GateConfig(held_out_users=0, reference_users=0, loss_tolerance=OPEN, movement_tolerance=OPEN),
+    influence=InfluenceLimits(user_limit=OPEN, newcomer_share=OPEN, item_limit=OPEN),
 )
 UNCLEANED = CleaningRules(flood_events=1_000_000, rate_events=0, repeat_events=0, opinion_changes=0, crowd_users=0)
 

@@ -23,8 +23,10 @@ from jobs.configuration import write_json
 from lib.data.catalog import Catalog
 from lib.data.events import Event
 from lib.data.user_histories import UserHistories
-from lib.live.learner import LearnerConfig, NearlineLearner, Rejection
+from lib.live.gate import GateConfig
+from lib.live.learner import NearlineLearner, Rejection
 from lib.live.micro_batch import micro_batch
+from lib.live.settings import LearnerConfig
 from lib.log.feedback import LoggedEvent
 from lib.model.delta import Delta, apply_delta
 from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
@@ -62,7 +64,7 @@ def measure(preset: str, items: int, updates: int) -> dict[str, Any]:
         registry.publish_snapshot(encoder, catalog, Manifest(version=1), None)
         snapshot = sum(path.stat().st_size for path in Path(folder).rglob("model.safetensors"))
         # the gate is open: an untrained model has nothing to lose
-        learner = NearlineLearner(registry, LearnerConfig(loss_tolerance=1e3, quality_tolerance=1e3))
+        learner = NearlineLearner(registry, LearnerConfig(gate=GateConfig(loss_tolerance=1e3, quality_tolerance=1e3)))
         for number in range(updates):
             start, new = number * BATCH, events[USERS * HISTORY + number * BATCH :][:BATCH]
             logged = [LoggedEvent(start + place + 1, event, 0) for place, event in enumerate(new)]

@@ -23,9 +23,9 @@ from jobs.command_line import run_command
 from jobs.configuration import write_json
 from jobs.pretrain import PretrainSettings, pretrain
 from lib.data.dataset import read_events, read_items, write_dataset
-from lib.live.learner import LearnerConfig
 from lib.live.prequential import Frozen, Live, Outcome, Stream, replay, split_by_time
 from lib.live.prequential_comparison import compare_arms
+from lib.live.settings import LearnerConfig
 from lib.model.trainer import keep_freed_memory
 from tests.benchmarks.machine import describe_machine
 

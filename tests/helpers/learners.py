@@ -2,7 +2,9 @@
 
 import numpy as np
 
-from lib.live.learner import LearnerConfig, NearlineLearner
+from lib.live.gate import GateConfig
+from lib.live.learner import NearlineLearner
+from lib.live.settings import LearnerConfig
 from lib.model.delta import Delta
 from lib.ranking.recommender import Recommender
 from lib.versions.registry import Registry
@@ -14,7 +16,7 @@ from tests.helpers.tiny import (
 )
 
 REPLAY = [history([10, 11, 12, 13]), history([14, 15])]
-CONFIG = LearnerConfig(negatives=8, held_out_candidates=12)
+CONFIG = LearnerConfig(negatives=8, gate=GateConfig(held_out_candidates=12))
 
 
 def recommender_of(registry: Registry, version: int | None = None) -> Recommender:

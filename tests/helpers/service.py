@@ -17,7 +17,7 @@ from cluster.local import HOST
 from lib.log.feedback import FeedbackLogReader
 
 if TYPE_CHECKING:
-    from lib.live.learner import LearnerConfig
+    from lib.live.settings import LearnerConfig
     from serving.app import ServeArguments
 
 PATIENCE = 60.0  # seconds until a wait is given up; nothing is judged by how long it took
@@ -31,14 +31,15 @@ class RaySession:
     address: str
 
 
-def learner_config(**settings: Any) -> LearnerConfig:
-    """Settings of a learner for the service under test.
+def learner_config(**gate: Any) -> LearnerConfig:
+    """Settings of a learner for the service under test, with these of its gate.
 
     What tests click is random: learned for long it is harm, and would be taken back as such.
     """
-    from lib.live.learner import LearnerConfig
+    from lib.live.gate import GateConfig
+    from lib.live.settings import LearnerConfig
 
-    return LearnerConfig(reference_users=0, **settings)
+    return LearnerConfig(gate=GateConfig(reference_users=0, **gate))
 
 
 @dataclass

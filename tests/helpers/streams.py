@@ -22,9 +22,10 @@ from lib.data.histories import histories_of
 from lib.data.popularity import DAY
 from lib.data.user_histories import History, UserHistories
 from lib.evaluation.metrics import ndcg_at
-from lib.live.learner import LearnerConfig, NearlineLearner
+from lib.live.learner import NearlineLearner
 from lib.live.micro_batch import micro_batch
 from lib.live.prequential import events_of, ranks_of
+from lib.live.settings import LearnerConfig
 from lib.log.feedback import LoggedEvent
 from lib.model.batches import SequenceBatches, value_boundaries
 from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig

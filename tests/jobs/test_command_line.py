@@ -333,6 +333,19 @@ def test_fewer_replicas_at_most_than_at_least_are_refused(afterclick, tiny_model
 
 
 @pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("quality_tolerance=0.02", "quality_tolerance: no such setting; it is gate.quality_tolerance"),
+        ("replay_events=0", "replay_events: no such setting; it is replay.events"),
+        ("influence.user_limit=0", "influence.user_limit: input should be greater than 0, got 0"),
+        ("gate.tolerance=0.02", "gate.tolerance: no such setting"),
+    ],
+)
+def test_a_bad_setting_of_the_learner_is_refused_before_anything_starts(afterclick, tiny_model, assignment, message):
+    assert_one_line(afterclick("serve", "--model", tiny_model, "--set", assignment), f"error: {message}", "")
+
+
+@pytest.mark.parametrize(
     ("arguments", "beginning"),
     [
         (["--challenger", "/nowhere"], "error: challenger: model: no folder at /nowhere"),

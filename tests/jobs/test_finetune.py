@@ -322,8 +322,8 @@ def test_feedback_of_strangers_alone_is_refused(state, trained):
         (["--every", "24", "--state", "/nowhere"], "error: state: /nowhere has no feedback log"),
         (["--every", "-1"], "error: every: -1.0 is no number of hours"),
         (["--data", "/nowhere"], "error: data '/nowhere' does not exist"),
-        (["--set", "epochs=0"], "error: epochs: 0 is too small"),
-        (["--set", "held_out=0.9"], "error: held_out: 0.9 is not above 0 and at most 0.5"),
+        (["--set", "epochs=0"], "error: epochs: input should be greater than or equal to 1, got 0"),
+        (["--set", "held_out=0.9"], "error: held_out: input should be less than or equal to 0.5, got 0.9"),
         (["--set", "epoch=3"], "error: epoch: no such setting, did you mean epochs?"),
     ],
 )

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.live.learner import LearnerConfig
+from lib.live.gate import GateConfig
+from lib.live.settings import LearnerConfig, ReplayConfig
 from lib.versions.registry import Registry
 from tests.helpers.streams import ADVERSARIAL, ATTACKS, LiveStream, Outcome, World, pretrained, shop_world
 
 pytestmark = pytest.mark.slow
 
-CONFIG = LearnerConfig(replay_events=300, negatives=128, held_out_candidates=100)
+CONFIG = LearnerConfig(replay=ReplayConfig(events=300), negatives=128, gate=GateConfig(held_out_candidates=100))
 
 
 @pytest.fixture(scope="module")

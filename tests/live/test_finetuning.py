@@ -24,7 +24,8 @@ from lib.live.finetuning import (
     judge,
     older_events,
 )
-from lib.live.learner import LearnerConfig, NearlineLearner
+from lib.live.learner import NearlineLearner
+from lib.live.settings import LearnerConfig
 from lib.log.feedback import FeedbackLog
 from lib.versions.registry import Registry
 from tests.helpers.learners import CONFIG, update

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from jobs.configuration import settings_from
 from lib.data.catalog import Catalog
 from lib.data.events import EVENT_KINDS, Event
 from lib.data.user_histories import History, UserHistories, to_histories
@@ -23,7 +24,8 @@ from lib.live.gate import (
     standard_error,
 )
 from lib.live.influence import Influence, InfluenceLimits, Targets, last_opinions
-from lib.live.learner import LearnerConfig, NearlineLearner
+from lib.live.learner import NearlineLearner
+from lib.live.settings import LearnerConfig, ReplayConfig
 from lib.model.batches import SequenceBatches
 from lib.model.delta import Delta, apply_delta, state_of
 from lib.model.encoder import BehaviourEncoder
@@ -178,7 +180,7 @@ def test_a_crowd_of_newcomers_moves_an_item_no_further_than_its_limit():
 
 def test_rejections_are_listed_for_good(tmp_path):
     registry = started_registry(tmp_path / "store")
-    config = LearnerConfig(negatives=8, held_out_candidates=12)
+    config = LearnerConfig(negatives=8, gate=GateConfig(held_out_candidates=12))
     learner = NearlineLearner(registry, config)
     assert isinstance(learner.learn(micro_batch(3, [history([1, 2, 3])])), Delta)
     before = copied_state(learner.encoder)
@@ -218,7 +220,7 @@ def test_rejections_cover_the_offsets_behind_the_first(tmp_path, spans):
 
 def test_a_rejection_that_a_crash_kept_from_the_list_is_listed_after_it(tmp_path, monkeypatch):
     registry = started_registry(tmp_path / "store")
-    learner = NearlineLearner(registry, LearnerConfig(negatives=8, held_out_candidates=12))
+    learner = NearlineLearner(registry, LearnerConfig(negatives=8, gate=GateConfig(held_out_candidates=12)))
     for number in range(1, 4):
         learner.learn(micro_batch(number, [history([1, 2, 3])]))
     learner.gate.pairs.extend([(3.0, 2.0, 0.1, 0.2)] * FEWEST_PAIRS)  # as if new events had become unlikely
@@ -236,7 +238,7 @@ def test_a_rejection_that_a_crash_kept_from_the_list_is_listed_after_it(tmp_path
 
 def test_slow_harm_is_taken_back_and_learning_rests(tmp_path):
     registry = started_registry(tmp_path / "store")
-    learner = NearlineLearner(registry, LearnerConfig(negatives=8, held_out_candidates=12))
+    learner = NearlineLearner(registry, LearnerConfig(negatives=8, gate=GateConfig(held_out_candidates=12)))
     for number in range(1, 4):
         assert isinstance(learner.learn(micro_batch(number, [history([1, 2, 3])])), Delta)
     learned = copied_state(learner.encoder)
@@ -316,25 +318,37 @@ def test_few_of_the_window_come_from_one_item_and_half_of_it_from_all():
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("user_limit", -1.0),
-        ("held_out_users", -1),
+        ("influence.user_limit", -1.0),
+        ("gate.held_out_users", -1),
         ("steps", 0),
         ("snapshot_every", 0),
-        ("replay_weight", float("nan")),
-        ("replay_recent_share", 1.5),
+        ("replay.weight", ".nan"),
+        ("replay.recent_share", 1.5),
         ("learning_rate", 0.0),
-        ("popularity_half_life", float("inf")),
+        ("popularity_half_life", ".inf"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(setting, value):
-    with pytest.raises(InputError, match=rf"^{setting}: "):
-        LearnerConfig(**{setting: value})
+    with pytest.raises(InputError, match=rf"^{setting}: input should be "):
+        settings_from(LearnerConfig, None, [f"{setting}={value}"])
+
+
+def test_settings_are_in_groups_and_an_old_flat_name_is_told_its_group():
+    config = settings_from(LearnerConfig, None, ["gate.quality_tolerance=0.02", "replay.events=0", "steps=2"])
+    assert config == LearnerConfig(steps=2, gate=GateConfig(quality_tolerance=0.02), replay=ReplayConfig(events=0))
+    for old, new in (
+        ("quality_tolerance", "gate.quality_tolerance"),
+        ("user_limit", "influence.user_limit"),
+        ("replay_weight", "replay.weight"),
+    ):
+        with pytest.raises(InputError, match=rf"^{old}: no such setting; it is {new}$"):
+            settings_from(LearnerConfig, None, [f"{old}=0.02"])
 
 
 def test_impossible_settings_are_refused():
-    with pytest.raises(InputError, match="held_out_length: 0 is too small"):
+    with pytest.raises(InputError, match="held_out_length: input should be greater than or equal to 1, got 0"):
         GateConfig(held_out_length=0)
-    with pytest.raises(InputError, match="user_limit: -1 is too small"):
+    with pytest.raises(InputError, match="user_limit: input should be greater than 0, got -1"):
         InfluenceLimits(user_limit=-1)
     assert standard_error(np.array([1.0])) == 0.0
 

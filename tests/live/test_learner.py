@@ -84,7 +84,7 @@ def test_an_update_is_a_delta_that_brings_a_replica_to_the_learners_state(regist
 
 
 def test_learning_makes_what_happened_more_likely(registry):
-    learner = NearlineLearner(registry, replace(CONFIG, learning_rate=1e-2))
+    learner = NearlineLearner(registry, CONFIG.model_copy(update={"learning_rate": 1e-2}))
     context = history([1, 2])
 
     def place() -> int:
@@ -103,7 +103,7 @@ def test_a_push_of_a_large_model_holds_the_uppermost_weights_alone(tmp_path):
     before = copied_state(registry.load().encoder)
     head = before["interest_to_item"].nbytes + before["final_norm.weight"].nbytes
     block = sum(tensor.nbytes for name, tensor in before.items() if name.startswith("blocks.1."))
-    learner = NearlineLearner(registry, replace(CONFIG, trained_bytes=head + block))
+    learner = NearlineLearner(registry, CONFIG.model_copy(update={"trained_bytes": head + block}))
     recommender = recommender_of(registry)
     for number in (1, 2):
         delta = update(learner, number)
@@ -118,7 +118,7 @@ def test_a_push_of_a_large_model_holds_the_uppermost_weights_alone(tmp_path):
 def test_the_rate_falls_with_the_width_unless_it_is_set(tmp_path):
     wide = started_registry(tmp_path / "wide", hidden_size=256)
     assert NearlineLearner(wide, CONFIG).trainer.learning_rate == pytest.approx(5e-4)
-    assert NearlineLearner(wide, replace(CONFIG, learning_rate=3e-4)).trainer.learning_rate == 3e-4
+    assert NearlineLearner(wide, CONFIG.model_copy(update={"learning_rate": 3e-4})).trainer.learning_rate == 3e-4
     assert NearlineLearner(started_registry(tmp_path / "narrow"), CONFIG).trainer.learning_rate == 1e-3
 
 
@@ -129,7 +129,7 @@ def test_only_the_new_events_and_the_replay_are_targets(learner):
     targets = {}
     for line, place in trained.target_weights.nonzero().tolist():
         targets[int(trained.target_rows[line, place])] = float(trained.target_weights[line, place])
-    assert targets == pytest.approx({4: 1.0, 5: 1.0, 7: CONFIG.replay_weight, 8: CONFIG.replay_weight})
+    assert targets == pytest.approx({4: 1.0, 5: 1.0, 7: CONFIG.replay.weight, 8: CONFIG.replay.weight})
     assert trained.rows[0, :4].tolist() == [1, 2, 3, 4]  # with their context
 
 
@@ -213,7 +213,7 @@ def test_the_offset_and_the_count_of_events_advance_together(registry, learner):
 @pytest.mark.parametrize("snapshot_every", [2, 1000])
 def test_a_restarted_learner_makes_the_same_updates_to_the_bit(tmp_path, snapshot_every):
     # with dropout, new items, a moved popularity reference and snapshots in between
-    config = replace(CONFIG, snapshot_every=snapshot_every)
+    config = CONFIG.model_copy(update={"snapshot_every": snapshot_every})
     steady, restarted = (
         NearlineLearner(started_registry(tmp_path / name, dropout=0.3), config) for name in ("steady", "restarted")
     )
@@ -503,7 +503,9 @@ def test_popularity_survives_any_number_of_events_without_overflow(registry, lea
 
 def test_half_of_what_is_popular_is_as_many_events_old_as_there_are_items(registry):
     assert NearlineLearner(registry, CONFIG).popularity_half_life == 1000  # few items: chance must not decide
-    assert NearlineLearner(registry, replace(CONFIG, popularity_half_life=50.0)).popularity_half_life == 50
+    assert (
+        NearlineLearner(registry, CONFIG.model_copy(update={"popularity_half_life": 50.0})).popularity_half_life == 50
+    )
     registry.publish_snapshot(tiny_encoder(3000), Catalog(item_ids(3000)), Manifest(version=2), None)
     assert NearlineLearner(registry, CONFIG).popularity_half_life == 3000
 

@@ -8,7 +8,8 @@ import torch
 from lib.data.attributes import attribute_codes, attribute_values
 from lib.data.catalog import Catalog
 from lib.errors import InputError
-from lib.live.learner import LearnerConfig, NearlineLearner
+from lib.live.learner import NearlineLearner
+from lib.live.settings import LearnerConfig
 from lib.log.items import ItemChange
 from lib.model.encoder import BehaviourEncoder
 from lib.model.folder import Manifest

@@ -13,9 +13,10 @@ from lib.data.events import EVENT_SCHEMA
 from lib.data.popularity import DAY
 from lib.data.user_histories import History, UserHistories
 from lib.errors import InputError
-from lib.live.learner import LearnerConfig
+from lib.live.gate import GateConfig
 from lib.live.prequential import MISSED, Daily, Frozen, Live, Outcome, Stream, ranks_of, replay, split_by_time
 from lib.live.prequential_comparison import compare_arms
+from lib.live.settings import LearnerConfig
 from lib.log.feedback import LoggedEvent
 from lib.model.batches import gap_buckets
 from lib.model.facts import TrainingFacts
@@ -124,7 +125,7 @@ def test_ranks_are_those_of_all_scores_with_ties_against_the_target():
 
 def test_live_learns_what_goes_together_and_frozen_does_not(model, tmp_path):
     stream = split_by_time(table(pairs(400, 0)), 0.2)
-    config = LearnerConfig(learning_rate=1e-2, negatives=24, loss_tolerance=9.0, quality_tolerance=1.0)
+    config = LearnerConfig(learning_rate=1e-2, negatives=24, gate=GateConfig(loss_tolerance=9.0, quality_tolerance=1.0))
     outcomes = {
         "history": replay(stream, Frozen(model, exclude_seen=True)),
         "live": replay(stream, Live(model, tmp_path / "state", config, exclude_seen=True), batch_events=16),

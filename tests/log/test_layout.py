@@ -16,8 +16,9 @@ from fastapi import Request
 from lib.data.events import Event
 from lib.data.guard import CleaningRules
 from lib.errors import InputError
-from lib.live.learner import LearnerConfig, NearlineLearner
+from lib.live.learner import NearlineLearner
 from lib.live.micro_batch import MicroBatch
+from lib.live.settings import LearnerConfig
 from lib.log.feedback import LogFull
 from lib.log.layout import LogLayout, PartlyWritten, Shard, read_log, shard_of
 from lib.log.one_machine import on_one_machine

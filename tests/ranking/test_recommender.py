@@ -11,7 +11,9 @@ from lib.data.catalog import Catalog
 from lib.data.events import Event
 from lib.data.user_histories import History
 from lib.errors import InputError
-from lib.live.learner import LearnerConfig, NearlineLearner
+from lib.live.gate import GateConfig
+from lib.live.learner import NearlineLearner
+from lib.live.settings import LearnerConfig
 from lib.model.delta import Delta, DeltaMismatch
 from lib.model.encoder import BehaviourEncoder
 from lib.model.fingerprint import fingerprint
@@ -339,7 +341,9 @@ def replica_of(registry: Registry) -> Recommender:
 
 
 def learned(registry: Registry, items: tuple[int | str, ...] = (1, 2, "new")) -> Delta:
-    learner = NearlineLearner(registry, LearnerConfig(negatives=8, held_out_users=0, learning_rate=0.05))
+    learner = NearlineLearner(
+        registry, LearnerConfig(negatives=8, gate=GateConfig(held_out_users=0), learning_rate=0.05)
+    )
     outcome = learner.learn(micro_batch(learner.version * 10, [history(items)]))
     assert isinstance(outcome, Delta)
     return Delta.from_bytes(outcome.to_bytes())

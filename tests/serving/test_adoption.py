@@ -10,7 +10,8 @@ import torch
 
 from lib.data.catalog import Catalog
 from lib.errors import InputError
-from lib.live.learner import LearnerConfig, NearlineLearner
+from lib.live.learner import NearlineLearner
+from lib.live.settings import LearnerConfig
 from lib.model.delta import Delta
 from lib.model.facts import VersionFacts
 from lib.model.folder import Manifest

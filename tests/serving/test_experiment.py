@@ -115,8 +115,8 @@ def test_an_answers_id_names_its_arm():
 )
 def test_a_bad_setting_is_refused(bad, message):
     with pytest.raises(InputError) as error:
-        ChallengerConfig.of({"model": "m"} | bad)
-    assert str(error.value).startswith(f"challenger.{message}")
+        ChallengerConfig(**{"model": "m", **bad})
+    assert str(error.value).startswith(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,7 +256,8 @@ class InProcess:
 
 def started(state: Path, experiments: Experiments | None = None, **settings: Any) -> tuple[Experiments, Challenger]:
     """The actor and one replica's challenger."""
-    prepared = prepare_challenger(ChallengerConfig.of({"share": 0.5, "effect": 0.1} | settings), str(state))
+    given: dict[str, Any] = {"share": 0.5, "effect": 0.1}
+    prepared = prepare_challenger(ChallengerConfig(**given | settings), str(state))
     experiments = experiments or Experiments(str(state))
     loaded = load_folder(prepared.model)
     recommender = Recommender(loaded.encoder, loaded.catalog, loaded.version)

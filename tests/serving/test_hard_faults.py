@@ -21,8 +21,10 @@ from lib.data.catalog import Catalog
 from lib.data.guard import CleaningRules
 from lib.data.user_histories import ReplaySample
 from lib.errors import InputError
-from lib.live.learner import LearnerConfig, NearlineLearner
+from lib.live.gate import GateConfig
+from lib.live.learner import NearlineLearner
 from lib.live.micro_batch import MicroBatch, SampleSizes
+from lib.live.settings import LearnerConfig
 from lib.log.feedback import FeedbackLog, LogCorrupt, LogFull, LogWriteError
 from lib.log.items import ItemLog
 from lib.log.layout import LOG_FILE, SQLITE
@@ -49,7 +51,7 @@ from tests.helpers.tiny import (
     tiny_encoder,
 )
 
-CONFIG = LearnerConfig(negatives=8, held_out_users=0, snapshot_every=1000)
+CONFIG = LearnerConfig(negatives=8, gate=GateConfig(held_out_users=0), snapshot_every=1000)
 HOUR = 3_600_000  # milliseconds
 SAMPLE = SampleSizes(history_length=8, replay=ReplaySample(0), held_out_users=0, held_out_length=8)
 
@@ -89,7 +91,7 @@ def learn(learner: NearlineLearner, log: FeedbackLog) -> Delta:
 @pytest.mark.parametrize(("snapshot_every", "stored"), [(1000, 2), (1, 3)], ids=["delta", "snapshot"])
 def test_a_version_that_cannot_be_stored_waits_for_room_and_is_learned_once(tmp_path, snapshot_every, stored):
     registry, errors = started_registry(tmp_path / "store", items=5000), []
-    config = LearnerConfig(negatives=8, held_out_users=0, snapshot_every=snapshot_every)
+    config = LearnerConfig(negatives=8, gate=GateConfig(held_out_users=0), snapshot_every=snapshot_every)
     steady = NearlineLearner(started_registry(tmp_path / "steady", items=5000), config)
     with FeedbackLog(tmp_path / "log") as log, FeedbackLog(tmp_path / "steady log") as steady_log:
 
@@ -368,7 +370,7 @@ def test_a_learner_that_did_not_store_a_whole_version_first_is_loaded_too(tmp_pa
 
 def test_a_torn_snapshot_costs_nothing_where_its_deltas_are_there(tmp_path):
     registry = started_registry(tmp_path / "store")
-    config = LearnerConfig(negatives=8, held_out_users=0, snapshot_every=2)
+    config = LearnerConfig(negatives=8, gate=GateConfig(held_out_users=0), snapshot_every=2)
     with FeedbackLog(tmp_path / "log") as log:
         learner = NearlineLearner(registry, config)
         for _ in range(4):

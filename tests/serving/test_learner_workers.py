@@ -14,8 +14,10 @@ import torch.distributed as distributed
 from ray.exceptions import RayError
 
 from lib.errors import InputError
-from lib.live.learner import LearnerConfig, NearlineLearner, Rejection
+from lib.live.gate import GateConfig
+from lib.live.learner import NearlineLearner, Rejection
 from lib.live.micro_batch import MicroBatch
+from lib.live.settings import LearnerConfig
 from lib.log.items import ItemChange
 from lib.model.delta import Delta, state_of
 from lib.model.distributed import broadcast_from_rank_0, local_batch, require_equal
@@ -26,7 +28,9 @@ from serving.learner_workers import LearnerWorkers
 from tests.helpers.tiny import history, micro_batch, started_registry
 
 CONFIG = LearnerConfig(
-    negatives=8, held_out_candidates=12, quality_tolerance=1.0, loss_tolerance=10.0, snapshot_every=4
+    negatives=8,
+    snapshot_every=4,
+    gate=GateConfig(held_out_candidates=12, quality_tolerance=1.0, loss_tolerance=10.0),
 )
 HELD_OUT = [history([7, 8, 9]), history([3, 1, 2, 6]), history([12, 13, 14])]
 REPLAY = [history([10, 11, 12, 13]), history([14, 15]), history([5, 18, 22])]
@@ -95,11 +99,11 @@ def test_two_workers_learn_what_one_learns(
 
     # what fails its gate, is wished back, or is not to be had, all of them treat alike
     gate = two.first.gate
-    gate.config = replace(CONFIG, loss_tolerance=-0.9)  # no update can be so much better
+    gate.config = gate.config.model_copy(update={"loss_tolerance": -0.9})  # no update can be so much better
     rejection = two.learn(replace(FIRST, last_offset=7))
     assert isinstance(rejection, Rejection)
     assert rejection.last_offset == 7
-    gate.config = CONFIG
+    gate.config = CONFIG.gate
     with pytest.raises(InputError, match="version: 99 is not stored"):
         two.restore(99)
     restored = two.restore(2)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import ray
 
-from lib.live.learner import LearnerConfig, NearlineLearner, Rejection
+from lib.live.learner import NearlineLearner, Rejection
 from lib.live.micro_batch import MicroBatch
+from lib.live.settings import LearnerConfig
 from lib.model.delta import Delta
 from lib.model.fingerprint import fingerprint
 from lib.versions.registry import Registry

@@ -8,7 +8,9 @@ import pytest
 
 from jobs.command_line import run_command
 from jobs.versions import versions_command
-from lib.live.learner import LearnerConfig, NearlineLearner, Rejection
+from lib.live.gate import GateConfig
+from lib.live.learner import NearlineLearner, Rejection
+from lib.live.settings import LearnerConfig
 from lib.log.feedback import FeedbackLog
 from lib.log.layout import LOG_FILE
 from lib.model.delta import Delta
@@ -19,7 +21,7 @@ from lib.versions.registry import Registry, save_with_optimizer
 from tests.helpers.logs import make_event
 from tests.helpers.tiny import history, micro_batch, started_registry
 
-CONFIG = LearnerConfig(negatives=8, held_out_users=0, snapshot_every=1000)
+CONFIG = LearnerConfig(negatives=8, gate=GateConfig(held_out_users=0), snapshot_every=1000)
 SOUND = [
     Account(1, None, 0, 0, 0, 0),
     Account(2, 1, 10, 10, 0, 10),
@@ -138,7 +140,7 @@ def learned(registry: Registry, log: FeedbackLog, updates: int, config: LearnerC
 
 def test_the_ledger_of_stored_versions_outlives_their_files(tmp_path):
     registry = started_registry(tmp_path / "store")
-    config = LearnerConfig(negatives=8, held_out_users=0, snapshot_every=2, keep_snapshots=2)
+    config = LearnerConfig(negatives=8, gate=GateConfig(held_out_users=0), snapshot_every=2, keep_snapshots=2)
     with FeedbackLog(tmp_path / "log") as log:
         for updates in (5, 6):
             learner = learned(registry, log, updates, config)

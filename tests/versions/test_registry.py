@@ -10,7 +10,9 @@ from pyarrow import fs
 
 from lib.data.catalog import Catalog
 from lib.errors import InputError
-from lib.live.learner import LearnerConfig, NearlineLearner
+from lib.live.gate import GateConfig
+from lib.live.learner import NearlineLearner
+from lib.live.settings import LearnerConfig
 from lib.model.delta import Delta, DeltaMismatch
 from lib.model.facts import VersionFacts
 from lib.model.folder import MANIFEST, Manifest, load_model, save_model
@@ -25,7 +27,7 @@ from tests.helpers.tiny import (
     tiny_encoder,
 )
 
-CONFIG = LearnerConfig(negatives=8, held_out_users=0, snapshot_every=1000)
+CONFIG = LearnerConfig(negatives=8, gate=GateConfig(held_out_users=0), snapshot_every=1000)
 
 
 class UploadingRegistry(Registry):
@@ -175,7 +177,7 @@ def test_writes_leave_no_temporary_files(registry):
 
 
 def test_snapshots_in_between_and_pruning(registry):
-    config = LearnerConfig(negatives=8, held_out_users=0, snapshot_every=2, keep_snapshots=2)
+    config = LearnerConfig(negatives=8, gate=GateConfig(held_out_users=0), snapshot_every=2, keep_snapshots=2)
     unfinished = files_of(registry) / "deltas" / ".0000000002.4711"
     unfinished.parent.mkdir(exist_ok=True)
     unfinished.write_bytes(b"of a process that was killed")

@@ -1,0 +1,59 @@
+"""The settings of the near-line learner: how the weights follow the feedback."""
+
+from pydantic import Field
+
+from lib.live.gate import GateConfig
+from lib.live.influence import InfluenceLimits
+from lib.settings import Settings
+
+
+class ReplayConfig(Settings):
+    """Which earlier behaviour is learned again with every update, so that it is not forgotten."""
+
+    events: int = Field(default=1000, ge=0, description="in windows of histories; 0: none")
+    recent_share: float = Field(
+        default=0.3, ge=0, le=1, description="of the windows around the latest events; the others are around any"
+    )
+    recent_events: int = Field(default=2000, ge=1, description="so many are the latest")
+    weight: float = Field(default=0.2, ge=0, description="of a replayed target, where a new event's is 1")
+
+
+class LearnerConfig(Settings):
+    """How the weights follow the feedback."""
+
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="default: 1e-3, and of a model wider than 128 as much less as it is wider"
+    )
+    new_row_boost: float = Field(
+        default=20.0,
+        ge=0,
+        description="times the learning rate that a new item's row moves faster; it fades with the row's updates",
+    )
+    steps: int = Field(
+        default=1,
+        ge=1,
+        description="training steps of an update, each with the new events and its own part of the replayed windows",
+    )
+    context_length: int = Field(
+        default=50,
+        ge=1,
+        description="events read before a user's new ones, and of a replayed window; at most the model's max_length",
+    )
+    context_events: int = Field(
+        default=1000,
+        ge=0,
+        description="events read before new ones of all users together: fewer of each where many act at once",
+    )
+    negatives: int = Field(default=512, ge=1, description="random items that each update's targets are compared with")
+    trained_bytes: int = Field(
+        default=14_000_000, ge=0, description="the top layers that fit into it are trained, and pushed"
+    )
+    popularity_half_life: float | None = Field(
+        default=None, gt=0, description="in events; default: as many as the catalog has items, and at least 1000"
+    )
+    snapshot_every: int = Field(default=200, ge=1, description="versions from one snapshot to the next")
+    keep_snapshots: int = Field(default=10, ge=1, description="newest snapshots that are kept")
+    seed: int = Field(default=0, ge=0, description="of dropout, negatives, new rows and the gate's candidates")
+    replay: ReplayConfig = ReplayConfig()
+    gate: GateConfig = GateConfig()
+    influence: InfluenceLimits = InfluenceLimits()
