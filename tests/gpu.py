@@ -334,8 +334,8 @@ def approximate(run: Run) -> Iterator[Row]:
     """Measure approximate search, and FAISS's exact index, on vectors like those of a trained model."""
     import faiss
 
-    from lib.retrieval.faiss_lists import copy_to
-    from lib.retrieval.index import ItemIndex, search_device
+    from lib.retrieval.faiss_lists import copy_to, search_device
+    from lib.retrieval.index import ItemIndex
 
     if search_device().type != run.device.type:
         raise NotRun("FAISS sees no GPU: install faiss-gpu")

@@ -22,7 +22,8 @@ from lib.ranking.explain import reasons
 from lib.ranking.filters import ItemFilter
 from lib.ranking.rerank import rerank
 from lib.ranking.rules import BoundRules, RankingRules
-from lib.retrieval.index import ItemIndex, search_device
+from lib.retrieval.faiss_lists import search_device
+from lib.retrieval.index import ItemIndex
 
 EVENTS_PER_BATCH = 8192  # padding counted; bounds the memory of one pass of the encoder
 MOST_MASKS = 256  # of filters that were asked for lately, a byte an item each

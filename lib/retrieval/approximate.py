@@ -1,9 +1,9 @@
-"""Approximate search of a large catalog: candidates from inverted lists, scored exactly, beside the rows just changed.
+"""Approximate search of a large catalog: candidates from inverted lists, scored exactly, beside fresh rows.
 
-Candidates are scored with the vectors as they are now, so a score is never out of date. Rows changed since the lists
-were packed are searched exactly beside them until another thread has packed lists that hold them; these take the
-place of the old ones between two calls. Queries that come out short, because of what they must not find, are searched
-wider and at last exactly.
+Candidates are scored with the current vectors, so a score is never out of date. Fresh rows, changed since the lists
+were packed, are searched exactly until another thread has packed lists that hold them; these take the place of the old
+lists between two calls. A query that finds too few rows, because of its mask and seen rows, is searched again in more
+lists, and at last exactly.
 """
 
 import os
@@ -16,32 +16,35 @@ import faiss
 import numpy as np
 import torch
 
-from lib.retrieval.exact import best, exact_search
-from lib.retrieval.faiss_lists import inverted_index
+from lib.retrieval.exact import exact_search, top_k
+from lib.retrieval.faiss_lists import inverted_lists
 
-MOST_CANDIDATES = 2048  # the most a card's kernels give
-MERGED_SHARE, LEAST_MERGED = 64, 2048  # so large a share of changed rows, or so many, are worth packing the lists
-SELECTED_SHARE = 8  # a mask is read within the lists when it excludes an eighth of them; else only afterwards
-WIDER = 4  # times the lists are read for a query that came out short, and at most for one with a mask
+MOST_CANDIDATES = 2048  # the most that a GPU's kernels return
+MERGED_SHARE, LEAST_MERGED = 64, 2048  # lists are packed anew for a 64th of the rows that is fresh, at least so many
+SELECTED_SHARE = 8  # a mask is applied within the lists when it excludes an eighth of the rows; else only afterwards
+MOST_PROBE_FACTOR = 4  # times the usual lists, for a query that found too few, and at most for one with a mask
+FIRST_ROOM = 1024  # fresh rows
 
 
 class ApproximateIndex:
-    """Lists, fresh rows and their merging; the vectors themselves are the caller's, given with each call.
+    """Inverted lists, fresh rows and their merges; the vectors themselves are the caller's, given with each call.
 
     Args:
         vectors: (N, C) float32, zero where a row is not in use.
         device: where the searches run.
-        wait: True builds the lists now, False on the other thread; until then searches are exact.
+        wait: whether to build the lists now, or on the other thread; until they are there, searches are exact.
     """
 
     def __init__(self, vectors: np.ndarray, device: torch.device, wait: bool = True):
         self._vectors, self._width, self._device = vectors, vectors.shape[1], device
-        self._lists = inverted_index(self._width, device)
+        self._lists = inverted_lists(self._width, device)
         self._packed: Any = None
         self._fresh = FreshRows(self._width, device)
-        self._settling: FreshRows | None = None  # the rows that the running merge moves into the lists
-        self._outdated = torch.zeros(len(vectors), dtype=torch.bool, device=device)  # what the lists hold is old
-        self._thread = ThreadPoolExecutor(1, "index merge", initializer=_yield_processor)
+        self._in_merge: FreshRows | None = None  # the rows that the running merge moves into the lists
+        self._outdated = torch.zeros(
+            len(vectors), dtype=torch.bool, device=device
+        )  # rows whose code in the lists is old
+        self._thread = ThreadPoolExecutor(1, "index merge", initializer=_lower_priority)
         self._merge: Future[Any] | None = None
         rows = np.arange(len(vectors))
         if wait:
@@ -55,7 +58,7 @@ class ApproximateIndex:
         return self._merge is not None and not self._merge.done()
 
     def update(self, rows: np.ndarray, changed: torch.Tensor, vectors: np.ndarray) -> None:
-        """Make changed rows (R, C) found by the next search; vectors (N, C) holds them already."""
+        """Let the next search find changed rows (R, C); vectors (N, C) holds them already."""
         self._take_merged()
         self._vectors, count = vectors, len(vectors)
         if count > len(self._outdated):
@@ -64,26 +67,26 @@ class ApproximateIndex:
             self._outdated = grown
         self._fresh.put(rows, changed, count)
         self._outdated[torch.from_numpy(rows).to(self._device)] = True
-        if self._settling is not None:
-            self._settling.retire(rows)
+        if self._in_merge is not None:
+            self._in_merge.retire(rows)
         self._start_merge()
 
     def _start_merge(self) -> None:
         if self._merge is None and len(self._fresh) >= max(len(self._vectors) // MERGED_SHARE, LEAST_MERGED):
-            self._settling, self._fresh = self._fresh, FreshRows(self._width, self._device)
-            # a row that changes while the other thread reads it is in the new fresh rows, so its code does not count
-            self._merge = self._thread.submit(self._lists.merge, self._vectors, self._settling.rows)
+            self._in_merge, self._fresh = self._fresh, FreshRows(self._width, self._device)
+            # a row that changes while the other thread reads it is fresh again, so its code does not count
+            self._merge = self._thread.submit(self._lists.merge, self._vectors, self._in_merge.rows)
 
     def _take_merged(self) -> None:
         if self._merge is None or not self._merge.done():
             return
-        self._packed = self._merge.result()  # raises what the other thread raised
+        self._packed = self._merge.result()  # it raises what the other thread raised
         self._merge = None
-        if self._settling is not None:
-            self._outdated[torch.from_numpy(self._settling.rows).to(self._device)] = False
+        if self._in_merge is not None:
+            self._outdated[torch.from_numpy(self._in_merge.rows).to(self._device)] = False
             self._outdated[torch.from_numpy(self._fresh.rows).to(self._device)] = True
-        self._settling = None
-        self._start_merge()  # of what has changed meanwhile
+        self._in_merge = None
+        self._start_merge()  # of what changed meanwhile
 
     def search(
         self,
@@ -93,26 +96,28 @@ class ApproximateIndex:
         mask: np.ndarray | None,
         seen: Sequence[np.ndarray] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores (B, k) and rows (B, k) of the best items, as exact_search gives them but for what the lists miss."""
+        """Return scores (B, k) and rows (B, k) as exact_search does, but for what the lists miss."""
         self._take_merged()
         if self._packed is None or 2 * k > MOST_CANDIDATES:
             return exact_search(vectors, queries, k, mask, seen)
         listed, passing = self._packed.ntotal, len(vectors) if mask is None else max(int(np.count_nonzero(mask)), 1)
         selective = SELECTED_SHARE * (listed - passing) > listed
-        if selective and vectors.is_cuda:  # the lists on a card cannot read a mask
+        if selective and vectors.is_cuda:  # lists on a GPU cannot apply a mask
             return exact_search(vectors, queries, k, mask, seen)
-        # the nearest that pass a selective mask lie farther away, in more lists
-        width = min(-(-listed // passing), WIDER) if selective else 1
-        scores, rows, usable = self._search(vectors, queries, k, 2 * k + 64, width, mask, selective, seen)
+        # the nearest rows that pass a selective mask lie farther away, in more lists
+        probe_factor = min(-(-listed // passing), MOST_PROBE_FACTOR) if selective else 1
+        scores, rows, usable = self._search(vectors, queries, k, 2 * k + 64, probe_factor, mask, selective, seen)
         for exact in (False, True):
-            short = torch.nonzero(usable < k + k // 4 + 8)[:, 0]  # too few to choose from, given the error of the codes
+            short = torch.nonzero(usable < k + k // 4 + 8)[:, 0]  # too few, given the error of the codes
             if not len(short):
                 break
             unwanted = None if seen is None else [seen[line] for line in short.tolist()]
             if exact:
                 found = exact_search(vectors, queries[short], k, mask, unwanted)
             else:
-                found = self._search(vectors, queries[short], k, MOST_CANDIDATES, WIDER, mask, selective, unwanted)
+                found = self._search(
+                    vectors, queries[short], k, MOST_CANDIDATES, MOST_PROBE_FACTOR, mask, selective, unwanted
+                )
                 usable[short] = found[2]
             scores[short], rows[short] = found[:2]
         return scores, rows
@@ -123,31 +128,31 @@ class ApproximateIndex:
         queries: torch.Tensor,
         k: int,
         count: int,
-        width: int,
+        probe_factor: int,
         mask: np.ndarray | None,
         selective: bool,
         seen: Sequence[np.ndarray] | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Scores, rows and, for each query, how many candidates there were to choose from."""
-        rows = self._lists.search(self._packed, queries, count, width, mask if selective else None)  # (B, count)
+        """Return scores, rows and, for each query, the number of candidates that it might find."""
+        rows = self._lists.search(self._packed, queries, count, probe_factor, mask if selective else None)  # (B, count)
         scores = inner_products(vectors, queries, rows)
         scores[self._outdated[rows]] = -torch.inf
         if mask is not None:
             scores[~torch.from_numpy(mask).to(self._device)[rows]] = -torch.inf
         if seen is not None:
-            scores[among(rows, seen, len(vectors))] = -torch.inf
-        for fresh in (self._fresh, self._settling):
+            scores[is_seen(rows, seen, len(vectors))] = -torch.inf
+        for fresh in (self._fresh, self._in_merge):
             if fresh is not None and len(fresh):
                 found = fresh.search(queries, k, mask, seen)
                 scores, rows = torch.cat([scores, found[0]], dim=1), torch.cat([rows, found[1]], dim=1)
         usable = (scores > -torch.inf).sum(dim=1)
-        scores, places = best(scores, k)
+        scores, places = top_k(scores, k)
         rows = torch.where(places < 0, places, rows.gather(1, places.clamp(min=0)))
         return scores, rows, usable
 
 
 def inner_products(vectors: torch.Tensor, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """(B, R) inner products of queries (B, C) with their own rows (B, R) of vectors; minus infinity for row -1."""
+    """Return (B, R) inner products of each query (B, C) with its rows (B, R) of vectors; minus infinity for row -1."""
     if vectors.is_cuda:
         products = torch.bmm(vectors[rows], queries[:, :, None])[:, :, 0]
         return products.masked_fill_(rows < 0, -torch.inf)
@@ -158,8 +163,8 @@ def inner_products(vectors: torch.Tensor, queries: torch.Tensor, rows: torch.Ten
     return products
 
 
-def among(rows: torch.Tensor, seen: Sequence[np.ndarray], catalog: int) -> torch.Tensor:
-    """(B, R) whether each query's rows are among its seen rows, which are in ascending order."""
+def is_seen(rows: torch.Tensor, seen: Sequence[np.ndarray], catalog: int) -> torch.Tensor:
+    """Return (B, R) whether each query's rows are among its seen rows, which ascend; catalog is the number of rows."""
     offsets = np.arange(0, len(seen) * catalog, catalog)
     flat = np.concatenate(seen).astype(np.int64) + np.repeat(offsets, [len(line) for line in seen])
     if not len(flat):
@@ -169,14 +174,11 @@ def among(rows: torch.Tensor, seen: Sequence[np.ndarray], catalog: int) -> torch
     return keys[torch.searchsorted(keys, asked).clamp(max=len(keys) - 1)] == asked
 
 
-def _yield_processor() -> None:
-    """One thread at low priority: searches come first."""
+def _lower_priority() -> None:
+    """Give the merging thread one core and a low priority: searches come first."""
     faiss.omp_set_num_threads(1)
     if hasattr(os, "setpriority"):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # of this thread alone, on Linux
-
-
-FIRST_ROOM = 1024
 
 
 class FreshRows:
@@ -198,7 +200,7 @@ class FreshRows:
         return self._rows[: self._count]
 
     def put(self, rows: np.ndarray, vectors: torch.Tensor, catalog: int) -> None:
-        """Keep the rows' vectors (R, C); catalog is how many rows there are in all."""
+        """Keep the rows' vectors (R, C); catalog is the number of all rows."""
         self._reserve(catalog, len(rows))
         new = np.unique(rows[self._place[rows] < 0])
         self._place[new] = np.arange(self._count, self._count + len(new))
@@ -222,13 +224,13 @@ class FreshRows:
             self._vectors = grown
 
     def retire(self, rows: np.ndarray) -> None:
-        """Never find these rows here again: a later change of them is kept elsewhere."""
+        """Leave these rows out of every search from now on: a later change of them is kept elsewhere."""
         self._current[self._places(rows)] = False
 
     def search(
         self, queries: torch.Tensor, k: int, mask: np.ndarray | None, seen: Sequence[np.ndarray] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores (B, k) and rows (B, k) as exact_search gives them."""
+        """Return scores (B, k) and rows (B, k) as exact_search does."""
         allowed = self._current[: self._count]
         if mask is not None:
             allowed = allowed & mask[self.rows]

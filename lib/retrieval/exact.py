@@ -1,7 +1,6 @@
-"""Exact search: one matrix product, what must not come is set to minus infinity, then the largest k.
+"""Exact search: one matrix product, excluded rows set to minus infinity, then the top k.
 
-On the processor and on a card alike; a product and a selection over all rows are the limit there that an index is
-measured against.
+The same on the CPU and on a GPU. On a GPU a matrix product and topk are the limit that an index is measured against.
 """
 
 from collections.abc import Sequence
@@ -9,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-SCORES_AT_ONCE = 1 << 24  # 64 MB: of a million rows 16 queries a product, more gain little
-SCORES_AT_ONCE_ON_CARD = 1 << 28
-GATHERED_SHARE = 8  # rows that pass a mask are brought together when they are fewer than an eighth
-SINGLE_ROWS = 64  # so few excluded rows are set one by one, more are added to the product
+SCORES_AT_ONCE = 1 << 24  # 64 MB: 16 queries a product for a million rows; more gain little
+SCORES_AT_ONCE_ON_GPU = 1 << 28
+GATHERED_SHARE = 8  # rows that pass a mask are gathered when they are fewer than an eighth
+SINGLE_ROWS = 64  # up to so many excluded rows are set one by one; more are a bias of the product
 
 
 def exact_search(
@@ -22,7 +21,9 @@ def exact_search(
     mask: np.ndarray | None = None,
     seen: Sequence[np.ndarray] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores (B, k) and rows (B, k) of the largest inner products, best first; minus infinity and -1 where fewer exist.
+    """Return scores (B, k) and rows (B, k) of the largest inner products, best first.
+
+    Where fewer than k rows may be found, the rest is minus infinity and -1.
 
     Args:
         vectors: (N, C) float32.
@@ -34,14 +35,14 @@ def exact_search(
     passing = len(vectors) if mask is None else int(np.count_nonzero(mask))
     if mask is not None and passing * GATHERED_SHARE < len(mask):
         return _search_gathered(vectors, queries, k, np.flatnonzero(mask), seen)
-    step = max((SCORES_AT_ONCE_ON_CARD if vectors.is_cuda else SCORES_AT_ONCE) // max(len(vectors), 1), 1)
+    step = max((SCORES_AT_ONCE_ON_GPU if vectors.is_cuda else SCORES_AT_ONCE) // max(len(vectors), 1), 1)
     found = []
     for start in range(0, max(len(queries), 1), step):
         part = slice(start, start + step)
         scores = _scores(vectors, queries[part], mask, len(vectors) - passing)
         if seen is not None:
             exclude(scores, seen[part])
-        found.append(best(scores, k))
+        found.append(top_k(scores, k))
     if len(found) == 1:
         return found[0]
     scores, rows = zip(*found, strict=True)
@@ -51,7 +52,7 @@ def exact_search(
 def _search_gathered(
     vectors: torch.Tensor, queries: torch.Tensor, k: int, chosen: np.ndarray, seen: Sequence[np.ndarray] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Search among a few rows, which are brought together first."""
+    """Gather a few rows and search among them."""
     if seen is not None:
         place = np.full(len(vectors), -1, dtype=np.int32)
         place[chosen] = np.arange(len(chosen))
@@ -63,7 +64,7 @@ def _search_gathered(
 
 
 def _scores(vectors: torch.Tensor, queries: torch.Tensor, mask: np.ndarray | None, excluded: int) -> torch.Tensor:
-    """(B, N) inner products, minus infinity outside the mask."""
+    """Return (B, N) inner products, minus infinity outside the mask."""
     if mask is None or excluded == 0:
         return queries @ vectors.T
     if excluded > SINGLE_ROWS:
@@ -76,7 +77,7 @@ def _scores(vectors: torch.Tensor, queries: torch.Tensor, mask: np.ndarray | Non
 
 
 def exclude(scores: torch.Tensor, columns: Sequence[np.ndarray]) -> None:
-    """Set some columns of each line of scores (B, N) to minus infinity, by one flat assignment."""
+    """Set some columns of each line of scores (B, N) to minus infinity, in one flat assignment."""
     count, width = scores.shape
     flat = np.concatenate(columns).astype(np.int64, copy=False)
     if count > 1:
@@ -87,8 +88,8 @@ def exclude(scores: torch.Tensor, columns: Sequence[np.ndarray]) -> None:
         scores.numpy().reshape(-1)[flat] = -np.inf
 
 
-def best(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of each line and their columns, best first; minus infinity and -1 where fewer are finite."""
+def top_k(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the k largest of each line and their columns, best first; minus infinity and -1 where fewer are finite."""
     found, columns = torch.topk(scores, min(k, scores.shape[1]))
     if k > scores.shape[1]:
         missing = (0, k - scores.shape[1])

@@ -1,10 +1,10 @@
-"""Inverted lists of quantised vectors: an approximate search that reads a part of the catalog, a byte for two numbers.
+"""Inverted lists of quantised vectors (IVF): an approximate search that reads a part of the catalog.
 
-On the processor four bits a number (a product quantiser of one-dimensional pieces over the residuals), read by the
-fast-scan kernels (Andre et al., "Cache locality is not enough", 2015); on a card eight bits. Vectors that are zero
-(padding, spare rows) are in no list. The quantisers are trained once; rows that changed are encoded anew and the lists
-are packed again from the stored codes, which takes a small part of the time of the first building and can happen on
-another thread: what is searched is never written to.
+On the CPU a number takes four bits (a product quantiser of one-dimensional pieces over the residuals), read by the
+fast-scan kernels (Andre et al., "Cache locality is not enough", 2015); on a GPU eight. Vectors that are zero (padding,
+spare rows) are in no list. The quantisers are trained once. Changed rows are encoded anew, and new lists are packed
+from the stored codes, in a small part of the time of the first build. Another thread can do so, for the lists that are
+searched are never written to.
 """
 
 from typing import Any, Protocol
@@ -18,38 +18,38 @@ ROWS_PER_CENTROID, CLUSTERING_ROUNDS = 64, 8
 PROBED_LISTS = 128  # of 512 at a hundred thousand rows, of 2,048 at a million
 MOST_LISTS = 4096
 BITS = 4
-ROWS_AT_ONCE = 1 << 16  # encoded or sent to a card at once, which bounds the memory of it
+ROWS_AT_ONCE = 1 << 16  # encoded or sent to a GPU at once, which bounds the memory that this takes
 
 
-class InvertedIndex(Protocol):
+class InvertedLists(Protocol):
     """Trained quantisers and the codes of all rows."""
 
     def merge(self, vectors: np.ndarray, rows: np.ndarray) -> Any:
-        """Encode the changed rows of vectors (N, C), training first if need be; the packed lists to search."""
+        """Encode the changed rows of vectors (N, C), after training if need be; return the packed lists to search."""
         ...
 
     def search(
-        self, packed: Any, queries: torch.Tensor, count: int, width: int, mask: np.ndarray | None
+        self, packed: Any, queries: torch.Tensor, count: int, probe_factor: int, mask: np.ndarray | None
     ) -> torch.Tensor:
-        """(B, count) rows likely to be nearest to queries (B, C), -1 where fewer are found.
+        """Return (B, count) rows that are likely nearest to queries (B, C), -1 where fewer are found.
 
         Args:
-            packed: what merge gave.
+            packed: what `merge` returned.
             queries: (B, C) float32.
             count: how many candidates.
-            width: how many times the usual number of lists are read.
+            probe_factor: how many times the usual number of lists is read.
             mask: (N,) bool, the rows that may be found; None for all.
         """
         ...
 
 
 def list_count(rows: int) -> int:
-    """About twice the square root of the number of rows, a power of two; building costs rows times lists."""
+    """Return about twice the square root of the number of rows, a power of two; a build costs rows times lists."""
     return min(1 << max(round(np.log2(2 * max(rows, 1) ** 0.5)), 2), MOST_LISTS)
 
 
 def training_sample(vectors: np.ndarray) -> np.ndarray:
-    """Up to TRAINING_ROWS vectors that are not zero, spread evenly over the rows."""
+    """Pick up to TRAINING_ROWS vectors that are not zero, spread evenly over the rows."""
     rows = np.flatnonzero(vectors.any(axis=1))
     if len(rows) > TRAINING_ROWS:
         rows = rows[np.linspace(0, len(rows) - 1, TRAINING_ROWS, dtype=np.int64)]
@@ -60,17 +60,17 @@ def train(index: Any, vectors: np.ndarray) -> None:
     """Train centroids and quantiser of a FAISS inverted index."""
     index.cp.niter = CLUSTERING_ROUNDS
     index.cp.max_points_per_centroid = ROWS_PER_CENTROID
-    index.cp.min_points_per_centroid = 1  # few rows are no reason for a warning
+    index.cp.min_points_per_centroid = 1  # no warning where rows are few
     index.train(training_sample(vectors))
 
 
-class ProcessorLists:
-    """Four bits a number, on the processor; C + 12 bytes an item: packed code and row, stored code and list."""
+class CpuLists:
+    """Lists on the CPU, four bits a number: C + 12 bytes an item for packed code and row, stored code and list."""
 
     def __init__(self, width: int):
         self._width = width
         self._template: Any = None
-        self._lists = np.zeros(0, dtype=np.int32)  # (N,) the list of each row, -1 for none
+        self._lists = np.zeros(0, dtype=np.int32)  # (N,) the list of each row, -1 where it is in none
         self._codes = np.zeros((0, 0), dtype=np.uint8)  # (N, C / 2)
 
     def merge(self, vectors: np.ndarray, rows: np.ndarray) -> Any:
@@ -114,13 +114,13 @@ class ProcessorLists:
         residuals = changed - self._centroids[lists]
         codes = np.zeros((len(rows), 2 * self._template.code_size), dtype=np.uint8)
         for column, (bounds, order) in enumerate(zip(self._bounds, self._order, strict=True)):
-            # the codes that FAISS's own encoder gives, in a tenth of its time
+            # as FAISS's own encoder does, in a tenth of its time
             codes[:, column] = order[np.searchsorted(bounds, residuals[:, column])]
         self._codes[rows] = codes[:, 0::2] | codes[:, 1::2] << BITS
         self._lists[rows] = np.where(changed.any(axis=1), lists, -1)
 
     def _packed(self) -> Any:
-        order = np.argsort(self._lists, kind="stable")  # rows in no list come first
+        order = np.argsort(self._lists, kind="stable")  # rows that are in no list come first
         sizes = np.bincount(self._lists + 1, minlength=self._template.nlist + 1)
         codes = self._codes[order]
         start = int(sizes[0])
@@ -136,21 +136,21 @@ class ProcessorLists:
         return packed
 
     def search(
-        self, packed: Any, queries: torch.Tensor, count: int, width: int, mask: np.ndarray | None
+        self, packed: Any, queries: torch.Tensor, count: int, probe_factor: int, mask: np.ndarray | None
     ) -> torch.Tensor:
-        """Candidates; a mask is read within the lists."""
+        """Return candidates; the mask is applied within the lists."""
         selector = None
         if mask is not None:
             bits = np.packbits(mask, bitorder="little")
             selector = faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits))
-        parameters = probing(self._template.nlist, width, selector)
+        parameters = probing(self._template.nlist, probe_factor, selector)
         return torch.from_numpy(packed.search(queries.numpy(), count, params=parameters)[1])
 
 
-class CardLists:
-    """Eight bits a number, for a card; C + 8 bytes an item there, and packing sends all rows to it again.
+class GpuLists:
+    """Lists on a GPU, eight bits a number: C + 8 bytes an item, and every merge sends all rows again.
 
-    All but the card's own kernels runs on a processor as well, which is how it is tested.
+    All but the GPU's own kernels runs on a CPU as well, for tests.
     """
 
     def __init__(self, width: int, device: torch.device):
@@ -158,7 +158,7 @@ class CardLists:
         self._template: Any = None
 
     def merge(self, vectors: np.ndarray, rows: np.ndarray) -> Any:
-        """Build the lists anew on the card; whoever searches the old ones is not disturbed."""
+        """Build new lists on the GPU, beside those that are searched meanwhile."""
         if self._template is None:
             self._template = self._trained(vectors)
         packed = copy_to(self._device, self._template)
@@ -176,44 +176,44 @@ class CardLists:
         index.clustering_index = on_device = copy_to(self._device, clustering)
         train(index, vectors)
         index.clustering_index = None
-        del on_device  # only now: FAISS kept a pointer to it
+        del on_device  # not sooner: FAISS kept a pointer to it
         return index
 
     def search(
-        self, packed: Any, queries: torch.Tensor, count: int, width: int, mask: np.ndarray | None
+        self, packed: Any, queries: torch.Tensor, count: int, probe_factor: int, mask: np.ndarray | None
     ) -> torch.Tensor:
-        """Candidates; a mask is not read within the lists. FAISS reads and writes the tensors where they are."""
+        """Return candidates, also those outside the mask. FAISS reads and writes the tensors where they are."""
         rows = torch.empty((len(queries), count), dtype=torch.int64, device=queries.device)
         scores = torch.empty((len(queries), count), device=queries.device)
         pointers = [faiss.cast_integer_to_float_ptr(tensor.data_ptr()) for tensor in (queries, scores)]
         found = faiss.cast_integer_to_idx_t_ptr(rows.data_ptr())
         packed.search_c(
-            len(queries), pointers[0], count, pointers[1], found, probing(self._template.nlist, width, None)
+            len(queries), pointers[0], count, pointers[1], found, probing(self._template.nlist, probe_factor, None)
         )
         return rows
 
 
-def probing(lists: int, width: int, selector: Any) -> Any:
-    """How many lists are read."""
-    library: Any = faiss  # whose keyword arguments are made at run time
-    return library.SearchParametersIVF(nprobe=min(PROBED_LISTS * width, lists), sel=selector)
+def probing(lists: int, probe_factor: int, selector: Any) -> Any:
+    """Return the parameters of a search: how many of the lists it reads, and what it leaves out."""
+    library: Any = faiss  # its keyword arguments are made at run time
+    return library.SearchParametersIVF(nprobe=min(PROBED_LISTS * probe_factor, lists), sel=selector)
 
 
 def copy_to(device: torch.device, index: Any) -> Any:
-    """A copy of a FAISS index on a device, with resources of its own: threads cannot share them safely."""
+    """Copy a FAISS index to a device, with GPU resources of its own: threads cannot share them safely."""
     if device.type != "cuda":
         return faiss.clone_index(index)
-    gpu: Any = faiss  # the names below exist where faiss-gpu is installed
+    gpu: Any = faiss  # the names below exist only in faiss-gpu
     resources = gpu.StandardGpuResources()
-    resources.setDefaultNullStreamAllDevices()  # the stream of torch, so that what one writes the other reads in order
+    resources.setDefaultNullStreamAllDevices()  # torch's stream, so that each sees what the other wrote
     return gpu.index_cpu_to_gpu(resources, device.index or 0, index)
 
 
-def choose_device(cards: int) -> torch.device:
-    """The first card where FAISS sees one, otherwise the processor."""
-    return torch.device("cuda:0" if cards > 0 else "cpu")
+def search_device() -> torch.device:
+    """Return where searches run: the first GPU that FAISS sees, else the CPU."""
+    return torch.device("cuda:0" if faiss.get_num_gpus() > 0 else "cpu")
 
 
-def inverted_index(width: int, device: torch.device) -> InvertedIndex:
-    """The lists that fit the device."""
-    return CardLists(width, device) if device.type == "cuda" else ProcessorLists(width)
+def inverted_lists(width: int, device: torch.device) -> InvertedLists:
+    """Return lists, not trained yet, for vectors of a width on a device."""
+    return GpuLists(width, device) if device.type == "cuda" else CpuLists(width)

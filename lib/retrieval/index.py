@@ -1,7 +1,7 @@
 """Retrieval: the items whose vectors have the largest inner product with a query.
 
 The rows of the index are the rows of the item table, so a pushed row is overwritten in place and is found by the very
-next search. Exact for catalogs up to EXACT_ROWS, approximate above; on a card where FAISS sees one.
+next search. Exact for catalogs up to EXACT_ROWS, approximate above; on a GPU where FAISS sees one.
 """
 
 from collections.abc import Sequence
@@ -12,22 +12,17 @@ import torch
 
 from lib.retrieval.approximate import ApproximateIndex
 from lib.retrieval.exact import exact_search
-from lib.retrieval.faiss_lists import choose_device
+from lib.retrieval.faiss_lists import search_device
 
-# measured on a processor: from here on lists are faster; as many filtered rows are searched exactly
+# measured on a CPU: beyond it inverted lists are faster; up to as many filtered rows are searched exactly
 EXACT_ROWS = 50_000
 SPARE_SHARE = 8  # room for an eighth more rows before all are copied
 
 
 def use_threads(count: int) -> None:
-    """How many threads a search of this process takes; more than one pays for large catalogs and idle cores only."""
+    """Set the threads of this process's searches; more than one pays only for large catalogs and idle cores."""
     faiss.omp_set_num_threads(count)
     torch.set_num_threads(count)
-
-
-def search_device() -> torch.device:
-    """Where searches run: on the first card that FAISS sees, else on the processor."""
-    return choose_device(faiss.get_num_gpus())
 
 
 class ItemIndex:
@@ -53,17 +48,17 @@ class ItemIndex:
 
     @property
     def vectors(self) -> np.ndarray:
-        """(N, C) the index's own memory, to be read only."""
+        """The (N, C) vectors in the index's own memory; do not write to them."""
         return self._storage[: self._count]
 
     @property
     def merging(self) -> bool:
-        """Whether changed rows are being moved into the approximate index by another thread."""
+        """Whether another thread is moving changed rows into the inverted lists."""
         return self._approximate is not None and self._approximate.merging
 
     @torch.inference_mode()
     def update(self, rows: np.ndarray, vectors: np.ndarray) -> None:
-        """Overwrite rows, each given once; rows beyond the end extend the index (they must follow each other).
+        """Overwrite rows, each given once; rows beyond the end extend the index and must leave no gap.
 
         Raises:
             ValueError: new rows leave a gap.
@@ -76,7 +71,7 @@ class ItemIndex:
         self._count += len(added)
         if self._approximate is not None:
             self._approximate.update(rows, changed, self.vectors)
-        elif self._is_large():  # searched exactly until another thread has built the lists
+        elif self._is_large():  # searches are exact until another thread has built the lists
             self._approximate = ApproximateIndex(self.vectors, self._device, wait=False)
 
     def _is_large(self) -> bool:
@@ -85,7 +80,7 @@ class ItemIndex:
         return int(np.count_nonzero(self.vectors.any(axis=1))) > self._exact_rows
 
     def _write(self, rows: np.ndarray, vectors: np.ndarray) -> torch.Tensor:
-        """Write rows here and, where there is a card, on it; the vectors (R, C) on the device."""
+        """Write rows to this memory and to the GPU's where there is one; return the vectors (R, C) on the device."""
         self._storage[rows] = vectors
         changed = torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32)).to(self._device)
         if self._device.type == "cuda":
@@ -98,7 +93,7 @@ class ItemIndex:
         grown = np.empty((count + count // SPARE_SHARE, self._storage.shape[1]), dtype=np.float32)
         grown[: self._count] = self.vectors
         self._storage = grown
-        self._tensor = torch.from_numpy(grown).to(self._device)  # on a processor the same memory
+        self._tensor = torch.from_numpy(grown).to(self._device)  # on the CPU the same memory
 
     @torch.inference_mode()
     def search(
@@ -108,11 +103,11 @@ class ItemIndex:
         mask: np.ndarray | None = None,
         seen: Sequence[np.ndarray] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (B, k) and rows (B, k) of the best items, best first; minus infinity and -1 where fewer exist.
+        """Return scores (B, k) and rows (B, k) of the best items, best first; minus infinity and -1 where fewer exist.
 
         Args:
-            queries: (B, C) float32; a tensor on the index's device is not moved.
-            k: how many; that many are found whenever so many pass mask and seen.
+            queries: (B, C) float32; a tensor on the index's device is not copied.
+            k: how many; so many are found whenever so many pass `mask` and `seen`.
             mask: (N,) bool, the rows that may be found; None for all.
             seen: for each query the rows that it must not find, ascending, such as a person's history; None for none.
         """

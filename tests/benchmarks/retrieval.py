@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.configuration import write_json
-from lib.retrieval.faiss_lists import copy_to
-from lib.retrieval.index import ItemIndex, search_device, use_threads
+from lib.retrieval.faiss_lists import copy_to, search_device
+from lib.retrieval.index import ItemIndex, use_threads
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.vectors import WIDTH, Search, gaussian, in_batches, recall, speed, trained_like
 

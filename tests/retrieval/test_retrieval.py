@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from lib.retrieval.approximate import FreshRows, among, inner_products
+from lib.retrieval.approximate import FreshRows, inner_products, is_seen
 from lib.retrieval.exact import exact_search
-from lib.retrieval.faiss_lists import PROBED_LISTS, CardLists, ProcessorLists, choose_device, inverted_index, list_count
+from lib.retrieval.faiss_lists import PROBED_LISTS, CpuLists, GpuLists, inverted_lists, list_count, search_device
 from lib.retrieval.index import ItemIndex
 from tests.benchmarks.vectors import recall, trained_like
 
@@ -297,8 +297,11 @@ def test_scores_of_candidates_and_seen_candidates():
     scores = inner_products(vectors, queries, rows)
     assert torch.allclose(scores[1], (vectors[rows[1]] @ queries[1]))
     assert scores[0, 1] == -torch.inf
-    assert among(rows, [np.array([4, 39]), np.array([0])], 40).tolist() == [[False, False, True], [True, False, False]]
-    assert not among(rows, [np.zeros(0, dtype=np.int32)] * 2, 40).any()
+    assert is_seen(rows, [np.array([4, 39]), np.array([0])], 40).tolist() == [
+        [False, False, True],
+        [True, False, False],
+    ]
+    assert not is_seen(rows, [np.zeros(0, dtype=np.int32)] * 2, 40).any()
 
 
 def test_exact_search_gives_tensors_where_the_vectors_are():
@@ -308,17 +311,17 @@ def test_exact_search_gives_tensors_where_the_vectors_are():
     assert scores.device == vectors.device
 
 
-def test_a_card_is_chosen_where_faiss_sees_one():
-    assert choose_device(0) == torch.device("cpu")
-    assert choose_device(2) == torch.device("cuda:0")
-    assert isinstance(inverted_index(8, choose_device(0)), ProcessorLists)
-    assert choose_device(faiss.get_num_gpus()).type == ("cuda" if faiss.get_num_gpus() else "cpu")
-    assert isinstance(inverted_index(8, choose_device(1)), CardLists)
+@pytest.mark.parametrize(("gpus", "device", "lists"), [(0, "cpu", CpuLists), (2, "cuda:0", GpuLists)])
+def test_a_gpu_is_chosen_where_faiss_sees_one(gpus, device, lists, monkeypatch):
+    assert search_device().type == ("cuda" if faiss.get_num_gpus() else "cpu")
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: gpus)
+    assert search_device() == torch.device(device)
+    assert isinstance(inverted_lists(8, search_device()), lists)
 
 
-def test_the_lists_for_a_card_find_the_best_and_follow_a_merge(items, queries):
-    """On a processor, with the same calls, tensors in and tensors out."""
-    lists, asked = CardLists(64, torch.device("cpu")), torch.from_numpy(queries)
+def test_the_lists_for_a_gpu_find_the_best_and_follow_a_merge(items, queries):
+    """On the CPU, with the same calls, tensors in and tensors out."""
+    lists, asked = GpuLists(64, torch.device("cpu")), torch.from_numpy(queries)
     packed = lists.merge(items, np.arange(ITEMS))
     assert packed.ntotal == ITEMS - 1  # not the row of zeros
     changed = items.copy()
