@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, Self
 
 from lib.data.events import Event
 from lib.errors import InputError
-from lib.log.sqlite import read_tail
+from lib.log.write_ahead_log import read_tail
 
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x41464C47  # "AFLG" in the file header, so that another program's SQLite file is told apart

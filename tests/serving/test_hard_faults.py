@@ -28,7 +28,7 @@ from lib.live.settings import LearnerConfig
 from lib.log.feedback import FeedbackLog, LogCorrupt, LogFull, LogWriteError
 from lib.log.items import ItemLog
 from lib.log.layout import LOG_FILE, SQLITE
-from lib.log.sqlite import Tail, read_tail
+from lib.log.write_ahead_log import Tail, read_tail
 from lib.model.delta import Delta, DeltaMismatch
 from lib.model.folder import Manifest, save_model
 from lib.ranking.recommender import Question, RankedItem, Recommender
