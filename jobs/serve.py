@@ -29,7 +29,7 @@ from lib.data.guard import CleaningRules
 from lib.errors import InputError, SettingsError
 from lib.experiments.results import ChallengerConfig
 from lib.live.settings import LearnerConfig
-from lib.log.layout import SQLITE
+from lib.log.backend import SQLITE
 from lib.model.folder import load_model
 from lib.ranking.rules import BoundRules, RankingRules
 from serving.aggregator import NAMESPACE, AggregatorConfig, start_aggregator

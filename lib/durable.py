@@ -31,18 +31,28 @@ def make_durably(path: Path, make: Callable[[Path], object], replace: bool = Tru
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         make(unfinished)
-        sync(unfinished)
-        if replace:
-            unfinished.rename(path)
-        else:
-            os.link(unfinished, path)  # a rename would take the place of what another writer made
+        rename_durably(unfinished, path, replace)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def rename_durably(unfinished: Path, path: Path, replace: bool = True) -> None:
+    """Give a file, or a folder of files that are synced, its name once it is on disk, and have the name there, too.
+
+    Raises:
+        FileExistsError: a file is there already, and `replace` is False; of two writers at once, one alone succeeds.
+        OSError: it could not be renamed.
+    """
+    sync(unfinished)
+    if replace:
+        unfinished.rename(path)
+    else:
+        os.link(unfinished, path)  # a rename would replace what another writer made; the old name stays
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what a file, or the list of files of a folder, is now."""
+    """Flush a file, or a folder's list of files, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

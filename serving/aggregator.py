@@ -27,10 +27,12 @@ from lib.data.guard import CleaningRules, FeedbackGuard
 from lib.data.user_histories import History, UserHistories
 from lib.live.micro_batch import MicroBatch, SampleSizes, micro_batch
 from lib.log.board import ChangeBoard
-from lib.log.feedback import LoggedEvent, LogWriteError
+from lib.log.errors import LogWriteError
 from lib.log.items import ItemChange, ItemLog
-from lib.log.layout import ONLY, LogLayout, Shard
+from lib.log.layout import LogLayout
+from lib.log.log_file import LoggedEvent
 from lib.log.one_machine import on_one_machine
+from lib.log.shard import ONLY, Shard
 from lib.settings import Settings
 
 ITEM_LOG_FILE = "items.sqlite"

@@ -20,9 +20,10 @@ from ray.util import list_named_actors
 from lib.data.events import Event
 from lib.data.user_histories import History
 from lib.log.board import ChangeBoard, News
-from lib.log.feedback import LogWriteError
+from lib.log.errors import LogWriteError, PartlyWritten
 from lib.log.items import ItemChange
-from lib.log.layout import LogLayout, PartlyWritten, shard_of
+from lib.log.layout import LogLayout
+from lib.log.shard import shard_of
 from serving.aggregator import AGGREGATOR, NAMESPACE, AggregatorConfig, start_aggregator
 from serving.batches import Batches
 

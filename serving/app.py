@@ -7,8 +7,9 @@ from ray.serve import Application
 from lib.data.guard import CleaningRules
 from lib.errors import InputError
 from lib.experiments.results import ChallengerConfig
+from lib.log.backend import SQLITE
 from lib.log.integrity import check_log
-from lib.log.layout import SQLITE, LogLayout
+from lib.log.layout import LogLayout
 from lib.ranking.rules import RankingRules
 from lib.versions.registry import Registry
 from serving.experiment import prepare_challenger

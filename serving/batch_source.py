@@ -12,10 +12,11 @@ import ray
 
 from lib.data.user_histories import History
 from lib.live.micro_batch import MicroBatch, SampleSizes
-from lib.log.feedback import last_commit_is_torn
 from lib.log.items import ItemChange
-from lib.log.layout import ONLY, ORDER_FILE, LogLayout, Shard
+from lib.log.layout import ORDER_FILE, LogLayout
 from lib.log.order import LogOrder, Run
+from lib.log.shard import ONLY, Shard
+from lib.log.write_ahead_log import last_commit_is_torn
 from serving.aggregator import aggregator_handle
 
 WAIT_SECONDS = 0.5  # until the learner looks after other things

@@ -12,8 +12,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from starlette.exceptions import HTTPException
 
 from lib.errors import InputError
-from lib.log.feedback import LogFull, LogWriteError
-from lib.log.layout import PartlyWritten
+from lib.log.errors import LogFull, LogWriteError, PartlyWritten
 from serving.batches import Overloaded
 
 logger = logging.getLogger("ray.serve")

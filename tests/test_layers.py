@@ -28,7 +28,8 @@ LINES: tuple[set[str], ...] = (
     {"model"},
     {"log", "experiments"},
     {"data"},
-    {"settings", "durable"},
+    {"settings", "sqlite"},
+    {"durable"},
     {"retrieval", "errors"},
 )
 LINE_OF = {room: number for number, rooms in enumerate(LINES) for room in rooms}

@@ -9,8 +9,6 @@ what the challenger would have answered is compared with it, and with what was c
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,6 +20,7 @@ from lib.errors import InputError
 from lib.experiments.sequential_test import ArmTotals, difference, evidence, interval, verdict
 from lib.experiments.split import place_of
 from lib.settings import Settings
+from lib.sqlite import Database
 
 LIVE, CHALLENGER, SHADOW = "live", "challenger", "shadow"
 ARMS = (LIVE, CHALLENGER)
@@ -127,14 +126,12 @@ class ExperimentResults:
         self.totals: dict[tuple[str, str], ArmTotals] = {}
         self.kinds: Counter[tuple[str, str]] = Counter()
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._connection.executescript(f"PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; {SCHEMA}")
+        # to lose the newest counts in a power loss is no harm, an fsync for each would be
+        self._database = Database(path, "rwc", self._error, synchronous="NORMAL")
+        self._connection = self._database.connection
+        with self._database.opening():
+            self._connection.executescript(SCHEMA)
             self._read()
-        except sqlite3.Error as error:
-            raise InputError(
-                f"challenger: its results {path} cannot be used: {error}; free the disk, or remove it to begin anew"
-            ) from error
 
     def _read(self) -> None:
         self.totals = {(arm, reward): self._read_totals(arm, reward) for arm in ARMS for reward in REWARDS}
@@ -153,20 +150,14 @@ class ExperimentResults:
         Raises:
             sqlite3.Error: it could not be written.
         """
-        with self._transaction():
-            for (user_id, arm), answers in Counter(records.impressions).items():
-                self._count(user_id, arm, answers=answers)
-            for shadow in records.shadows:
-                self._compare(shadow)
-            for reaction in records.reactions:
-                self._react(reaction)
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
         try:
-            with self._connection:
-                self._connection.execute("BEGIN")
-                yield
+            with self._database.transaction():
+                for (user_id, arm), answers in Counter(records.impressions).items():
+                    self._count(user_id, arm, answers=answers)
+                for shadow in records.shadows:
+                    self._compare(shadow)
+                for reaction in records.reactions:
+                    self._react(reaction)
         except sqlite3.Error:
             self._read()  # what is counted in memory is what the file has
             raise
@@ -273,8 +264,13 @@ class ExperimentResults:
         return {"compared": sums["compared"], "overlap": overlap, "choices": sums["choices"], "arms": found}
 
     def close(self) -> None:
-        """End it."""
-        self._connection.close()
+        """Close the file."""
+        self._database.close()
+
+    def _error(self, error: sqlite3.Error) -> InputError:
+        return InputError(
+            f"challenger: its results {self.path} cannot be used: {error}; free the disk, or remove it to begin anew"
+        )
 
 
 def _rate(totals: ArmTotals, alpha: float, effect: float) -> dict[str, Any]:

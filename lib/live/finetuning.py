@@ -30,8 +30,8 @@ from lib.evaluation.comparison import Comparison, compare
 from lib.evaluation.protocols import Cases, model_contender, rank
 from lib.experiments.split import place_of
 from lib.live.learner import base_of
-from lib.log.feedback import LoggedEvent
-from lib.log.layout import LogReader
+from lib.log.log_file import LoggedEvent
+from lib.log.reader import LogReader
 from lib.model.batches import SequenceBatches, target_weights
 from lib.model.buckets import histories_in, table_of
 from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib.data.user_histories import History, ReplaySample, UserHistories
-from lib.log.feedback import LoggedEvent
+from lib.log.log_file import LoggedEvent
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from lib.evaluation.protocols import model_scores, remove_seen, target_ranks
 from lib.live.learner import NearlineLearner, Rejection
 from lib.live.micro_batch import micro_batch
 from lib.live.settings import LearnerConfig
-from lib.log.feedback import LoggedEvent
+from lib.log.log_file import LoggedEvent
 from lib.model.batches import SequenceBatches
 from lib.model.delta import grow_items
 from lib.model.encoder import PADDING_ROW, BehaviourEncoder

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib.errors import InputError
-from lib.log.feedback import FeedbackLogReader, LogCorrupt, last_commit_is_torn
-from lib.log.layout import COPY_HINT, ORDER_FILE, SQLITE, LogLayout
+from lib.log.errors import LogCorrupt
+from lib.log.layout import ORDER_FILE, LogLayout
 from lib.log.order import LogOrder
+from lib.log.reader import FeedbackLogReader
+from lib.log.write_ahead_log import last_commit_is_torn
 
 
 def check_log(state: str | Path, learned: int, pages: bool = False) -> None:
@@ -24,10 +26,8 @@ def check_log(state: str | Path, learned: int, pages: bool = False) -> None:
     try:
         ends = [_end_of(path, pages) for path in layout.files(state)]
     except LogCorrupt as error:
-        if layout.log == SQLITE:
-            raise
-        raise LogCorrupt(f"{error}; {COPY_HINT.format(layout.log)}") from error
-    if layout.log == SQLITE:
+        raise LogCorrupt(f"{error}{layout.backend.remedy}") from error
+    if not layout.backend.is_copy:
         check_ends(state, learned, ends)
 
 

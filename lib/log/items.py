@@ -5,14 +5,14 @@ It is small beside the feedback log, and it is written seldom: one SQLite file, 
 
 import json
 import sqlite3
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib.errors import InputError
-from lib.log.feedback import last_commit_is_torn, write_error
+from lib.log.errors import write_error
+from lib.log.write_ahead_log import last_commit_is_torn
+from lib.sqlite import Database
 
 # A change takes the place of the one before, so that a new reader reads each item once. The newest change always
 # stays, so the highest revision is the last one that was given.
@@ -43,13 +43,11 @@ class ItemLog:
     def __init__(self, path: Path):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
         self.torn = last_commit_is_torn(path)
-        with self._errors():
-            self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            for statement in ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", SCHEMA):
-                self._connection.execute(statement)
-            self.revision: int = self._connection.execute("SELECT COALESCE(MAX(revision), 0) FROM items").fetchone()[0]
+        self._database = Database(path, "rwc", self._error)
+        with self._database.opening():
+            self._database.connection.execute(SCHEMA)
+        self.revision: int = self._database.rows("SELECT COALESCE(MAX(revision), 0) FROM items")[0][0]
 
     def append(self, items: Sequence[tuple[str, dict[str, Any] | None]]) -> int:
         """Record items with their attributes, None for a deleted one; durable when it returns the newest revision.
@@ -59,12 +57,11 @@ class ItemLog:
         """
         revision = self.revision
         try:
-            with self._lock, self._connection:
-                self._connection.execute("BEGIN IMMEDIATE")
+            with self._database.transaction() as connection:
                 for item_id, attributes in items:
                     revision += 1
                     text = None if attributes is None else json.dumps(attributes)
-                    self._connection.execute(PUT, (item_id, revision, text))
+                    connection.execute(PUT, (item_id, revision, text))
         except sqlite3.Error as error:
             raise write_error(f"item log {self.path}", error) from error
         self.revision = revision
@@ -72,21 +69,14 @@ class ItemLog:
 
     def after(self, revision: int) -> list[ItemChange]:
         """The items that changed after a revision, in the order of their newest change."""
-        with self._lock, self._errors():
-            rows = self._connection.execute(
-                "SELECT revision, item_id, attributes FROM items WHERE revision > ? ORDER BY revision", (revision,)
-            ).fetchall()
-        return [ItemChange(r, item_id, None if text is None else json.loads(text)) for r, item_id, text in rows]
+        found = self._database.rows(
+            "SELECT revision, item_id, attributes FROM items WHERE revision > ? ORDER BY revision", revision
+        )
+        return [ItemChange(r, item_id, None if text is None else json.loads(text)) for r, item_id, text in found]
 
     def close(self) -> None:
-        """End it."""
-        self._connection.close()
+        """Close the file."""
+        self._database.close()
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise InputError(
-                f"item log {self.path} cannot be used: {error}; free the disk or restore a copy"
-            ) from error
+    def _error(self, error: sqlite3.Error) -> InputError:
+        return InputError(f"item log {self.path} cannot be used: {error}; free the disk or restore a copy")

@@ -26,21 +26,12 @@ from urllib.parse import parse_qsl, urlsplit
 
 import orjson
 
-from lib.data.events import EVENT_SCHEMA, Event
+from lib.data.events import Event
 from lib.errors import InputError
-from lib.log.feedback import (
-    Append,
-    AppendResult,
-    FeedbackLog,
-    LogCorrupt,
-    LoggedEvent,
-    LogWriteError,
-    insert_rows,
-    last_offset_of,
-    row_of,
-    transaction,
-)
-from lib.log.layout import COPY_HINT, Shard
+from lib.log.errors import LogWriteError
+from lib.log.log_file import LoggedEvent, Row, event_of, insert_rows, row_of
+from lib.log.shard import Shard
+from lib.log.store import AppendResult, SqliteStore
 
 try:
     from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -127,17 +118,24 @@ class Topic:
 
 class _Message(NamedTuple):
     place: int  # in the partition
-    rows: list[tuple]  # of its events
+    rows: list[Row]  # of its events
     received_at: int
 
 
-class KafkaLog(FeedbackLog):
-    """The log of one shard in a partition of a topic, with its copy at `copy`; the interface of FeedbackLog.
+class KafkaStore:
+    """The log of one shard in a partition of a topic, with its copy in a SQLite file.
 
-    `timeout` is how many seconds a write may take until it fails; `wait_for_brokers` waits for those that are away.
+    Args:
+        location: of the topic, as Topic reads it.
+        shard: whose log it is; its number is the partition's.
+        copy: the file.
+        wait_for_lock: see SqliteStore.
+        wait_for_brokers: wait for those that are away.
+        timeout: seconds that a write may take until it fails.
 
-    Raises BrokersAway when the topic cannot be reached, InputError when it cannot be used, and LogLocked and LogCorrupt
-    as FeedbackLog does.
+    Raises:
+        BrokersAway: the topic cannot be reached.
+        InputError: it cannot be used; LogLocked and LogCorrupt as SqliteStore raises them.
     """
 
     def __init__(
@@ -151,48 +149,31 @@ class KafkaLog(FeedbackLog):
         timeout: float = 10.0,
     ) -> None:
         self.topic = Topic.of(location)
+        self.name = self.topic.location
+        self.path = copy
+        self.torn = False  # a torn commit of a copy is read again
+        self.commits = 0
         self.shard = shard
         self.timeout = timeout
         self._others: list[LoggedEvent] = []  # taken over and not yet told of
-        self._patiently(lambda: self.topic.check(shard.count, timeout), wait_for_brokers)
+        _patiently(lambda: self.topic.check(shard.count, timeout), wait_for_brokers)
+        # a power loss may take the newest commits of a copy, which are read again
+        self.copy = SqliteStore(copy, wait_for_lock=wait_for_lock, synchronous="NORMAL")
         try:
-            super().__init__(copy, wait_for_lock=wait_for_lock)
-        except LogCorrupt as error:
-            raise LogCorrupt(f"{error}; {COPY_HINT.format(self.name)}") from error
-        try:
-            # a power loss may take the newest commits of a copy, which are read again
-            self.torn = False
-            self._connection.execute("PRAGMA synchronous = NORMAL")
-            self._connection.execute(POSITION)
-            self._connection.execute("INSERT INTO position SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM position)")
-            self._patiently(self._catch_up, wait_for_brokers)
+            self._rows(POSITION)
+            self._rows("INSERT INTO position SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM position)")
+            _patiently(self._catch_up, wait_for_brokers)
             self._others.clear()  # they are in the log that is opened
             self._producer: Producer | None = self.topic.producer(timeout)
         except BaseException:
-            self.close()
+            self.copy.close()
             raise
 
-    @staticmethod
-    def _patiently(call: Callable[[], object], wait: bool) -> None:
-        """Call again as long as the brokers are away, if it is to wait for them."""
-        while True:
-            try:
-                call()
-                return
-            except BrokersAway as error:
-                if not wait:
-                    raise
-                logger.warning("waiting for the brokers: %s", error)
-
-    @property
-    def name(self) -> str:
-        """The location of the topic, without settings."""
-        return self.topic.location
-
     def erase(self, user_id: str) -> int:
-        """Not to be had: what a topic has taken in stays in it.
+        """Refuse: what a topic has taken in stays in it.
 
-        Raises InputError.
+        Raises:
+            InputError: always.
         """
         raise InputError(
             f"log: {self.name} cannot forget a user, as a topic keeps its messages; where users must be erased, "
@@ -200,16 +181,17 @@ class KafkaLog(FeedbackLog):
         )
 
     def close(self) -> None:
-        """Write what still waits, then close the copy and the connections; a second close does nothing."""
-        super().close()
+        """Close the copy and the connections."""
+        self.copy.close()
         self._producer = None
 
-    def _append_group(self, group: list[Append]) -> list[AppendResult | Exception]:
+    def append(self, batches: Sequence[list[Row]]) -> list[AppendResult | Exception]:
+        """Send each batch as a message, and write into the copy what the partition then holds."""
         if self._producer is None:  # an earlier write failed, and what became of it is not known
             self._catch_up()
             self._producer = self.topic.producer(self.timeout)
         producer, self._producer = self._producer, None
-        new = [[row for row in append.rows if not self._holds(row)] for append in group]
+        new = [[row for row in rows if not self._holds(row)] for rows in batches]
         received_at = time.time_ns() // 1_000_000
         places, failures = self._send(producer, new, received_at)
         sent = sorted(_Message(place, new[index], received_at) for index, place in places.items())
@@ -221,9 +203,9 @@ class KafkaLog(FeedbackLog):
         own = {offset for place in places.values() for offset in offsets[place]}
         self._others = [other for other in self._others if other.offset not in own]
         results: list[AppendResult | Exception] = []
-        for index, (append, rows) in enumerate(zip(group, new, strict=True)):
+        for index, (rows, new_rows) in enumerate(zip(batches, new, strict=True)):
             given = offsets[places[index]] if index in places else []
-            results.append(failures[index] if index in failures else _result(append, rows, given))
+            results.append(failures[index] if index in failures else _result(rows, new_rows, given))
         self._tell_of_others([result for result in results if isinstance(result, AppendResult)])
         return results
 
@@ -236,7 +218,7 @@ class KafkaLog(FeedbackLog):
             del self._others[: len(result.others)]
 
     def _send(
-        self, producer: Producer, new: list[list[tuple]], received_at: int
+        self, producer: Producer, new: list[list[Row]], received_at: int
     ) -> tuple[dict[int, int], dict[int, Exception]]:
         """Send the rows of each append as a message, if there are any; its place in the partition, or its failure."""
         places: dict[int, int] = {}
@@ -266,11 +248,8 @@ class KafkaLog(FeedbackLog):
         producer.flush()  # each message is delivered or has failed after the timeout
         return places, failures
 
-    def _encoded(self, rows: list[tuple], received_at: int) -> bytes:
-        events = [
-            {name: value for name, value in zip(EVENT_SCHEMA.names, row[1:], strict=True) if value is not None}
-            for row in rows
-        ]
+    def _encoded(self, rows: list[Row], received_at: int) -> bytes:
+        events = [{name: value for name, value in event_of(row)._asdict().items() if value is not None} for row in rows]
         shard = [self.shard.number, self.shard.count]
         return orjson.dumps({"shard": shard, "received_at": received_at, "events": events})
 
@@ -307,7 +286,7 @@ class KafkaLog(FeedbackLog):
                 offsets |= self._store(read)
                 for place, rows, received_at in read:
                     given = zip(offsets[place], rows, strict=True)
-                    self._others += [LoggedEvent(o, Event(*row[1:]), received_at) for o, row in given if o is not None]
+                    self._others += [LoggedEvent(o, event_of(row), received_at) for o, row in given if o is not None]
                 position = read[-1].place + 1
         return offsets
 
@@ -329,28 +308,38 @@ class KafkaLog(FeedbackLog):
         return end
 
     def _store(self, messages: Sequence[_Message]) -> dict[int, list[int | None]]:
-        """Write the events of messages into the copy; the offsets of each message by its place."""
-        offsets: dict[int, list[int | None]] = {}
+        """Write the events of messages into the copy; return the offsets of each message by its place."""
         if not messages:
-            return offsets
-        with transaction(self._connection) as connection:
-            last = last_offset_of(connection)
-            for place, rows, received_at in messages:
-                offsets[place] = insert_rows(connection, last, rows, received_at)
-                last += len(rows) - offsets[place].count(None)
-            connection.execute("UPDATE given SET last_offset = ?", (last,))
+            return {}
+        with self.copy.database.transaction() as connection:
+            offsets = insert_rows(connection, [(message.rows, message.received_at) for message in messages])
             connection.execute("UPDATE position SET next = ?", (messages[-1].place + 1,))
-        return offsets
+        return {message.place: given for message, given in zip(messages, offsets, strict=True)}
 
     def _position(self) -> int:
-        return self._connection.execute("SELECT next FROM position").fetchone()[0]
+        return self._rows("SELECT next FROM position")[0][0]
 
-    def _holds(self, row: tuple) -> bool:
-        return self._connection.execute("SELECT 1 FROM events WHERE key = ?", row[:1]).fetchone() is not None
+    def _holds(self, row: Row) -> bool:
+        return bool(self._rows("SELECT 1 FROM events WHERE key = ?", row[0]))
+
+    def _rows(self, statement: str, *parameters: object) -> list[tuple]:
+        return self.copy.database.rows(statement, *parameters)
 
 
-def _result(append: Append, new: list[tuple], offsets: list[int | None]) -> AppendResult:
-    """The offsets of all rows of an append from those of its new ones; the others are duplicates."""
+def _patiently(call: Callable[[], object], wait: bool) -> None:
+    """Call again as long as the brokers are away, if it is to wait for them."""
+    while True:
+        try:
+            call()
+            return
+        except BrokersAway as error:
+            if not wait:
+                raise
+            logger.warning("waiting for the brokers: %s", error)
+
+
+def _result(rows: list[Row], new: list[Row], offsets: list[int | None]) -> AppendResult:
+    """Return the offsets of all rows of a batch from those of its new ones; the others are duplicates."""
     given = iter(offsets)
     sent = {id(row) for row in new}
-    return AppendResult([next(given) if id(row) in sent else None for row in append.rows])
+    return AppendResult([next(given) if id(row) in sent else None for row in rows])

@@ -7,14 +7,11 @@ and total order in a scalable shared log"). Versions, ledger, gate and popularit
 """
 
 import sqlite3
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Self
 
 from lib.errors import InputError
-from lib.log.feedback import INT64_MAX, REPLAY_EVENTS, FeedbackLogReader, LoggedEvent, transaction
+from lib.sqlite import Database, create
 
 # Runs that follow each other in one shard are one, so that there are no more of them than the order has turns.
 SCHEMA = """
@@ -65,23 +62,15 @@ class LogOrder:
         if not path.is_file():
             raise InputError(f"order of the feedback log {path} is missing; restore it from a copy")
         self.path = path
-        self._lock = threading.Lock()
-        with self._errors():
-            self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            for statement in ("PRAGMA synchronous = FULL", "PRAGMA fullfsync = ON", f"{SELECT} LIMIT 1"):
-                self._connection.execute(statement)
+        self._database = Database(path, "rw", self._error)
+        with self._database.opening():
+            self._database.connection.execute(f"{SELECT} LIMIT 1")
 
     @classmethod
     def create(cls, path: Path) -> None:
         """Make an empty one, unless there is one."""
-        if path.exists():
-            return
-        unfinished = path.with_name(f"{path.name}.new")
-        unfinished.unlink(missing_ok=True)
-        connection = sqlite3.connect(unfinished, isolation_level=None)
-        connection.executescript(f"PRAGMA journal_mode = WAL; {SCHEMA}")
-        connection.close()
-        unfinished.rename(path)
+        if not path.exists():
+            create(path, SCHEMA)
 
     def end(self) -> int:
         """The last offset that was given, 0 for none."""
@@ -111,7 +100,7 @@ class LogOrder:
         Raises:
             InputError: the order of this shard does not end at `place`: another learner is at work.
         """
-        with self._lock, self._errors(), transaction(self._connection) as connection:
+        with self._database.errors(), self._database.transaction() as connection:
             last = _run_of(connection, "ORDER BY after DESC LIMIT 1")
             own = _run_of(connection, "WHERE shard = ? ORDER BY place DESC LIMIT 1", shard)
             if place != (0 if own is None else own.last_place):
@@ -124,8 +113,8 @@ class LogOrder:
         return run
 
     def close(self) -> None:
-        """End it."""
-        self._connection.close()
+        """Close the file."""
+        self._database.close()
 
     def __enter__(self) -> Self:
         return self
@@ -134,79 +123,15 @@ class LogOrder:
         self.close()
 
     def _run(self, which: str, *parameters: int) -> Run | None:
-        with self._lock, self._errors():
-            return _run_of(self._connection, which, *parameters)
+        found = self._database.rows(f"{SELECT} {which}", *parameters)
+        return Run(*found[0]) if found else None
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            raise OSError(f"order of the feedback log {self.path} cannot be used ({error})") from error
-        except sqlite3.DatabaseError as error:
-            raise InputError(f"order of the feedback log {self.path} is damaged ({error}); restore a copy") from error
+    def _error(self, error: sqlite3.Error) -> Exception:
+        if isinstance(error, sqlite3.OperationalError):
+            return OSError(f"order of the feedback log {self.path} cannot be used ({error})")
+        return InputError(f"order of the feedback log {self.path} is damaged ({error}); restore a copy")
 
 
 def _run_of(connection: sqlite3.Connection, which: str, *parameters: int) -> Run | None:
     row = connection.execute(f"{SELECT} {which}", parameters).fetchone()
     return None if row is None else Run(*row)
-
-
-class ShardedLogReader:
-    """What FeedbackLogReader is for one log; `logs` are those of the shards, by their number.
-
-    What is durable and not yet in the order is counted, as what will follow its end, and cannot be read.
-    """
-
-    def __init__(self, logs: Sequence[FeedbackLogReader], order: LogOrder):
-        self.logs = logs
-        self.order = order
-
-    def read(self, after: int, limit: int) -> list[LoggedEvent]:
-        """The first `limit` events whose offset is greater than `after`, in order of offset."""
-        found: list[LoggedEvent] = []
-        while len(found) < limit and (run := self.order.after(after)) is not None:
-            events = self._events_of(run, limit - len(found))
-            found += events
-            after = run.end if len(found) < limit else events[-1].offset
-        return found
-
-    def _events_of(self, run: Run, limit: int) -> list[LoggedEvent]:
-        events = self.logs[run.shard].read(run.place, min(limit, run.length))
-        shift = run.after - run.place
-        return [event._replace(offset=event.offset + shift) for event in events if event.offset <= run.last_place]
-
-    def replay(self) -> Iterator[LoggedEvent]:
-        """Every event that is in the order when the iteration comes to its end, a chunk in memory at a time."""
-        after = 0
-        while chunk := self.read(after, REPLAY_EVENTS):
-            yield from chunk
-            after = chunk[-1].offset
-
-    def last_offset(self) -> int:
-        """How many offsets the shards ever gave."""
-        return sum(log.last_offset() for log in self.logs)
-
-    def count(self, after: int = 0, up_to: int | None = None) -> int:
-        """Number of events with an offset greater than `after` and at most `up_to`."""
-        last = INT64_MAX if up_to is None else up_to
-        found = 0
-        while after < last and (run := self.order.after(after)) is not None:
-            run = run._replace(length=min(run.length, last - after))
-            found += self.logs[run.shard].count(run.place, run.last_place)
-            after = run.end
-        if after < last:
-            found += sum(log.count(self.order.place(shard)) for shard, log in enumerate(self.logs))
-        return found
-
-    def close(self) -> None:
-        """End reading."""
-        for log in self.logs:
-            log.close()
-        self.order.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.log.errors import LogCorrupt
+
 HEADER_BYTES, FRAME_HEADER_BYTES = 32, 24
 MAGIC, BIG_ENDIAN = 0x377F0682, 1  # the lowest bit of the first word says in which order the words are summed
 
@@ -49,8 +51,24 @@ def read_tail(path: Path) -> Tail:
     return Tail(len(committed), torn=len(lost) > 0 and not followed, damaged=followed)
 
 
+def last_commit_is_torn(path: Path) -> bool:
+    """Return whether the newest commit of the SQLite file at `path` is not whole, so that opening the file drops it.
+
+    Raises:
+        LogCorrupt: commits that were durable would be dropped too.
+    """
+    tail = read_tail(Path(f"{path}-wal"))
+    if tail.damaged:
+        raise LogCorrupt(
+            f"{path}-wal is damaged: behind its first {tail.commits} commits are some that were durable and cannot be"
+            f" read; restore both files from a copy, or give these up with"
+            f" `sqlite3 {path} 'PRAGMA wal_checkpoint(TRUNCATE)'`"
+        )
+    return tail.torn
+
+
 def _whole_frames(data: bytes, frames: np.ndarray, order: str) -> int:
-    """Number of frames up to the first whose salt or checksum is wrong."""
+    """Count the frames up to the first whose salt or checksum is wrong."""
     first, second = _checksums(np.frombuffer(data[:24], order)[None, :])
     state = int(first[0]), int(second[0])
     summed = np.concatenate([frames[:, :8], frames[:, FRAME_HEADER_BYTES:]], axis=1).view(order)
@@ -68,7 +86,7 @@ def _whole_frames(data: bytes, frames: np.ndarray, order: str) -> int:
 
 
 def _checksums(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both sums of each line of words (F, 2 N), from a state of zeros."""
+    """Return both sums of each line of words (F, 2 N), from a state of zeros."""
     powers = _powers(words.shape[1] // 2)[:-1][::-1].astype(np.uint32)
     even, odd = words[:, 0::2].astype(np.uint32), words[:, 1::2].astype(np.uint32)
     first = (even * (powers[:, 0] + powers[:, 1]) + odd * powers[:, 1]).sum(axis=1, dtype=np.uint32)
@@ -77,7 +95,11 @@ def _checksums(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _powers(count: int) -> np.ndarray:
-    """(count + 1, 3) the powers 0 to count of the step's matrix [[1, 1], [1, 2]], each as its entries a, b = c, d."""
+    """Return the powers 0 to count of the step's matrix [[1, 1], [1, 2]].
+
+    Returns:
+        (count + 1, 3), each power as its entries a, b = c, d.
+    """
     powers = np.empty((count + 1, 3), dtype=np.uint64)
     a, b, d = 1, 0, 1
     for number in range(count + 1):

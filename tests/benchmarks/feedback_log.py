@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lib.data.events import Event
-from lib.log.feedback import INSERT, FeedbackLog, row_of
+from lib.log.feedback import FeedbackLog
+from lib.log.log_file import INSERT, row_of
 
 USERS, ITEMS = 50_000, 10_000
 WARM_UP = 10_000  # events; they fill more than the 16 MB at which the WAL is used again
@@ -47,7 +48,7 @@ def take(source: Iterator[Event], count: int) -> list[Event]:
 
 
 def fill(path: Path, count: int, source: Iterator[Event]) -> None:
-    with FeedbackLog(path) as log:
+    with FeedbackLog.open(path) as log:
         for start in range(0, count, 10_000):
             log.append(take(source, min(10_000, count - start))).result()
 
@@ -78,10 +79,10 @@ def measure_log(path: Path, callers: int, batch: int, seconds: float, source: It
         end = time.perf_counter() + seconds
         await asyncio.gather(*[call(log, end) for _ in range(callers)])
 
-    with FeedbackLog(path, check=False) as log:
+    with FeedbackLog.open(path, check=False) as log:
         log.append(take(source, WARM_UP)).result()
         log.append(take(source, 1)).result()
-        log.commits = 0
+        log.store.commits = 0
         begin = time.perf_counter()
         asyncio.run(call_all(log))
         return summary(f"log, {callers} callers", batch, waits, log.commits, time.perf_counter() - begin)

@@ -27,7 +27,7 @@ from lib.live.gate import GateConfig
 from lib.live.learner import NearlineLearner, Rejection
 from lib.live.micro_batch import micro_batch
 from lib.live.settings import LearnerConfig
-from lib.log.feedback import LoggedEvent
+from lib.log.log_file import LoggedEvent
 from lib.model.delta import Delta, apply_delta
 from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
 from lib.model.fingerprint import fingerprint

@@ -19,7 +19,8 @@ from typing import Any
 
 import aiohttp
 
-from lib.log.layout import LogReader, read_log
+from lib.log.layout import read_log
+from lib.log.reader import LogReader
 from lib.model.fingerprint import fingerprint
 from lib.versions.ledger import check
 from lib.versions.registry import Registry

@@ -3,6 +3,7 @@
 import sqlite3
 import time
 from pathlib import Path
+from typing import Any
 
 from lib.data.events import Event
 from lib.log.feedback import FeedbackLog
@@ -14,9 +15,15 @@ def make_event(number: int, user: str = "user", **changes) -> Event:
     return Event(user, f"item-{number}", "click", None, 1_700_000_000_000 + number)._replace(**changes)
 
 
+def connection_of(log: FeedbackLog) -> sqlite3.Connection:
+    """The connection that writes a log's SQLite file: of the log itself, or of the copy of one on Kafka."""
+    store: Any = log.store
+    return getattr(store, "copy", store).database.connection
+
+
 def hold_the_writer(log: FeedbackLog) -> sqlite3.Connection:
     """Take SQLite's write lock from outside, so that the writer thread waits inside its next transaction."""
-    log._connection.execute("PRAGMA busy_timeout = 120000")
+    connection_of(log).execute("PRAGMA busy_timeout = 120000")
     connection = sqlite3.connect(log.path, isolation_level=None)
     connection.execute("BEGIN IMMEDIATE")
     return connection
@@ -32,7 +39,8 @@ def wait_until(condition) -> None:
 STREAM = """
 import random, sys, threading
 from lib.data.events import Event
-from lib.log.layout import ONLY, LogLayout
+from lib.log.layout import LogLayout
+from lib.log.shard import ONLY
 log = LogLayout(log=sys.argv[1]).open(sys.argv[2], ONLY)
 printing = threading.Lock()
 def call(thread):

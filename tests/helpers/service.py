@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.local import HOST
-from lib.log.feedback import FeedbackLogReader
+from lib.log.reader import FeedbackLogReader
 
 if TYPE_CHECKING:
     from lib.live.settings import LearnerConfig

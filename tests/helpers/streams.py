@@ -26,7 +26,7 @@ from lib.live.learner import NearlineLearner
 from lib.live.micro_batch import micro_batch
 from lib.live.prequential import events_of, ranks_of
 from lib.live.settings import LearnerConfig
-from lib.log.feedback import LoggedEvent
+from lib.log.log_file import LoggedEvent
 from lib.model.batches import SequenceBatches, value_boundaries
 from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
 from lib.model.folder import Manifest

@@ -15,9 +15,11 @@ from lib.data.events import Event
 from lib.data.user_histories import History
 from lib.errors import InputError
 from lib.live.learner import NearlineLearner
-from lib.log.feedback import FeedbackLog, FeedbackLogReader
-from lib.log.layout import ORDER_FILE, LogLayout, read_log, shard_of
+from lib.log.feedback import FeedbackLog
+from lib.log.layout import ORDER_FILE, LogLayout, read_log
 from lib.log.order import LogOrder
+from lib.log.reader import FeedbackLogReader
+from lib.log.shard import shard_of
 from lib.model.folder import Manifest
 from lib.versions.ledger import check
 from lib.versions.registry import Registry, load_folder, save_with_optimizer
@@ -79,7 +81,7 @@ def state(tmp_path: Path) -> Path:
     """A log of two hundred events, all of them learned by a small model."""
     folder = tmp_path / "live"
     registry = started_registry(folder)
-    with FeedbackLog(folder / "feedback.sqlite") as log:
+    with FeedbackLog.open(folder / "feedback.sqlite") as log:
         events = [
             Event(f"u{n % 20}", f"i{(n % 20 + n // 20) % 24 + 1}", "click", None, NOW + n * SECOND, str(n))
             for n in range(1, 201)
@@ -219,7 +221,7 @@ def test_a_killed_run_goes_on_with_what_it_had_planned(state, trained, capsys):
     with pytest.raises(RuntimeError, match="the power fails"):
         finetune(state, settings=settings)
     plan = (state / FOLDER / "plan.json").read_text()
-    with FeedbackLog(state / "feedback.sqlite") as log:
+    with FeedbackLog.open(state / "feedback.sqlite") as log:
         log.append([Event("late", "i1", "click", None, NOW + n, str(n)) for n in range(50)]).result()
     outcome = finetune(state, settings=settings)
     assert json.loads(plan)["cut"]["until"] == outcome.log_offset == 180
@@ -306,7 +308,7 @@ def test_a_job_that_repeats_outlives_a_run_that_fails(state, trained, monkeypatc
 
 def test_feedback_of_strangers_alone_is_refused(state, trained):
     """Whose every event is their first: there is nothing to learn from, and nothing to judge by."""
-    with FeedbackLog(state / "feedback.sqlite") as log:
+    with FeedbackLog.open(state / "feedback.sqlite") as log:
         log.append([Event(f"new-{n}", "i1", "click", None, NOW + n, str(n)) for n in range(50)]).result()
     with pytest.raises(InputError, match=r"^since: no event follows another one of its user; wait for more feedback"):
         finetune(state, since=11)

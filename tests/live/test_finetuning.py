@@ -42,7 +42,7 @@ def event(number: int, user: str, item: int, kind: str = "click") -> Event:
 @pytest.fixture
 def log(tmp_path) -> Iterator[FeedbackLog]:
     """A hundred events of ten users, in turn; the offset of an event is its number."""
-    with FeedbackLog(tmp_path / "feedback.sqlite") as made:
+    with FeedbackLog.open(tmp_path / "feedback.sqlite") as made:
         made.append([event(number, f"u{number % 10}", number % 24 + 1) for number in range(1, 101)]).result()
         yield made
 

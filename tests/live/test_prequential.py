@@ -17,7 +17,7 @@ from lib.live.gate import GateConfig
 from lib.live.prequential import MISSED, Daily, Frozen, Live, Outcome, Stream, ranks_of, replay, split_by_time
 from lib.live.prequential_comparison import compare_arms
 from lib.live.settings import LearnerConfig
-from lib.log.feedback import LoggedEvent
+from lib.log.log_file import LoggedEvent
 from lib.model.batches import gap_buckets
 from lib.model.facts import TrainingFacts
 from lib.model.folder import Manifest, save_model, write_manifest

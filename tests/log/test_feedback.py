@@ -17,9 +17,15 @@ import pytest
 
 from lib.data.events import Event
 from lib.errors import InputError
-from lib.log.feedback import AppendResult, FeedbackLog, LogCorrupt, LoggedEvent, LogLocked, LogWriteError
-from lib.log.layout import LOG_FILE, ONLY, SQLITE, LogLayout
-from tests.helpers.logs import STREAM, hold_the_writer, make_event, wait_until
+from lib.log.backend import LOG_FILE, SQLITE
+from lib.log.errors import LogCorrupt, LogLocked, LogWriteError
+from lib.log.feedback import FeedbackLog
+from lib.log.layout import LogLayout
+from lib.log.log_file import LoggedEvent
+from lib.log.reader import FeedbackLogReader
+from lib.log.shard import ONLY
+from lib.log.store import AppendResult
+from tests.helpers.logs import STREAM, connection_of, hold_the_writer, make_event, wait_until
 
 
 @pytest.fixture
@@ -29,7 +35,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def sqlite_log(path):
-    with FeedbackLog(path) as log:
+    with FeedbackLog.open(path) as log:
         yield log
 
 
@@ -81,7 +87,7 @@ def test_an_empty_log_and_an_empty_batch(log):
 
 
 def test_replay_streams_everything_in_order_over_several_chunks(log, monkeypatch):
-    monkeypatch.setattr("lib.log.feedback.REPLAY_EVENTS", 7)
+    monkeypatch.setattr("lib.log.reader.REPLAY_EVENTS", 7)
     for count in (7, 14, 16):  # a full last chunk, and a partial one
         log.append([make_event(number) for number in range(count)]).result()
         assert [entry.event.item_id for entry in log.replay()] == [f"item-{number}" for number in range(count)]
@@ -233,8 +239,8 @@ def test_a_cancelled_append_is_not_written_and_harms_nobody(log):
 
 def test_a_full_disk_fails_the_group_and_leaves_the_log_usable(sqlite_log):
     sqlite_log.append([make_event(1)]).result()
-    pages = sqlite_log._connection.execute("PRAGMA page_count").fetchone()[0]
-    sqlite_log._connection.execute(f"PRAGMA max_page_count = {pages}")
+    pages = connection_of(sqlite_log).execute("PRAGMA page_count").fetchone()[0]
+    connection_of(sqlite_log).execute(f"PRAGMA max_page_count = {pages}")
     outside = hold_the_writer(sqlite_log)
     large = sqlite_log.append([make_event(number, request_id="r" * 500) for number in range(2, 50)])
     wait_until(large.running)
@@ -244,7 +250,7 @@ def test_a_full_disk_fails_the_group_and_leaves_the_log_usable(sqlite_log):
         large.result()
     assert isinstance(failure.value.__cause__, sqlite3.OperationalError)
     assert (sqlite_log.count(), sqlite_log.last_offset(), sqlite_log.commits) == (1, 1, 1)
-    sqlite_log._connection.execute("PRAGMA max_page_count = 100000")
+    connection_of(sqlite_log).execute("PRAGMA max_page_count = 100000")
     assert sqlite_log.append([make_event(2), make_event(3)]).result() == AppendResult([2, 3])
 
 
@@ -259,8 +265,8 @@ def test_a_group_that_fails_midway_leaves_nothing_behind(sqlite_log):
 
 
 def test_every_request_of_a_failed_group_hears_of_it(sqlite_log):
-    pages = sqlite_log._connection.execute("PRAGMA page_count").fetchone()[0]
-    sqlite_log._connection.execute(f"PRAGMA max_page_count = {pages}")
+    pages = connection_of(sqlite_log).execute("PRAGMA page_count").fetchone()[0]
+    connection_of(sqlite_log).execute(f"PRAGMA max_page_count = {pages}")
     outside = hold_the_writer(sqlite_log)
     first = sqlite_log.append([make_event(0)])
     wait_until(first.running)
@@ -278,8 +284,9 @@ def test_every_request_of_a_failed_group_hears_of_it(sqlite_log):
 LIMITED = """
 import resource, sys
 from lib.data.events import Event
-from lib.log.feedback import FeedbackLog, LogWriteError
-with FeedbackLog(sys.argv[1]) as log:
+from lib.log.errors import LogWriteError
+from lib.log.feedback import FeedbackLog
+with FeedbackLog.open(sys.argv[1]) as log:
     assert log.append([Event("user", "first", "click", None, 1)]).result().offsets == [1]
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, unlimited[1]))
@@ -300,7 +307,7 @@ def test_a_write_that_the_system_refuses_fails_and_leaves_the_log_usable(path, s
     failure, kept, offsets = output.splitlines()
     assert failure.startswith(f"feedback log {path} could not be written: ")
     assert (kept, offsets) == ("['first'] 1", "[2]")
-    with FeedbackLog(path) as log:
+    with FeedbackLog.open(path) as log:
         assert [entry.event.item_id for entry in log.replay()] == ["first", "last"]
 
 
@@ -326,7 +333,7 @@ def test_every_acknowledged_event_survives_kill_9_exactly_once(location, open_ag
 
 def test_erasing_a_user_removes_every_byte_of_them_from_the_files(path, tmp_path):
     generator = random.Random(7)
-    with FeedbackLog(path) as log:
+    with FeedbackLog.open(path) as log:
         for start in range(0, 6000, 500):
             users = [
                 "secret-person" if generator.random() < 0.2 else f"user-{generator.randrange(90)}" for _ in range(500)
@@ -351,11 +358,11 @@ def test_erasing_a_user_removes_every_byte_of_them_from_the_files(path, tmp_path
 
 
 def test_offsets_are_not_given_again_after_erasing(path):
-    with FeedbackLog(path) as log:
+    with FeedbackLog.open(path) as log:
         log.append([make_event(1), make_event(2, "gone"), make_event(3, "gone")]).result()
         assert log.erase("gone") == 2
         assert (log.count(), log.last_offset()) == (1, 3)
-    with FeedbackLog(path) as log:
+    with FeedbackLog.open(path) as log:
         assert log.append([make_event(3, "gone")]).result() == AppendResult([4])
         assert [entry.offset for entry in log.replay()] == [1, 4]
 
@@ -380,7 +387,7 @@ def test_an_erasure_keeps_its_place_between_appends(sqlite_log):
 
 def test_an_erasure_that_a_reader_keeps_from_finishing_says_so(sqlite_log, path):
     sqlite_log.append([make_event(1), make_event(2, "other")]).result()
-    sqlite_log._connection.execute("PRAGMA busy_timeout = 10")
+    connection_of(sqlite_log).execute("PRAGMA busy_timeout = 10")
     reader = sqlite3.connect(path, isolation_level=None)
     reader.execute("BEGIN")
     assert reader.execute("SELECT COUNT(*) FROM events").fetchone() == (2,)
@@ -393,7 +400,7 @@ def test_an_erasure_that_a_reader_keeps_from_finishing_says_so(sqlite_log, path)
 
 
 def test_close_writes_what_waits_and_then_refuses(path):
-    log = FeedbackLog(path)
+    log = FeedbackLog.open(path)
     futures = [log.append([make_event(number)]) for number in range(200)]
     log.close()
     log.close()
@@ -402,14 +409,14 @@ def test_close_writes_what_waits_and_then_refuses(path):
         log.append([make_event(1)])
     with pytest.raises(LogWriteError, match="closed"):
         log.erase("user")
-    with FeedbackLog(path) as log:
+    with FeedbackLog.open(path) as log:
         assert log.count() == 200
 
 
 HOLD = """
 import sys, threading
 from lib.log.feedback import FeedbackLog
-log = FeedbackLog(sys.argv[1])
+log = FeedbackLog.open(sys.argv[1])
 print("held", flush=True)
 threading.Event().wait()
 """
@@ -420,26 +427,26 @@ def test_a_second_writer_is_refused_until_the_first_is_dead(path, start_process)
     assert process.stdout
     assert process.stdout.readline() == "held\n"
     with pytest.raises(LogLocked, match=f"{path} is held by process {process.pid};"):
-        FeedbackLog(path)
+        FeedbackLog.open(path)
     threading.Timer(0.3, process.kill).start()
-    with FeedbackLog(path, wait_for_lock=20) as log:
+    with FeedbackLog.open(path, wait_for_lock=20) as log:
         assert log.append([make_event(1)]).result() == AppendResult([1])
     assert issubclass(LogLocked, InputError)
 
 
 def test_a_second_writer_in_the_same_process_is_refused(path):
-    with FeedbackLog(path), pytest.raises(LogLocked, match=f"held by process {os.getpid()};"):
-        FeedbackLog(path)
-    FeedbackLog(path).close()
+    with FeedbackLog.open(path), pytest.raises(LogLocked, match=f"held by process {os.getpid()};"):
+        FeedbackLog.open(path)
+    FeedbackLog.open(path).close()
 
 
 def test_a_reader_sees_what_is_acknowledged_while_the_log_is_written(path, sqlite_log):
-    with FeedbackLog.reader(path) as reader:
+    with FeedbackLogReader(path) as reader:
         assert reader.read(0, 5) == []
         sqlite_log.append([make_event(1)]).result()
         assert [entry.event for entry in reader.read(0, 5)] == [make_event(1)]
         with pytest.raises(sqlite3.OperationalError, match="readonly"):
-            reader._read_connection.execute("DELETE FROM events")
+            reader._database.connection.execute("DELETE FROM events")
 
 
 def test_a_reader_opens_what_a_killed_writer_left(path, start_process):
@@ -448,13 +455,13 @@ def test_a_reader_opens_what_a_killed_writer_left(path, start_process):
     offsets = [int(process.stdout.readline().split()[0]) for _ in range(100)]
     process.kill()
     process.wait()
-    with FeedbackLog.reader(path) as reader:
+    with FeedbackLogReader(path) as reader:
         assert set(offsets) <= {entry.offset for entry in reader.replay()}
 
 
 def test_a_reader_needs_a_log(tmp_path):
     with pytest.raises(InputError, match=r"absent\.db does not exist"):
-        FeedbackLog.reader(tmp_path / "absent.db")
+        FeedbackLogReader(tmp_path / "absent.db")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -462,7 +469,7 @@ USERS = [f"user-{number}" for number in range(50)]
 
 
 def fill(path: Path) -> None:
-    with FeedbackLog(path) as log:
+    with FeedbackLog.open(path) as log:
         log.append([make_event(number, USERS[number % 50]) for number in range(3000)]).result()
 
 
@@ -472,7 +479,7 @@ def test_a_truncated_file_is_refused_and_left_alone(path, kept):
     os.truncate(path, kept)
     before = path.read_bytes()
     with pytest.raises(LogCorrupt, match=str(path)):
-        FeedbackLog(path)
+        FeedbackLog.open(path)
     assert path.read_bytes() == before
 
 
@@ -482,25 +489,25 @@ def test_a_damaged_page_is_refused(path):
         file.seek(4096 * 20)
         file.write(os.urandom(4096))
     with pytest.raises(LogCorrupt, match="damaged"):
-        FeedbackLog(path)
+        FeedbackLog.open(path)
     # Without the check the damage is found by whoever reads it.
-    with FeedbackLog(path, check=False) as log, pytest.raises(LogCorrupt, match="damaged"):
+    with FeedbackLog.open(path, check=False) as log, pytest.raises(LogCorrupt, match="damaged"):
         [entry for entries in (log.replay(), *map(log.user_events, USERS)) for entry in entries]
 
 
 def test_files_that_are_no_log_are_refused(path, tmp_path):
     path.write_text("user_id,item_id\n" * 500)
     with pytest.raises(LogCorrupt, match="damaged"):
-        FeedbackLog(path)
+        FeedbackLog.open(path)
     other = tmp_path / "other.db"
     with sqlite3.connect(other) as connection:
         connection.execute("CREATE TABLE events(offset INTEGER PRIMARY KEY)")
     connection.close()
-    for opened_by in (FeedbackLog, FeedbackLog.reader):
+    for opened_by in (FeedbackLog.open, FeedbackLogReader):
         with pytest.raises(LogCorrupt, match="not a feedback log"):
             opened_by(other)
     with pytest.raises(InputError, match="cannot be"):
-        FeedbackLog(tmp_path)
+        FeedbackLog.open(tmp_path)
 
 
 def test_another_schema_version_is_refused(path):
@@ -509,7 +516,41 @@ def test_another_schema_version_is_refused(path):
         connection.execute("PRAGMA user_version = 2")
     connection.close()
     with pytest.raises(LogCorrupt, match="schema version 2; this release reads 1"):
-        FeedbackLog(path)
+        FeedbackLog.open(path)
+
+
+FIRST_RELEASE = """
+CREATE TABLE events(
+    offset      INTEGER PRIMARY KEY,
+    key         BLOB NOT NULL UNIQUE,
+    user_id     TEXT NOT NULL,
+    item_id     TEXT NOT NULL,
+    event       TEXT NOT NULL,
+    value       REAL,
+    timestamp   INTEGER NOT NULL,
+    event_id    TEXT,
+    request_id  TEXT,
+    received_at INTEGER NOT NULL
+);
+CREATE TABLE given(last_offset INTEGER NOT NULL);
+INSERT INTO given VALUES(1);
+INSERT INTO events VALUES(1, x'00', 'user', 'item', 'rating', 4.5, 7, 'e', NULL, 9);
+PRAGMA application_id = 1095126087;
+PRAGMA user_version = 1;
+PRAGMA journal_mode = WAL;
+"""
+
+
+def test_a_file_of_the_first_release_has_the_same_table(path, tmp_path):
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.executescript(FIRST_RELEASE)
+    first = connection.execute("PRAGMA table_info(events)").fetchall()
+    connection.close()
+    with FeedbackLog.open(path) as log:
+        assert list(log.replay()) == [LoggedEvent(1, Event("user", "item", "rating", 4.5, 7, "e"), 9)]
+        assert log.append([make_event(1)]).result() == AppendResult([2])
+    with FeedbackLog.open(tmp_path / "new") as log:
+        assert connection_of(log).execute("PRAGMA table_info(events)").fetchall() == first
 
 
 def test_a_log_that_vanished_beside_its_wal_is_not_replaced(path, start_process):
@@ -520,32 +561,32 @@ def test_a_log_that_vanished_beside_its_wal_is_not_replaced(path, start_process)
     process.wait()
     path.unlink()
     with pytest.raises(LogCorrupt, match="missing"):
-        FeedbackLog(path)
+        FeedbackLog.open(path)
     assert not path.exists()
 
 
 def test_a_refused_file_does_not_keep_the_lock(path):
     path.write_bytes(b"")
     with pytest.raises(LogCorrupt):
-        FeedbackLog(path)
+        FeedbackLog.open(path)
     path.unlink()
-    FeedbackLog(path).close()
+    FeedbackLog.open(path).close()
 
 
 def test_an_interrupted_creation_is_started_anew(path):
     Path(f"{path}.new").write_bytes(b"half a file")
-    with FeedbackLog(path) as log:
+    with FeedbackLog.open(path) as log:
         assert log.append([make_event(1)]).result() == AppendResult([1])
     assert not Path(f"{path}.new").exists()
 
 
 def test_the_log_syncs_each_commit_and_uses_write_ahead_logging(sqlite_log):
     names = ("journal_mode", "synchronous")
-    pragma = {name: sqlite_log._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names}
+    pragma = {name: connection_of(sqlite_log).execute(f"PRAGMA {name}").fetchone()[0] for name in names}
     assert pragma == {"journal_mode": "wal", "synchronous": 2}
 
 
 def test_missing_folders_are_made(tmp_path):
-    with FeedbackLog(tmp_path / "a" / "b" / "feedback.db") as log:
+    with FeedbackLog.open(tmp_path / "a" / "b" / "feedback.db") as log:
         log.append([make_event(1)]).result()
         assert log.read(0, 1) == [LoggedEvent(1, make_event(1), log.read(0, 1)[0].received_at)]

@@ -14,17 +14,24 @@ from confluent_kafka import Producer
 
 from cluster.local import free_port
 from lib.errors import InputError
-from lib.log.feedback import AppendResult, FeedbackLog, LogWriteError
+from lib.log.errors import LogWriteError
+from lib.log.feedback import FeedbackLog
 from lib.log.integrity import check_ends, check_log
-from lib.log.kafka import BrokersAway, KafkaLog, Topic
-from lib.log.layout import ONLY, LogLayout, Shard
+from lib.log.kafka import BrokersAway, KafkaStore, Topic
+from lib.log.layout import LogLayout
+from lib.log.shard import ONLY, Shard
+from lib.log.store import AppendResult
 from serving.aggregator import Aggregator
 from tests.helpers.logs import ROOT, hold_the_writer, make_event, wait_until
 
 
+def kafka_log(location: str, shard: Shard, copy: Path, timeout: float = 10.0) -> FeedbackLog:
+    return FeedbackLog(KafkaStore(location, shard, copy, timeout=timeout))
+
+
 @pytest.fixture
-def log(kafka_topic: str, tmp_path: Path) -> Iterator[KafkaLog]:
-    with KafkaLog(kafka_topic, ONLY, tmp_path / "copy") as log:
+def log(kafka_topic: str, tmp_path: Path) -> Iterator[FeedbackLog]:
+    with kafka_log(kafka_topic, ONLY, tmp_path / "copy") as log:
         yield log
 
 
@@ -54,7 +61,7 @@ def test_a_location_holds_settings_of_the_client():
 def test_brokers_that_do_not_answer_are_bad_input(tmp_path):
     location = f"kafka://127.0.0.1:{free_port()}/events"
     with pytest.raises(BrokersAway, match=rf"^log: {location} cannot be reached within 0\.3 s .*; start its brokers"):
-        KafkaLog(f"{location}?sasl.password=secret", ONLY, tmp_path / "copy", timeout=0.3)
+        kafka_log(f"{location}?sasl.password=secret", ONLY, tmp_path / "copy", timeout=0.3)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -88,15 +95,15 @@ def test_a_lost_copy_is_made_again_with_the_same_offsets(log, kafka_topic, tmp_p
         log.append([make_event(number, user=f"user-{number % 7}") for number in range(start, start + 9)]).result()
     expected = everything(log)
     assert [offset for offset, _, _ in expected] == list(range(1, 64))
-    with KafkaLog(kafka_topic, ONLY, tmp_path / "another") as again:
+    with kafka_log(kafka_topic, ONLY, tmp_path / "another") as again:
         assert everything(again) == expected
         assert again.append([make_event(7, user="user-0"), make_event(70)]).result() == AppendResult([None, 64])
 
 
 def test_a_damaged_copy_says_that_it_can_be_deleted(log, kafka_topic, tmp_path):
-    (tmp_path / "damaged").write_bytes(b"no database")
+    (tmp_path / "kafka-copy.sqlite").write_bytes(b"no database")
     with pytest.raises(InputError, match=rf"it is a copy of {kafka_topic}: delete it"):
-        KafkaLog(kafka_topic, ONLY, tmp_path / "damaged")
+        LogLayout(log=kafka_topic).open(tmp_path, ONLY)
 
 
 def test_a_damaged_copy_is_found_before_anything_starts(log, kafka_topic, tmp_path):
@@ -111,7 +118,7 @@ def test_a_damaged_copy_is_found_before_anything_starts(log, kafka_topic, tmp_pa
 
 def test_two_writers_number_the_events_alike(log, kafka_topic, tmp_path):
     """A restarted aggregator on another machine, while the one before it is not yet dead."""
-    with KafkaLog(kafka_topic, ONLY, tmp_path / "other") as other:
+    with kafka_log(kafka_topic, ONLY, tmp_path / "other") as other:
         assert log.append([make_event(1), make_event(2)]).result() == AppendResult([1, 2])
         assert other.append([make_event(2), make_event(3)]).result() == AppendResult([None, 3])
         assert log.append([make_event(3), make_event(4), make_event(1)]).result() == AppendResult([None, 4, None])
@@ -123,11 +130,11 @@ def test_two_writers_number_the_events_alike(log, kafka_topic, tmp_path):
 
 
 def test_partitions_are_logs_of_their_own(kafka_topic, tmp_path):
-    first, second = (KafkaLog(kafka_topic, Shard(n, 2), tmp_path / f"copy-{n}") for n in range(2))
+    first, second = (kafka_log(kafka_topic, Shard(n, 2), tmp_path / f"copy-{n}") for n in range(2))
     with first, second:
         assert first.append([make_event(1)]).result() == second.append([make_event(1)]).result() == AppendResult([1])
     with pytest.raises(InputError, match="was written by 2 aggregators; start with --aggregators 2"):
-        KafkaLog(kafka_topic, ONLY, tmp_path / "copy")
+        kafka_log(kafka_topic, ONLY, tmp_path / "copy")
 
 
 @pytest.mark.parametrize(
@@ -144,12 +151,12 @@ def test_a_message_of_another_program_is_refused(kafka_brokers, kafka_topic, tmp
     producer.produce(Topic.of(kafka_topic).name, value, partition=0)
     producer.flush()
     with pytest.raises(InputError, match=r"^log: message 0 in partition 0 of kafka://.* is no feedback"):
-        KafkaLog(kafka_topic, ONLY, tmp_path / "copy")
+        kafka_log(kafka_topic, ONLY, tmp_path / "copy")
 
 
 def test_messages_that_are_gone_are_noticed(log, kafka_topic, tmp_path):
     with pytest.raises(InputError, match=r"^log: messages 3 to 4 in partition 0 .* are gone; .* retention\.ms"):
-        log._end((5, 9), 3)  # the brokers of the tests never delete
+        log.store._end((5, 9), 3)  # the brokers of the tests never delete
     log.append([make_event(1)]).result()
     log.close()
     another = kafka_topic + "-made-again"
@@ -157,7 +164,7 @@ def test_messages_that_are_gone_are_noticed(log, kafka_topic, tmp_path):
         Topic.of(another).name, timeout=10
     )
     with pytest.raises(InputError, match=r"ends at message 0, and .*copy has read 1; restore the topic"):
-        KafkaLog(another, ONLY, tmp_path / "copy")
+        kafka_log(another, ONLY, tmp_path / "copy")
 
 
 def test_a_user_cannot_be_erased_from_a_topic(log):
@@ -190,7 +197,7 @@ def test_an_event_that_came_otherwise_is_in_the_history_after_the_next_append(ka
         assert history.offsets == [1, 2, 3]
         return history.item_ids
 
-    with KafkaLog(kafka_topic, ONLY, tmp_path / "other") as other:
+    with kafka_log(kafka_topic, ONLY, tmp_path / "other") as other:
         assert asyncio.run(live(other)) == ["item-1", "item-2", "item-3"]
 
 
@@ -198,7 +205,7 @@ def test_an_event_that_came_otherwise_is_in_the_history_after_the_next_append(ka
 
 
 def test_a_message_that_is_too_large_fails_alone(kafka_topic, tmp_path):
-    with KafkaLog(f"{kafka_topic}?message.max.bytes=2000", ONLY, tmp_path / "copy") as log:
+    with kafka_log(f"{kafka_topic}?message.max.bytes=2000", ONLY, tmp_path / "copy") as log:
         outside = hold_the_writer(log)
         first = log.append([make_event(1)])
         wait_until(first.running)
@@ -242,18 +249,19 @@ def all_stopped(process: int) -> bool:
 
 def test_brokers_that_stop_answering_fail_the_write_and_what_they_kept_counts_once(brokers, tmp_path):
     process, location = brokers
-    with KafkaLog(location, ONLY, tmp_path / "copy", timeout=3.0) as log:
+    store = KafkaStore(location, ONLY, tmp_path / "copy", timeout=3.0)
+    with FeedbackLog(store) as log:
         assert log.append([make_event(1)]).result() == AppendResult([1])
         os.kill(process.pid, signal.SIGSTOP)
         wait_until(lambda: all_stopped(process.pid))
         with pytest.raises(LogWriteError, match=rf"^feedback log {location} could not be written: "):
             log.append([make_event(2), make_event(3)]).result()
-        log.timeout = 0.3
+        store.timeout = 0.3
         with pytest.raises(LogWriteError, match=r"did not answer|cannot be reached"):
             log.append([make_event(4)]).result()
         assert log.last_offset() == 1
         os.kill(process.pid, signal.SIGCONT)
-        log.timeout = 20.0
+        store.timeout = 20.0
         # whether the brokers took it after all is theirs; sent again it is there once, in one piece, and told of once
         again = log.append([make_event(2), make_event(3)]).result()
         told = [other.offset for other in again.others]
@@ -264,5 +272,5 @@ def test_brokers_that_stop_answering_fail_the_write_and_what_they_kept_counts_on
         assert [(offset, item) for offset, item, _ in expected] == [
             (1, "item-1"), (2, "item-2"), (3, "item-3"), (4, "item-5")
         ]  # fmt: skip
-    with KafkaLog(location, ONLY, tmp_path / "another", timeout=20.0) as again:
+    with kafka_log(location, ONLY, tmp_path / "another", timeout=20.0) as again:
         assert everything(again) == expected

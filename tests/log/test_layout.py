@@ -19,10 +19,11 @@ from lib.errors import InputError
 from lib.live.learner import NearlineLearner
 from lib.live.micro_batch import MicroBatch
 from lib.live.settings import LearnerConfig
-from lib.log.feedback import LogFull
-from lib.log.layout import LogLayout, PartlyWritten, Shard, read_log, shard_of
+from lib.log.errors import LogFull, PartlyWritten
+from lib.log.layout import LogLayout, read_log
 from lib.log.one_machine import on_one_machine
 from lib.log.order import LogOrder
+from lib.log.shard import Shard, shard_of
 from lib.model.facts import VersionFacts
 from lib.versions.ledger import check
 from lib.versions.registry import Registry
@@ -32,6 +33,7 @@ from serving.app import ServeArguments
 from serving.batch_source import BatchSource
 from serving.errors import partly_taken
 from serving.history_cache import HistoryCache, last_offsets
+from tests.helpers.logs import connection_of
 from tests.helpers.service import PATIENCE
 from tests.helpers.tiny import NOW, started_registry
 
@@ -218,8 +220,8 @@ async def assert_as_one(aggregators: Aggregators) -> None:
 
 def fill_up(aggregator: Aggregator) -> None:
     """As if its disk had no room."""
-    pages = aggregator.log._connection.execute("PRAGMA page_count").fetchone()[0]
-    aggregator.log._connection.execute(f"PRAGMA max_page_count = {pages}")
+    pages = connection_of(aggregator.log).execute("PRAGMA page_count").fetchone()[0]
+    connection_of(aggregator.log).execute(f"PRAGMA max_page_count = {pages}")
 
 
 def assert_a_full_log_fails_its_own_users_alone(aggregators: Aggregators) -> None:

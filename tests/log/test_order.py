@@ -10,10 +10,11 @@ import pytest
 
 from lib.data.user_histories import History
 from lib.errors import InputError
-from lib.log.feedback import FeedbackLog, FeedbackLogReader
+from lib.log.feedback import FeedbackLog
 from lib.log.integrity import check_log
 from lib.log.layout import LogLayout, read_log
 from lib.log.order import LogOrder, Run
+from lib.log.reader import FeedbackLogReader
 from serving.batch_source import in_order
 from tests.helpers.logs import make_event
 from tests.helpers.tiny import history, micro_batch
@@ -62,7 +63,7 @@ def test_an_order_that_is_missing_or_damaged_is_refused(order, tmp_path):
         LogOrder(tmp_path / "other")
     outside = sqlite3.connect(order.path, isolation_level=None)
     outside.execute("BEGIN IMMEDIATE")
-    order._connection.execute("PRAGMA busy_timeout = 0")
+    order._database.connection.execute("PRAGMA busy_timeout = 0")
     with pytest.raises(OSError, match=r"order\.sqlite cannot be used \(database is locked\)"):
         order.extend(0, 0, 1)
     outside.close()

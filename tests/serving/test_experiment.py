@@ -29,7 +29,8 @@ from lib.experiments.results import (
     tagged,
 )
 from lib.live.learner import NearlineLearner
-from lib.log.feedback import FeedbackLog, FeedbackLogReader
+from lib.log.feedback import FeedbackLog
+from lib.log.reader import FeedbackLogReader
 from lib.model.facts import VersionFacts
 from lib.model.folder import Manifest
 from lib.ranking.filters import ItemFilter
@@ -365,7 +366,7 @@ def test_a_winner_is_offered_and_its_arm_goes_on_until_it_is_live(state, model, 
     assert (learner.log_offset, learner.events_trained) == ((1, 1) if stored else (0, 0))
     assert learner.encoder.config.hidden_size == (16 if stored else 8)
     assert learner.learn(micro_batch(learner.log_offset + 1, [history([1, 2])])).version == 5
-    with FeedbackLog(state / "feedback.sqlite") as log:
+    with FeedbackLog.open(state / "feedback.sqlite") as log:
         log.append([Event("u", "i1", "click", None, NOW, str(number)) for number in range(2)]).result()
         assert check(registry.ledger(), log).faults == []
     restarted, _ = started(state, model="2" if stored else model)

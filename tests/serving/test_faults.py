@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lib.log.feedback import FeedbackLogReader
+from lib.log.reader import FeedbackLogReader
 from lib.versions.ledger import check
 from lib.versions.registry import Registry
 from tests.helpers.service import LiveService, assert_refused, click

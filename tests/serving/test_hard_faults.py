@@ -25,9 +25,10 @@ from lib.live.gate import GateConfig
 from lib.live.learner import NearlineLearner
 from lib.live.micro_batch import MicroBatch, SampleSizes
 from lib.live.settings import LearnerConfig
-from lib.log.feedback import FeedbackLog, LogCorrupt, LogFull, LogWriteError
+from lib.log.backend import LOG_FILE, SQLITE
+from lib.log.errors import LogCorrupt, LogFull, LogWriteError
+from lib.log.feedback import FeedbackLog
 from lib.log.items import ItemLog
-from lib.log.layout import LOG_FILE, SQLITE
 from lib.log.write_ahead_log import Tail, read_tail
 from lib.model.delta import Delta, DeltaMismatch
 from lib.model.folder import Manifest, save_model
@@ -40,7 +41,7 @@ from serving.challenger import Answer
 from serving.decision_log import DecisionLog
 from serving.errors import answer_of
 from serving.recommendations import Recommendations
-from tests.helpers.logs import STREAM, make_event
+from tests.helpers.logs import STREAM, connection_of, make_event
 from tests.helpers.tiny import (
     assert_same_state,
     copied_state,
@@ -93,7 +94,7 @@ def test_a_version_that_cannot_be_stored_waits_for_room_and_is_learned_once(tmp_
     registry, errors = started_registry(tmp_path / "store", items=5000), []
     config = LearnerConfig(negatives=8, gate=GateConfig(held_out_users=0), snapshot_every=snapshot_every)
     steady = NearlineLearner(started_registry(tmp_path / "steady", items=5000), config)
-    with FeedbackLog(tmp_path / "log") as log, FeedbackLog(tmp_path / "steady log") as steady_log:
+    with FeedbackLog.open(tmp_path / "log") as log, FeedbackLog.open(tmp_path / "steady log") as steady_log:
 
         def wait(error: OSError) -> None:
             errors.append(error)
@@ -131,8 +132,8 @@ def test_an_aggregator_with_a_full_disk_takes_nothing_and_goes_on_once_there_is_
 
     async def run() -> None:
         aggregator = Aggregator(str(tmp_path), config=AggregatorConfig(cleaning=rules))
-        pages = aggregator.log._connection.execute("PRAGMA page_count").fetchone()[0]
-        aggregator.log._connection.execute(f"PRAGMA max_page_count = {pages}")
+        pages = connection_of(aggregator.log).execute("PRAGMA page_count").fetchone()[0]
+        connection_of(aggregator.log).execute(f"PRAGMA max_page_count = {pages}")
         large = [make_event(number, f"user-{number}", request_id="r" * 250) for number in range(50)]
         for _ in range(2):
             with pytest.raises(LogFull, match=r"feedback\.sqlite could not be written: .* full"):
@@ -140,7 +141,7 @@ def test_an_aggregator_with_a_full_disk_takes_nothing_and_goes_on_once_there_is_
             assert await aggregator.get_histories(["user"]) == [aggregator.histories.get("nobody")]
             status = await aggregator.status()
             assert (status["log_offset"], status["events"], status["pending"]) == (0, 0, 0)
-        aggregator.log._connection.execute("PRAGMA max_page_count = 100000")
+        connection_of(aggregator.log).execute("PRAGMA max_page_count = 100000")
         assert await aggregator.append(events) == [None, None, None], "what was not taken is no flood"
         [answer] = await aggregator.append([make_event(4)])
         assert answer is not None
@@ -155,12 +156,12 @@ def test_an_aggregator_with_a_full_disk_takes_nothing_and_goes_on_once_there_is_
 
 def test_items_that_cannot_be_written_are_not_there(tmp_path):
     log = ItemLog(tmp_path / "items.sqlite")
-    pages = log._connection.execute("PRAGMA page_count").fetchone()[0]
-    log._connection.execute(f"PRAGMA max_page_count = {pages}")
+    pages = log._database.connection.execute("PRAGMA page_count").fetchone()[0]
+    log._database.connection.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(LogFull, match=r"items\.sqlite could not be written"):
         log.append([(f"item-{number}", {"text": "t" * 1000}) for number in range(50)])
     assert (log.after(0), log.revision) == ([], 0)
-    log._connection.execute("PRAGMA max_page_count = 100000")
+    log._database.connection.execute("PRAGMA max_page_count = 100000")
     assert log.append([("a", {})]) == 1
 
 
@@ -221,7 +222,7 @@ def test_what_a_killed_writer_leaves_is_whole(killed_log):
     tail = read_tail(Path(f"{path}-wal"))
     assert (tail.torn, tail.damaged) == (False, False)
     assert 0 < tail.commits <= len(ids)
-    with FeedbackLog(path) as log:
+    with FeedbackLog.open(path) as log:
         assert not log.torn
         assert log.count() == len(ids)
 
@@ -240,7 +241,7 @@ def test_a_torn_last_commit_is_dropped_and_said(killed_log):
     assert [logged.event.event_id for logged in aggregator.log.replay()] == ids[: aggregator.log.count()]
     assert 0 < aggregator.log.count() < len(ids)
     asyncio.run(aggregator.close())
-    assert not FeedbackLog(path).torn
+    assert not FeedbackLog.open(path).torn
 
 
 def test_damage_behind_which_commits_were_durable_is_refused_until_they_are_given_up(killed_log):
@@ -249,7 +250,7 @@ def test_damage_behind_which_commits_were_durable_is_refused_until_they_are_give
     flip(wal, frame_places(wal)[len(frame_places(wal)) // 2] + 2000)
     before = path.read_bytes(), wal.read_bytes()
     with pytest.raises(LogCorrupt, match=r"wal is damaged.*restore both files.*PRAGMA wal_checkpoint") as error:
-        FeedbackLog(path)
+        FeedbackLog.open(path)
     assert (path.read_bytes(), wal.read_bytes()) == before
     with pytest.raises(LogCorrupt, match="wal is damaged"):
         check_state(str(path.parent))
@@ -257,7 +258,7 @@ def test_damage_behind_which_commits_were_durable_is_refused_until_they_are_give
     connection = sqlite3.connect(path)
     connection.execute(remedy)
     connection.close()
-    with FeedbackLog(path) as log:
+    with FeedbackLog.open(path) as log:
         assert [logged.event.event_id for logged in log.replay()] == ids[: log.count()]
         assert log.append([make_event(1)]).result().offsets == [log.last_offset()]
 
@@ -276,7 +277,7 @@ def served(tmp_path: Path) -> Path:
     save_model(tmp_path / "model", tiny_encoder(), Catalog(item_ids(24)), Manifest(version=1))
     registry = Registry(tmp_path / "model" / "live")
     registry.start_from(tmp_path / "model")
-    with FeedbackLog(tmp_path / "model" / "live" / LOG_FILE) as log:
+    with FeedbackLog.open(tmp_path / "model" / "live" / LOG_FILE) as log:
         for _ in range(3):
             learn(NearlineLearner(registry, CONFIG), log)
     return tmp_path / "model"
@@ -305,7 +306,7 @@ def test_serve_refuses_a_log_that_ends_before_what_was_learned_of_it(served, cap
     log.unlink()
     assert serve(served) == 2
     assert "ends at offset 0, but versions" in capsys.readouterr().err
-    with FeedbackLog(log) as copy:
+    with FeedbackLog.open(log) as copy:
         copy.append([make_event(1), make_event(2), make_event(3)]).result()
     assert serve(served) == 2
     assert "ends at offset 3, but versions in" in capsys.readouterr().err
@@ -321,7 +322,7 @@ def test_serve_refuses_a_log_that_ends_before_what_was_learned_of_it(served, cap
 @pytest.mark.parametrize("lost", [1, 3])
 def test_after_a_torn_delta_the_events_are_learned_again_under_new_versions(tmp_path, lost):
     registry = started_registry(tmp_path / "store")
-    with FeedbackLog(tmp_path / "log") as log:
+    with FeedbackLog.open(tmp_path / "log") as log:
         first = NearlineLearner(registry, CONFIG)
         for _ in range(4):
             learn(first, log)
@@ -357,7 +358,7 @@ def test_after_a_torn_delta_the_events_are_learned_again_under_new_versions(tmp_
 
 def test_a_learner_that_did_not_store_a_whole_version_first_is_loaded_too(tmp_path):
     registry = started_registry(tmp_path / "store")
-    with FeedbackLog(tmp_path / "log") as log:
+    with FeedbackLog.open(tmp_path / "log") as log:
         for _ in range(3):
             learn(NearlineLearner(registry, CONFIG), log)
         (tmp_path / "store" / "deltas" / "0000000003").unlink()
@@ -371,7 +372,7 @@ def test_a_learner_that_did_not_store_a_whole_version_first_is_loaded_too(tmp_pa
 def test_a_torn_snapshot_costs_nothing_where_its_deltas_are_there(tmp_path):
     registry = started_registry(tmp_path / "store")
     config = LearnerConfig(negatives=8, gate=GateConfig(held_out_users=0), snapshot_every=2)
-    with FeedbackLog(tmp_path / "log") as log:
+    with FeedbackLog.open(tmp_path / "log") as log:
         learner = NearlineLearner(registry, config)
         for _ in range(4):
             learn(learner, log)

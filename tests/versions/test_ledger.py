@@ -11,8 +11,8 @@ from jobs.versions import versions_command
 from lib.live.gate import GateConfig
 from lib.live.learner import NearlineLearner, Rejection
 from lib.live.settings import LearnerConfig
+from lib.log.backend import LOG_FILE
 from lib.log.feedback import FeedbackLog
-from lib.log.layout import LOG_FILE
 from lib.model.delta import Delta
 from lib.model.facts import VersionFacts
 from lib.model.folder import Manifest, read_manifest, write_manifest
@@ -141,7 +141,7 @@ def learned(registry: Registry, log: FeedbackLog, updates: int, config: LearnerC
 def test_the_ledger_of_stored_versions_outlives_their_files(tmp_path):
     registry = started_registry(tmp_path / "store")
     config = LearnerConfig(negatives=8, gate=GateConfig(held_out_users=0), snapshot_every=2, keep_snapshots=2)
-    with FeedbackLog(tmp_path / "log") as log:
+    with FeedbackLog.open(tmp_path / "log") as log:
         for updates in (5, 6):
             learner = learned(registry, log, updates, config)
             ledger = check(Registry(registry.root).ledger(), log)
@@ -172,7 +172,7 @@ def test_the_lineage_of_a_new_base_has_every_event_once(tmp_path, keep_snapshots
         assert ledger.faults == []
         return ledger
 
-    with FeedbackLog(tmp_path / "log") as log:
+    with FeedbackLog.open(tmp_path / "log") as log:
         learned(registry, log, 4, config)
         offer(registry, tmp_path / "one", "one", since=1, events=6, log_offset=6)
         learner = NearlineLearner(registry, config)
@@ -199,7 +199,7 @@ def test_the_lineage_of_a_new_base_has_every_event_once(tmp_path, keep_snapshots
 def test_a_base_whose_parent_was_deleted_starts_a_lineage_of_its_own(tmp_path):
     registry = started_registry(tmp_path / "store")
     config = replace(CONFIG, snapshot_every=2, keep_snapshots=2)
-    with FeedbackLog(tmp_path / "log") as log:
+    with FeedbackLog.open(tmp_path / "log") as log:
         learned(registry, log, 2, config)
         offer(registry, tmp_path / "late", "late", since=3, events=4, log_offset=8)
         learner = learned(registry, log, 8, config)
@@ -212,7 +212,7 @@ def test_a_base_whose_parent_was_deleted_starts_a_lineage_of_its_own(tmp_path):
 
 def test_what_the_gate_rejected_of_other_weights_says_nothing_of_a_new_base(tmp_path):
     registry = started_registry(tmp_path / "store")
-    with FeedbackLog(tmp_path / "log") as log:
+    with FeedbackLog.open(tmp_path / "log") as log:
         learned(registry, log, 2)
         log.append([make_event(5), make_event(6)]).result()
         learner = NearlineLearner(registry, replace(CONFIG, learning_rate=1e38))
@@ -231,7 +231,7 @@ def test_what_the_gate_rejected_of_other_weights_says_nothing_of_a_new_base(tmp_
 
 def test_a_doctored_registry_is_found(tmp_path):
     registry = started_registry(tmp_path / "store")
-    with FeedbackLog(tmp_path / "log") as log:
+    with FeedbackLog.open(tmp_path / "log") as log:
         learned(registry, log, 4)
         assert check(registry.ledger(), log).faults == []
         path = tmp_path / "store" / "deltas" / "0000000003"
@@ -252,7 +252,7 @@ def test_the_command_says_so_and_fails_on_a_fault(tmp_path, capsys):
 
     assert afterclick_versions()[0] == 2
     registry = started_registry(tmp_path / "live")
-    with FeedbackLog(tmp_path / "live" / LOG_FILE) as log:
+    with FeedbackLog.open(tmp_path / "live" / LOG_FILE) as log:
         learned(registry, log, 2)
         status, output = afterclick_versions()
         assert (status, output.strip().splitlines()[-1][-15:]) == (0, "each event once")
