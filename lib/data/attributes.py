@@ -1,9 +1,9 @@
-"""What items are, as codes: the attributes of the catalog that a model can learn from.
+"""Attributes of items as codes: what of the catalog a model can learn from.
 
-An attribute is a column and one of its values, "genres=Comedy". Columns of lists give one for each member, text one for
-each of its parts (`text_parts`), other columns one for the whole value, numbers one for each of 16 quantile buckets. A
-column whose values are shared by few items (a title, a description) says nothing that its item does not: it is left
-out. An item that nobody met yet is what its attributes are.
+An attribute is a column and one of its values, "genres=Comedy". A list gives one for each member, a text one for each
+of its parts (`text_parts`), a number that of its quantile bucket (of 16), any other value one. A column whose values
+few items share (a title, a description) says no more than the item's id, and is left out. An item that nobody has met
+yet is known by its attributes alone.
 """
 
 # pyarrow.compute makes its functions as it is imported, so a type checker cannot see them.
@@ -21,14 +21,14 @@ from lib.data.catalog import TITLE_COLUMNS, Catalog
 
 MOST_PER_ITEM = 16
 LEAST_ITEMS = 5  # an attribute of fewer items is left out
-LEAST_SHARED = 0.5  # of the items that have a value; below this a column is left out
-LONGEST_TEXT = 100  # characters on average: longer text is prose
+LEAST_SHARED = 0.5  # a column is left out where fewer of the items with a value share one
+LONGEST_TEXT = 100  # characters on average; longer text is prose
 NUMBER_BUCKETS = 16
 SEPARATORS = re.compile(r"[|,;]")
 
 
 def attribute_values(catalog: Catalog) -> list[str]:
-    """The attributes that enough items share, by column and then by how many items have them."""
+    """Return the attributes that enough items share, by column, the most common first."""
     if catalog.attributes is None:
         return []
     values: list[str] = []
@@ -46,9 +46,9 @@ def attribute_values(catalog: Catalog) -> list[str]:
 
 
 def attribute_codes(catalog: Catalog, values: Sequence[str], width: int | None = None) -> np.ndarray:
-    """(items + 1, F) int32 codes of each row's attributes (place in `values` + 1), 0 where there are no more.
+    """Return (items + 1, F) int32 codes of each row's attributes: place in `values` + 1, 0 where there are no more.
 
-    F is the most attributes that an item has, at most 16 and at least 1, or `width`; an item with more keeps those that
+    F is `width`, or else the most attributes that an item has, between 1 and 16; an item with more keeps those that
     come first in `values`.
     """
     code_of = {value: place + 1 for place, value in enumerate(values)}
@@ -71,7 +71,7 @@ def attribute_codes(catalog: Catalog, values: Sequence[str], width: int | None =
 
 
 def _values_of(column: pa.ChunkedArray, name: str, known: Sequence[str] = ()) -> list[list[str]]:
-    """The attributes that one column gives to each item, without repeats; numbers among the known ones if any are."""
+    """Return the attributes that a column gives to each item, without repeats; numbers in the known buckets, if any."""
     kind = column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return [_named(name, [str(member) for member in members or ()]) for members in column.to_pylist()]
@@ -88,10 +88,10 @@ def _values_of(column: pa.ChunkedArray, name: str, known: Sequence[str] = ()) ->
 
 
 def text_parts(texts: list[str]) -> list[list[str]]:
-    """Each text as its parts between | , or ;, or between blanks where that makes far fewer distinct values.
+    """Split each text at | , or ;, or else at blanks where that makes far fewer distinct values.
 
-    "Comedy Drama" and "Drama War" share "Drama", though no two films need have the same text; "Tools & Home" stays
-    whole where every word of it is in no other value.
+    "Comedy Drama" and "Drama War" share "Drama", though no two films have the same text; "Tools & Home" stays whole
+    where no other value has any of its words.
     """
     if any(SEPARATORS.search(text) for text in texts):
         return [[part.strip() for part in SEPARATORS.split(text)] for text in texts]
@@ -103,7 +103,7 @@ def text_parts(texts: list[str]) -> list[list[str]]:
 
 
 def _number_values(column: pa.ChunkedArray, name: str, known: Sequence[float]) -> list[list[str]]:
-    """Each number as the least one of its bucket; the buckets are the known ones, or those of this column."""
+    """Replace each number by the least one of its bucket, of the known buckets or of this column's own."""
     numbers = pc.cast(column, pa.float64()).to_numpy(zero_copy_only=False)
     starts = np.unique(known) if known else _bucket_starts(numbers[np.isfinite(numbers)])
     places = np.searchsorted(starts, numbers, side="right") - 1
@@ -121,10 +121,10 @@ def _bucket_starts(present: np.ndarray) -> np.ndarray:
 
 
 def _number(value: float) -> str:
-    """A number in few digits, from which it can be read again."""
+    """Write a number in as few digits as it can be read back from."""
     return f"{value:g}" if float(f"{value:g}") == value else repr(float(value))
 
 
 def _named(column: str, values: list[str]) -> list[str]:
-    """Each value that is not empty as "column=value"."""
+    """Write each value that is not empty as "column=value"."""
     return [f"{column}={value}" for value in dict.fromkeys(values) if value]

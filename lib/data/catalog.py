@@ -1,7 +1,7 @@
 """The catalog: item ids and their rows, with the attributes that filters and titles need.
 
-Row 0 is padding; items get rows 1, 2, 3, ... in the order in which they came, and keep them for good, so that a row
-means the same item in every version of the weights.
+Row 0 is padding. Items get rows 1, 2, 3, ... in the order in which they came and keep them for good, so that a row is
+the same item in every version of the weights.
 """
 
 # pyarrow.compute makes its functions as it is imported, so a type checker cannot see them.
@@ -21,36 +21,37 @@ import pyarrow.parquet as pq
 from lib.errors import InputError
 
 TITLE_COLUMNS = ("title", "name")
-SEPARATORS = re.compile(r"[\s|,;]")  # of the words of a text attribute
-REMOVED = b"afterclick.removed"  # the removed items in the metadata of catalog.parquet, where no attribute can be
+SEPARATORS = re.compile(r"[\s|,;]")  # between the words of a text attribute
+REMOVED = b"afterclick.removed"  # key of the removed items in the metadata of catalog.parquet
+MOST_MASKS = 256  # that are kept
 
 
 class Catalog:
-    """Item ids <-> rows, a table of attributes, and what was removed; rows only ever grow in number."""
+    """Item ids <-> rows, a table of attributes, and what was removed; no row is ever given up."""
 
     def __init__(self, item_ids: Iterable[str] = (), attributes: pa.Table | None = None, removed: Iterable[str] = ()):
         self.item_ids: list[str] = [""]
         self.row_of: dict[str, int] = {}
-        self.attributes = attributes  # one line per item that has any, keyed by item_id
-        self.removed = set(removed)  # items that must not be recommended; they keep their rows
+        self.attributes = attributes  # one line for each item that has any, keyed by item_id
+        self.removed = set(removed)  # never recommended; they keep their rows
         self._masks: dict[str, np.ndarray] = {}
         self.extend(item_ids)
         self.titles = _titles(attributes)
 
     @classmethod
     def of_dataset(cls, item_ids: Iterable[str], items: pa.Table | None) -> "Catalog":
-        """The items of a dataset's events in this order, then those that only its items table has."""
+        """Make a catalog of the items of a dataset's events, then of those that only its items table has."""
         catalog = cls(item_ids, items)
         if items is not None:
             catalog.extend(items["item_id"].to_pylist())
         return catalog
 
     def __len__(self) -> int:
-        """Number of items; rows 1..len(catalog) are in use."""
+        """Return the number of items; rows 1..len(catalog) are in use."""
         return len(self.row_of)
 
     def extend(self, item_ids: Iterable[str]) -> list[str]:
-        """Give the unknown ones among these items a row; returns those that were new, in order."""
+        """Give each unknown item a row; return the new ones, in order."""
         new = []
         for item_id in item_ids:
             if item_id in self.row_of:
@@ -63,16 +64,16 @@ class Catalog:
         return new
 
     def rows(self, item_ids: Iterable[str]) -> list[int]:
-        """The rows of those items that have one."""
+        """Return the rows of those items that have one."""
         return [self.row_of[item_id] for item_id in item_ids if item_id in self.row_of]
 
     def change(self, items: Mapping[str, Mapping[str, Any] | None]) -> None:
-        """Give items other attributes, or remove them (None); an item that is given attributes is there again.
+        """Give items other attributes, or remove them (None); a removed item that gets attributes is back.
 
-        A row is given by `extend` alone, so an item may be described before it has one.
+        Only `extend` gives rows, so an item may be described before it has one.
 
         Raises:
-            InputError: an attribute has another type than the catalog's column; nothing is changed then.
+            InputError: an attribute has another type than the catalog's column; nothing has changed.
         """
         described = {item_id: attributes for item_id, attributes in items.items() if attributes is not None}
         if described:
@@ -82,14 +83,14 @@ class Catalog:
         self._masks.clear()
 
     def described(self, item_ids: Sequence[str]) -> "Catalog":
-        """A catalog of some items alone."""
+        """Return a catalog of these items alone."""
         if self.attributes is None:
             return Catalog(item_ids)
         chosen = pc.is_in(self.attributes["item_id"], pa.array(item_ids, pa.string()))
         return Catalog(item_ids, self.attributes.filter(chosen))
 
     def joined(self, other: "Catalog") -> "Catalog":
-        """The items of this catalog in their rows, then those that only the other has, as that describes them.
+        """Return the items of this catalog in their rows, then those that only the other has, as that describes them.
 
         Raises:
             InputError: an attribute has another type in the other catalog.
@@ -104,21 +105,21 @@ class Catalog:
         return Catalog([*self.item_ids[1:], *missing], attributes, self.removed | other.removed)
 
     def likes(self, item_id: str) -> np.ndarray:
-        """(R,) rows of the items that are most like an item, by the words of their texts and members of their lists."""
+        """Return (R,) rows of the items most like an item, by the words of texts and the members of lists."""
         shared = np.zeros(len(self.item_ids))
         for column, value in _attributes_of(self.attributes, item_id).items():
             for part in _words(value):
                 mask = self.mask({column: part})
                 if 1 < mask.sum() <= len(self) / 2:
-                    shared += mask * np.log(len(self) / mask.sum())  # what few have says more
+                    shared += mask * np.log(len(self) / mask.sum())  # a rare word says more
         shared[self.row_of.get(item_id, 0)] = 0.0
         return np.flatnonzero((shared > 0) & (shared >= shared.max()))
 
     def check(self, items: Mapping[str, Mapping[str, Any]]) -> None:
-        """Refuse attributes that `change` could not take.
+        """Refuse attributes that `change` would not accept.
 
         Raises:
-            InputError: it names the attribute and what it should be.
+            InputError: an attribute has another type than the catalog's column; the message says which.
         """
         _table_of(items, self.attributes)
 
@@ -136,17 +137,17 @@ class Catalog:
                 self.titles[item_id] = str(title)
 
     def mask(self, conditions: Mapping[str, Any]) -> np.ndarray:
-        """(len + 1,) bool: the rows whose item meets every condition of a filter.
+        """Return (len + 1,) bool: the rows whose item meets every condition of a filter.
 
-        A condition is a value, a list of admissible values, or {"min": x, "max": y}. Text matches as a whole or by one
-        of its words (so {"genres": "Comedy"} finds "Comedy Drama"); a list attribute matches by one of its members.
+        A condition is a value, a list of admissible values, or {"min": x, "max": y}. A text matches as a whole or by
+        one of its words, so {"genres": "Comedy"} finds "Comedy Drama"; a list matches by one of its members.
 
         Raises:
-            InputError: an attribute that the catalog does not have, or a condition of another form.
+            InputError: the catalog has no such attribute, or a condition has another form.
         """
         key = repr(sorted(conditions.items(), key=lambda condition: condition[0]))
         if key not in self._masks:
-            if len(self._masks) >= 256:
+            if len(self._masks) >= MOST_MASKS:
                 self._masks.pop(next(iter(self._masks)))
             self._masks[key] = self._mask(conditions)
         return self._masks[key]
@@ -166,7 +167,7 @@ class Catalog:
         return mask
 
     def save(self, path: Path) -> None:
-        """Write catalog.parquet: one line per item in the order of its row, attributes beside it."""
+        """Write catalog.parquet: one line for each item in the order of the rows, with its attributes."""
         table = pa.table({"item_id": pa.array(self.item_ids[1:], pa.string())})
         if self.attributes is not None:
             places = pc.index_in(table["item_id"], self.attributes["item_id"].combine_chunks())
@@ -184,7 +185,7 @@ class Catalog:
 
 
 def _table_of(items: Mapping[str, Mapping[str, Any]], known: pa.Table | None) -> pa.Table:
-    """Items described as JSON as a table; columns that are known already have the type that they have there."""
+    """Make a table of items described in JSON; columns that are known keep their types."""
     columns: dict[str, pa.Array] = {"item_id": pa.array(list(items), pa.string())}
     for name in dict.fromkeys(name for attributes in items.values() for name in attributes):
         values = [attributes.get(name) for attributes in items.values()]
@@ -207,7 +208,7 @@ def _column_of(name: str, values: list[Any], kind: pa.DataType | None) -> pa.Arr
 
 
 def _attributes_of(attributes: pa.Table | None, item_id: str) -> dict[str, Any]:
-    """What a table says of one item, its id and its title left out."""
+    """Return the attributes that a table has of one item, but for its id and its title."""
     if attributes is None:
         return {}
     lines = attributes.filter(pc.equal(attributes["item_id"], item_id)).to_pylist()
@@ -215,7 +216,7 @@ def _attributes_of(attributes: pa.Table | None, item_id: str) -> dict[str, Any]:
 
 
 def _words(value: Any) -> list[str]:
-    """The words of a text, or the members of a list of texts."""
+    """Return the words of a text, or the members of a list of texts."""
     if isinstance(value, str):
         return [word for word in SEPARATORS.split(value) if word]
     return [member for member in value if isinstance(member, str)] if isinstance(value, list) else []
@@ -232,7 +233,7 @@ def _titles(attributes: pa.Table | None) -> dict[str, str]:
 
 
 def _meets(values: pa.ChunkedArray, column: str, condition: Any) -> np.ndarray:
-    """(items,) bool: which values meet one condition."""
+    """Return (items,) bool: which values meet a condition."""
     if isinstance(condition, Mapping):
         if not condition or not set(condition) <= {"min", "max"}:
             raise InputError(f'filter.{column}: a range is written {{"min": x, "max": y}}')
@@ -252,7 +253,7 @@ def _meets(values: pa.ChunkedArray, column: str, condition: Any) -> np.ndarray:
     except pa.ArrowNotImplementedError as error:
         raise InputError(f"filter.{column}: an attribute of type {values.type} cannot be filtered by") from error
     keep = np.zeros(len(values), dtype=bool)
-    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):  # 20 is 20.0, whatever it looks like
+    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):  # 20 is 20.0
         keep |= np.isin(_numbers(values, column), [value for value in wanted if type(value) in (int, float)])
     for value in wanted:
         word = rf"(^|{SEPARATORS.pattern}){re.escape(_text(value))}($|{SEPARATORS.pattern})"
@@ -261,7 +262,7 @@ def _meets(values: pa.ChunkedArray, column: str, condition: Any) -> np.ndarray:
 
 
 def _text(value: Any) -> str:
-    """A value as Arrow writes it."""
+    """Write a value as Arrow does."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

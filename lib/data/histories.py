@@ -1,4 +1,4 @@
-"""Many users' histories as flat columns: numpy alone, so that what only keeps histories needs no torch."""
+"""Many users' histories as flat columns of numpy; whoever only keeps histories need not import torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,15 +23,15 @@ class Histories:
 
     @property
     def lengths(self) -> np.ndarray:
-        """(U,) events of each user."""
+        """The (U,) numbers of events of each user."""
         return np.diff(self.offsets)
 
     def take(self, users: np.ndarray) -> "Histories":
-        """The histories of the given users, in that order."""
+        """Return the histories of the given users, in that order."""
         return self.oldest(users, self.lengths[users])
 
     def oldest(self, users: np.ndarray, lengths: np.ndarray) -> "Histories":
-        """The first so many events of each of the given users, in that order; a user may be given more than once."""
+        """Return the oldest `lengths` events of the given users, in that order; a user may be given more than once."""
         events = spans(self.offsets[users], lengths)
         return Histories(
             [self.user_ids[user] for user in users],
@@ -42,16 +42,14 @@ class Histories:
             self.timestamps[events],
         )
 
-    def without_newest(self, count: int = 1) -> "Histories":
-        """The same users with their newest events cut off (users with fewer keep nothing)."""
+    def without_newest(self) -> "Histories":
+        """Return the same users, each without the newest event."""
         keep = np.ones(len(self.rows), dtype=bool)
-        for back in range(1, count + 1):
-            last = self.offsets[1:] - back
-            keep[last[last >= self.offsets[:-1]]] = False
+        keep[self.offsets[1:][self.lengths > 0] - 1] = False
         return self.select(keep)
 
     def select(self, keep: np.ndarray) -> "Histories":
-        """The same users with only the events where `keep` (E,) is true."""
+        """Return the same users with only the events where `keep` (E,) is true."""
         owners = np.repeat(np.arange(len(self)), self.lengths)
         lengths = np.bincount(owners[keep], minlength=len(self))
         return Histories(
@@ -65,7 +63,7 @@ class Histories:
 
 
 def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The places starts[0], starts[0] + 1, ... of every span one after another, (sum of lengths,) int64."""
+    """Return the places starts[0], starts[0] + 1, ... of all spans one after another: (sum of lengths,) int64."""
     stops = np.cumsum(lengths)
     return np.repeat(starts - (stops - lengths), lengths) + np.arange(stops[-1] if len(stops) else 0)
 
@@ -73,9 +71,10 @@ def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def histories_of(
     table: pa.Table, row_of: Mapping[str, int], event_kinds: Sequence[str], by_time: bool = True
 ) -> Histories:
-    """Histories of an event table, by time or in the table's order, which those of equal times keep.
+    """Make histories of an event table, by time or in the table's order, which events of equal times keep.
 
-    Every item and kind must be known.
+    Raises:
+        KeyError, ValueError: an unknown item, an unknown kind of event.
     """
     table = table.combine_chunks()
     users = table["user_id"].combine_chunks().dictionary_encode()

@@ -1,14 +1,12 @@
-"""What is popular of late: counts that halve with every half-life, without ever touching all of them.
+"""What is popular now: counts that halve with every half-life, while an update touches only its own items.
 
 Forward decay (Cormode et al. 2009, "Forward decay: a practical time decay model for streaming systems"): an event
-counts 2^((t - reference) / half_life), so an old count need not be lowered when time passes. The reference moves up
-when the weights grow large, and only then are all counts scaled. Time is that of the events in a dataset, and in the
-feedback log the offset: with every so many events a live count halves, whether the day is busy or quiet and whatever
-the clocks say.
+counts 2^((t - reference) / half_life), so old counts need not change as time passes. All counts are scaled only when
+the weights have grown large and the reference moves up. In a dataset time is that of the events, in the feedback log it
+is the offset: a live count halves after a number of events, on a busy day or a quiet one and whatever the clocks say.
 
-It answers people of whom nothing is known, and they begin otherwise than others go on. So a user's first event weighs
-more than the later ones: NDCG@10 of first events rises from 0.081 to 0.085 on yoochoose-100k, from 0.27 to 0.32 on
-ml-100k.
+Popularity is the answer to a cold start, and first events differ from later ones. So a user's first event weighs more:
+NDCG@10 of first events rises from 0.081 to 0.085 on yoochoose-100k, from 0.27 to 0.32 on ml-100k.
 """
 
 import math
@@ -19,22 +17,22 @@ from lib.data.histories import Histories
 
 DAY = 86_400_000  # milliseconds
 LARGEST_EXPONENT = 40.0
-LATER = 0.3  # of a user's first event weighs a later one
+LATER = 0.3  # weight of a later event, where a user's first one weighs 1
 
 
 def event_counts(times: np.ndarray, reference: int, half_life: float) -> np.ndarray:
-    """(E,) what each event counts relative to one at `reference`; all in milliseconds, or all in log offsets."""
+    """Return (E,) the weight of each event relative to one at `reference`; all times in milliseconds or log offsets."""
     exponents = (times - reference) / half_life
     return np.exp2(np.clip(exponents, -LARGEST_EXPONENT, LARGEST_EXPONENT))
 
 
 def start_weights(first: np.ndarray) -> np.ndarray:
-    """(E,) what events weigh; `first` (E,) bool says which are the first ones of their users."""
+    """Return (E,) the weights of events; `first` (E,) bool says which are the first ones of their users."""
     return np.where(first, 1.0, LATER)
 
 
 def popularity_of(histories: Histories, reference: int, half_life: float, rows: int) -> np.ndarray:
-    """(R,) float64 what is popular at `reference` by whole histories; both times in milliseconds."""
+    """Return (R,) float64 the popularity of each row at `reference` by whole histories; both times in milliseconds."""
     first = np.zeros(len(histories.rows), dtype=bool)
     first[histories.offsets[:-1][histories.lengths > 0]] = True
     counts = event_counts(histories.timestamps, reference, half_life) * start_weights(first)
@@ -42,12 +40,12 @@ def popularity_of(histories: Histories, reference: int, half_life: float, rows: 
 
 
 def moved_reference(newest: int, reference: int, half_life: float) -> tuple[int, float]:
-    """The reference to use for events up to `newest`, and what present counts are to be multiplied by."""
+    """Return the reference for events up to `newest`, and the factor by which present counts change."""
     if (newest - reference) / half_life <= LARGEST_EXPONENT / 2:
         return reference, 1.0
     return newest, float(np.exp2(-min((newest - reference) / half_life, 120.0)))
 
 
 def steady_total(half_life: float, users_per_event: float) -> float:
-    """What all counts together tend to when they halve with every `half_life` later events."""
+    """Return what the sum of all counts tends to when they halve with every `half_life` later events."""
     return half_life / math.log(2) * (LATER + (1 - LATER) * users_per_event)

@@ -20,7 +20,7 @@ from lib.retrieval.exact import exact_search, top_k
 from lib.retrieval.faiss_lists import inverted_lists
 
 MOST_CANDIDATES = 2048  # the most that a GPU's kernels return
-MERGED_SHARE, LEAST_MERGED = 64, 2048  # lists are packed anew for a 64th of the rows that is fresh, at least so many
+MERGED_SHARE, LEAST_MERGED = 64, 2048  # a merge starts when a 64th of the rows is fresh, but not below 2,048
 SELECTED_SHARE = 8  # a mask is applied within the lists when it excludes an eighth of the rows; else only afterwards
 MOST_PROBE_FACTOR = 4  # times the usual lists, for a query that found too few, and at most for one with a mask
 FIRST_ROOM = 1024  # fresh rows
@@ -41,9 +41,8 @@ class ApproximateIndex:
         self._packed: Any = None
         self._fresh = FreshRows(self._width, device)
         self._in_merge: FreshRows | None = None  # the rows that the running merge moves into the lists
-        self._outdated = torch.zeros(
-            len(vectors), dtype=torch.bool, device=device
-        )  # rows whose code in the lists is old
+        # (N,) whose code in the lists is old
+        self._outdated = torch.zeros(len(vectors), dtype=torch.bool, device=device)
         self._thread = ThreadPoolExecutor(1, "index merge", initializer=_lower_priority)
         self._merge: Future[Any] | None = None
         rows = np.arange(len(vectors))

@@ -232,7 +232,7 @@ def test_take_select_and_without_newest():
         there = slice(taken.offsets[line], taken.offsets[line + 1])
         for name in ("rows", "kinds", "timestamps"):
             assert getattr(taken, name)[there].tolist() == getattr(histories, name)[own].tolist()
-    shorter = clicks([3, 1, 0, 2]).without_newest(2)
+    shorter = clicks([3, 1, 0, 2]).without_newest().without_newest()
     assert shorter.lengths.tolist() == [1, 0, 0, 0]
     assert shorter.rows.tolist() == [1]
     assert clicks([3, 1, 0, 2]).without_newest().rows.tolist() == [1, 2, 5]

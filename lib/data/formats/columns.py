@@ -1,8 +1,8 @@
-"""Which column of somebody's file is which field of an event, and what its values mean.
+"""The columns of a source file as fields of events: which column is which field, and what its values mean.
 
-- Names are recognised whatever their case and punctuation (userId, USER_ID, user id); an explicit mapping wins.
-- Numbers for ids, ISO-8601 or numeric times of any unit, and the usual words for kinds of events are converted.
-- A value that cannot be converted costs its row, and the row is counted by the reason.
+- Names are recognised in any case and punctuation (userId, USER_ID, user id); an explicit mapping wins.
+- Ids may be numbers, times ISO-8601 or numbers in any unit, and kinds of event have their usual synonyms.
+- A row with a value that cannot be converted is rejected, and counted by the reason.
 """
 
 # pyarrow.compute makes its functions as it is imported, so a type checker cannot see them.
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from lib.data.events import EVENT_KINDS, EVENT_SCHEMA
 from lib.errors import InputError
 
-# In order of preference: where a file has both a user and a session, the user is meant.
+# in order of preference: where a file has both a user and a session, the user is meant
 ALIASES: dict[str, tuple[str, ...]] = {
     "user_id": (
         *("userid", "user", "visitorid", "visitor", "customerid", "customer", "memberid", "reviewerid", "uid"),
@@ -51,16 +51,21 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
 _KINDS = {word: kind for kind, words in SYNONYMS.items() for word in (kind, *words)}
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-# Milliseconds in one unit of a numeric time; the largest median magnitude that is taken for it.
+# (unit, its milliseconds, the largest median that is taken for it) of numeric times
 _TIME_UNITS = (("s", 1000.0, 1e11), ("ms", 1.0, 1e14), ("us", 1e-3, 1e17), ("ns", 1e-6, float("inf")))
-_LATEST = 9e15  # milliseconds, beyond any time; keeps absurd numbers within int64 until they are rejected as future
+_LATEST = 9e15  # milliseconds, beyond any time: absurd numbers fit int64 until they are rejected as future
 
 
 def match_columns(names: Sequence[str], explicit: Mapping[str, str], where: str) -> dict[str, str]:
-    """For each field of an event that the file has, the column that holds it.
+    """Return the column of each field of an event that the file has.
 
-    `names` are the file's columns, `explicit` maps fields to columns. Raises InputError that names a required field
-    that no column matches, what was found, and the option that maps it.
+    Args:
+        names: the file's columns.
+        explicit: field -> column, which wins.
+        where: the file, for messages.
+
+    Raises:
+        InputError: no column matches a required field, or the mapping names an unknown field or column.
     """
     found = ", ".join(names) or "none"
     for field, name in explicit.items():
@@ -85,24 +90,28 @@ def match_columns(names: Sequence[str], explicit: Mapping[str, str], where: str)
 
 
 def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:
-    """The first of the aliases that a column has for a name, ignoring case and punctuation."""
+    """Return the column with the first of the aliases that any has, ignoring case and punctuation."""
     known = {plain(name): name for name in reversed(names)}
     return next((known[alias] for alias in aliases if alias in known), None)
 
 
 def plain(name: str) -> str:
-    """A name in lower case without punctuation."""
+    """Write a name in lower case without punctuation."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 class Converter:
-    """Turns tables whose columns are named by field but hold anything into tables with the types of EVENT_SCHEMA.
+    """A converter of tables whose columns are named by field to the types of EVENT_SCHEMA.
 
-    The unit of numeric times is settled by the first table that has any. `unknown_kinds` counts what no rule maps.
+    The first table with numeric times settles their unit. `unknown_kinds` counts the kinds that no rule maps.
     """
 
     def __init__(self, kinds: Mapping[str, str] | None = None, default_kind: str | None = None) -> None:
-        """`kinds` maps the file's words for an event to ours; `default_kind` is for rows that have none."""
+        """Map the file's words for an event to ours by `kinds`; rows without one get `default_kind`.
+
+        Raises:
+            InputError: a kind that is none of ours.
+        """
         self.kinds = dict(kinds or {})
         for theirs, ours in self.kinds.items():
             if ours not in EVENT_KINDS:
@@ -114,7 +123,7 @@ class Converter:
         self.unknown_kinds: Counter[str] = Counter()
 
     def convert(self, table: pa.Table) -> tuple[pa.Table, Counter[str]]:
-        """The rows whose values could be converted, and of the others how many failed for which reason."""
+        """Return the rows whose values could be converted, and the number of the others by reason."""
         table = table.combine_chunks()
         reasons = np.zeros(table.num_rows, dtype=np.int8)
         columns: dict[str, pa.Array] = {}
@@ -127,7 +136,7 @@ class Converter:
             reasons[wrong & (reasons == 0)] = 1
         columns["timestamp"], wrong = self._times(_column(table, "timestamp"))
         reasons[wrong & (reasons == 0)] = 1
-        # An event of old data without a time must not become one of now, as an event over HTTP does.
+        # unlike an event over HTTP, one of old data without a time must not get the time of now
         absent = ~wrong & columns["timestamp"].is_null().to_numpy(zero_copy_only=False)
         reasons[absent & (reasons == 0)] = 2
         for field in ("event_id", "request_id"):
@@ -222,7 +231,7 @@ def _texts(column: pa.Array, field: str) -> pa.Array:
 
 
 def _ids(column: pa.Array, field: str) -> tuple[pa.Array, np.ndarray]:
-    # Whole numbers become text; a column of whole numbers with gaps is often stored as floats.
+    """Return ids as text, and which values are none. Whole numbers stored as floats are ids: gaps make them so."""
     wrong = np.zeros(len(column), dtype=bool)
     if pa.types.is_floating(column.type):
         values = column.to_numpy(zero_copy_only=False).astype(np.float64)
@@ -251,7 +260,7 @@ def _numbers(column: pa.Array, field: str = "value") -> tuple[pa.Array, np.ndarr
 
 
 def _trimmed(column: pa.Array) -> pa.Array:
-    # In text an absent value is an empty one.
+    """Trim blanks; an empty text is an absent value."""
     texts = pc.utf8_trim_whitespace(column.cast(pa.string()))
     return pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)
 

@@ -1,6 +1,6 @@
-"""Delimited text to tables, whatever its quotes do.
+"""Delimited text to tables, with quotes that are unpaired or span lines.
 
-pyarrow parses what it can; a block whose quotes are unpaired, or span lines, goes through the csv module line by line.
+pyarrow parses blocks without such quotes, the csv module parses the others line by line.
 """
 
 import csv
@@ -10,12 +10,12 @@ from collections import Counter
 import pyarrow as pa
 from pyarrow import csv as arrow_csv
 
-LONGEST_VALUE = 8 << 20  # bytes; a quote that is not closed within as much is a stray one
-_INNER_DELIMITER = "\x1f"  # stands for a delimiter of two characters, which pyarrow does not know
+LONGEST_VALUE = 8 << 20  # bytes; a quote that is not closed within so many is a stray one
+_INNER_DELIMITER = "\x1f"  # in place of a delimiter of two characters, which pyarrow does not know
 
 
 class DelimitedText:
-    """Parses blocks of whole lines; a quoted value may go on in the next block."""
+    """A parser of blocks of whole lines; a quoted value may go on in the next block."""
 
     def __init__(self, delimiter: str, width: int, quoted: bool, rejected: Counter[str]) -> None:
         self.inner = delimiter if len(delimiter) == 1 else _INNER_DELIMITER
@@ -23,34 +23,38 @@ class DelimitedText:
         self.names = [str(place) for place in range(width)]
         self.quoted = quoted
         self.rejected = rejected
-        self._open = b""  # lines from a quote that the last block did not close
+        self._open = b""  # lines from the quote on that the last block did not close
 
     def parse(self, block: bytes) -> pa.Table:
-        """The block's rows as strings, the columns named by their places; malformed lines are counted."""
+        """Return the block's rows as strings, columns named by their places; count malformed lines."""
         block = self._open + block
         self._open = b""
         if len(self.delimiter) > 1:
             block = block.replace(self.delimiter, self.inner.encode())
         if not self.quoted or b'"' not in block:
-            return self._parse_plain(block, False)[0]
+            return self._counted(*self._parse_plain(block, quote=False))
         lines = block.split(b"\n")
-        odd = [place for place, line in enumerate(lines) if line.count(b'"') % 2]
+        odd = _odd(lines)
         if not odd:
-            table, malformed = self._parse_plain(block, '"', count=False)
+            table, malformed = self._parse_plain(block, quote='"')
             filled = sum(bool(line.strip(b"\r")) for line in lines)
-            # Otherwise an unpaired quote made one value of several lines.
-            if table.num_rows + malformed == filled:
-                self.rejected["malformed_line"] += malformed
-                return table
+            if table.num_rows + malformed == filled:  # else an unpaired quote made one value of several lines
+                return self._counted(table, malformed)
         return self._parse_quoted(lines, odd)
 
     def finish(self) -> pa.Table:
-        """The rows that were still waiting for a closing quote."""
+        """Return the rows that still waited for a closing quote."""
         lines = self._open.split(b"\n")
         self._open = b""
-        return self._parse_quoted(lines, [place for place, line in enumerate(lines) if line.count(b'"') % 2], last=True)
+        return self._parse_quoted(lines, _odd(lines), last=True)
 
-    def _parse_plain(self, block: bytes, quote: str | bool, count: bool = True) -> tuple[pa.Table, int]:
+    def _counted(self, table: pa.Table, malformed: int) -> pa.Table:
+        if malformed:
+            self.rejected["malformed_line"] += malformed
+        return table
+
+    def _parse_plain(self, block: bytes, quote: str | bool) -> tuple[pa.Table, int]:
+        """Parse a block with pyarrow; return its rows and the number of malformed lines."""
         malformed = 0
 
         def skip(row: arrow_csv.InvalidRow) -> str:
@@ -66,13 +70,14 @@ class DelimitedText:
             arrow_csv.ParseOptions(delimiter=self.inner, quote_char=quote, invalid_row_handler=skip),
             arrow_csv.ConvertOptions(column_types=dict.fromkeys(self.names, pa.string()), strings_can_be_null=False),
         )
-        if count and malformed:
-            self.rejected["malformed_line"] += malformed
         return table, malformed
 
     def _parse_quoted(self, lines: list[bytes], odd: list[int], last: bool = False) -> pa.Table:
-        # A line with an odd number of quotes begins a value of several lines, up to the next such line, if together
-        # they make a row; otherwise its quote is a stray one and the line alone is lost.
+        """Parse lines with the csv module; `odd` are the places of those with an odd number of quotes.
+
+        Such a line begins a value of several lines, up to the next such line, if together they make a row; otherwise
+        its quote is a stray one and only that line is lost.
+        """
         rows: list[list[str]] = []
         place, next_odd = 0, 0
         while place < len(lines):
@@ -107,3 +112,8 @@ class DelimitedText:
         except csv.Error:
             return None
         return rows[0] if len(rows) == 1 and len(rows[0]) == len(self.names) else None
+
+
+def _odd(lines: list[bytes]) -> list[int]:
+    """Return the places of the lines with an odd number of quotes."""
+    return [place for place, line in enumerate(lines) if line.count(b'"') % 2]

@@ -1,7 +1,7 @@
-"""What a file or folder of events is: its format, and the layout by which each file is read.
+"""The format of a file or folder of events, and the layout by which each file is read.
 
-- The format is told from content where that is telling, from names otherwise; never guessed.
-- MovieLens and RecBole are delimited text with known or typed column names.
+- The format is told by content where content is clear, otherwise by names; it is never guessed.
+- MovieLens and RecBole are delimited text, the one with known columns, the other with typed names.
 - Any text file may be compressed (.gz, .bz2, .zst, .lz4).
 """
 
@@ -44,22 +44,26 @@ class Source:
 
 @dataclass(frozen=True)
 class Layout:
-    """How to read one file; `names` are its columns, `header` whether its first line holds them."""
+    """How to read one file."""
 
     kind: str  # delimited, jsonl, parquet or sequences
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # of the columns
     delimiter: str | None = None
-    header: bool = False
+    header: bool = False  # whether the first line holds the names
     quoted: bool = False
     encoding: str = "utf-8"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it is
+# Format
 
 
 def find_source(path: str | Path, format: str = "auto") -> Source:
-    """The event files, and the item file, of a file or folder; InputError when they or the format cannot be told."""
+    """Find the event files, and the item file, of a file or folder.
+
+    Raises:
+        InputError: it does not exist, or its event files or their format cannot be told.
+    """
     path = Path(path)
     if format != "auto" and format not in FORMATS:
         raise InputError(f"--format {format}: it must be auto or one of {', '.join(FORMATS)}")
@@ -74,7 +78,7 @@ def find_source(path: str | Path, format: str = "auto") -> Source:
     if not found:
         raise InputError(f"source {str(path)!r}: no event file recognised among {names}; give the file with --source")
     chosen = next((name for name in ("movielens", "recbole") if name in found), None)
-    # Text files are taken for sequences only when there is nothing better: a README is one, too.
+    # text files count as sequences only where there is nothing else: a README is a text file, too
     if chosen is None and len(found) > 1:
         found.pop("sequences", None)
     if chosen is None and len(found) > 1:
@@ -128,7 +132,7 @@ def _stem(path: Path) -> str:
 
 
 def _file_format(path: Path, certain: bool = True) -> str:
-    # From content where it is telling, from the name otherwise; with `certain`, InputError instead of "".
+    """Tell a file's format; where it cannot be told raise InputError, or return "" if it need not be certain."""
     name = _plain_name(path).name
     start = _start_of(path)
     if start.startswith(b"PAR1"):
@@ -173,16 +177,18 @@ def _start_of(path: Path) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How to read it
+# Layout
 
 
 def layout_of(
     path: Path, format: str, delimiter: str | None = None, columns: Mapping[str, str] | None = None
 ) -> Layout:
-    """How one file of the source is to be read.
+    """Tell how to read one file of the source.
 
-    A delimited file whose `columns` are all numbers (0 is the first) has no header. Raises InputError when there are no
-    columns, or their delimiter cannot be told.
+    A delimited file whose `columns` are all numbers (0 is the first) has no header.
+
+    Raises:
+        InputError: the file is empty or damaged, or its delimiter cannot be told.
     """
     if format == "parquet":
         with parquet_file(path) as file:
@@ -212,7 +218,7 @@ def layout_of(
 
 
 def _delimiter_of(lines: Sequence[str], path: Path) -> str:
-    # The one by which most lines have as many columns as the first, and that makes the most of them.
+    """Choose the delimiter by which most lines have as many columns as the first; among equals, most columns."""
     best, delimiter = (0.0, 1), None
     for candidate in ("::", ",", "\t", ";", "|"):
         if len(candidate) > 1:
@@ -242,11 +248,15 @@ def _json_names(path: Path) -> tuple[str, ...]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Opening it
+# Opening
 
 
 def parquet_file(path: Path) -> pq.ParquetFile:
-    """The opened file; InputError when it is not Parquet."""
+    """Open a Parquet file.
+
+    Raises:
+        InputError: it is no Parquet file.
+    """
     try:
         return pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
@@ -254,7 +264,7 @@ def parquet_file(path: Path) -> pq.ParquetFile:
 
 
 class SourceBytes:
-    """A file's bytes, decompressed by its suffix."""
+    """The bytes of a file, decompressed as its suffix says."""
 
     def __init__(self, path: Path) -> None:
         self._file = pa.OSFile(str(path))
@@ -269,10 +279,10 @@ class SourceBytes:
         self._file.close()
 
     def read(self, size: int) -> bytes:
-        """The next bytes, at most `size`; none at the end."""
+        """Return the next bytes, at most `size`; none at the end."""
         return self._stream.read(size)
 
     @property
     def read_so_far(self) -> int:
-        """How many bytes were read from the disk."""
+        """The number of bytes read from the disk."""
         return self._file.tell()

@@ -1,7 +1,7 @@
-"""Descriptions of items, from whatever file they come in, as one table: item_id, unique, and any other columns.
+"""Item files of any format to one table: item_id, unique, and any other columns.
 
-MovieLens titles end in their year and join genres by a bar; both become columns of plain words (title, release_year,
-genres), as RecBole's edition of the same data has them.
+MovieLens puts the year into the title and bars between genres; both become columns of plain words (title, release_year,
+genres), as in RecBole's edition of the same data.
 """
 
 # pyarrow.compute makes its functions as it is imported, so a type checker cannot see them.
@@ -31,10 +31,12 @@ _TITLE = r"^(?P<title>.*?)\s*\((?P<year>\d{4})\)\s*$"
 
 
 def read_item_file(path: str | Path, columns: Mapping[str, str] | None = None) -> tuple[pa.Table, Counter[str]]:
-    """The items of a file in any format but sequences, and how many rows were rejected by reason.
+    """Read the items of a file in any format but sequences; return them and the number of rejected rows by reason.
 
     `columns` may map item_id to the column that holds it. The first row of an item stays, later ones are duplicates.
-    Raises InputError when the file is missing, or no column holds the ids.
+
+    Raises:
+        InputError: the file is missing, or no column holds the ids.
     """
     path = Path(path)
     if not path.is_file():
@@ -59,7 +61,7 @@ def read_item_file(path: str | Path, columns: Mapping[str, str] | None = None) -
 
 
 def with_plain_strings(table: pa.Table) -> pa.Table:
-    """The table with large_string, string_view and dictionary-of-string columns as plain strings."""
+    """Cast columns of large_string, string_view and dictionaries of strings to plain strings."""
     for place, field in enumerate(table.schema):
         kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
         if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
@@ -81,7 +83,7 @@ def _read(path: Path, layout: Layout, rejected: Counter[str]) -> pa.Table:
 
 
 def _json_items(path: Path, rejected: Counter[str]) -> pa.Table:
-    # Values keep their JSON types, lists included; a column of several types becomes text.
+    """Read JSON lines; values keep their types, lists included, but a column of several types becomes text."""
     rows: list[dict[str, object]] = []
     for lines in read_lines(path, "utf-8", rejected, lambda _: None):
         for line in lines:
@@ -106,7 +108,7 @@ def _json_column(values: list[object]) -> pa.Array:
 
 
 def _named(table: pa.Table, path: Path, columns: Mapping[str, str] | None) -> pa.Table:
-    # The column of ids becomes item_id, of strings, and comes first.
+    """Make the column of ids the first one, item_id, of strings."""
     explicit = (columns or {}).get("item_id")
     name = explicit if explicit in table.column_names else None
     name = name or find_column(table.column_names, (*ALIASES["item_id"], "id"))
@@ -122,6 +124,7 @@ def _named(table: pa.Table, path: Path, columns: Mapping[str, str] | None) -> pa
 
 
 def _unique(table: pa.Table, rejected: Counter[str]) -> tuple[pa.Table, Counter[str]]:
+    """Keep the first row of each item; count the others, and rows without a valid id."""
     ids = table["item_id"]
     broken = {
         "missing_field": pc.is_null(ids),
@@ -155,7 +158,7 @@ def _movielens_100k(path: Path, rejected: Counter[str]) -> pa.Table:
 
 
 def _with_years(table: pa.Table) -> pa.Table:
-    # "Toy Story (1995)" -> "Toy Story", "1995"; "Comedy|Drama" -> "Comedy Drama".
+    """Split "Toy Story (1995)" into title and release_year, and make "Comedy|Drama" "Comedy Drama"."""
     parts = pc.extract_regex(table["title"], _TITLE).combine_chunks()
     parts = parts.chunk(0) if isinstance(parts, pa.ChunkedArray) and parts.num_chunks else parts
     if not table.num_rows:
@@ -184,7 +187,7 @@ def _recbole(path: Path, rejected: Counter[str]) -> pa.Table:
 
 
 def _with_numbers(table: pa.Table) -> pa.Table:
-    # Columns whose every value is a number become numbers; ids, and codes that begin with a zero, stay text.
+    """Convert columns of which every value is a number; ids, and codes that begin with a zero, stay text."""
     for place, name in enumerate(table.column_names):
         column = table[name]
         if (

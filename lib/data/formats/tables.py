@@ -1,4 +1,4 @@
-"""The rows of a source file as a stream of tables, each of a few megabytes, so that no file is too large.
+"""Source files as streams of tables of a few megabytes, so that no file is too large.
 
 A line that cannot be read is counted as malformed_line, and the rest of the file is kept.
 """
@@ -20,16 +20,19 @@ PARQUET_ROWS = 1 << 17
 SEQUENCE_START = 946_684_800_000  # 2000-01-01, milliseconds
 SEQUENCE_STEP = 60_000  # milliseconds
 
-Advance = Callable[[int], None]  # told how many bytes (rows of Parquet) were read since the last call
+Advance = Callable[[int], None]  # hears how many bytes (rows of Parquet) were read since the last call
 
 
 def read_tables(
     path: Path, layout: Layout, columns: Mapping[str, str], rejected: Counter[str], advance: Advance
 ) -> Iterator[pa.Table]:
-    """The rows of a file as tables of strings (of Parquet: of its types), one column for each key of `columns`.
+    """Yield the rows of a file as tables of strings (Parquet: of its own types), a column for each key of `columns`.
 
-    Lines that cannot be read are counted in `rejected`. A sequence has no times: its first event is given the year
-    2000, and each one a minute more, so every user's begin at once. Raises InputError for a damaged file.
+    Lines that cannot be read are counted in `rejected`. A sequence has no times, so every user's first event is given
+    the beginning of 2000, and each later one a minute more.
+
+    Raises:
+        InputError: the file is damaged.
     """
     if layout.kind == "parquet":
         yield from _parquet_tables(path, columns, advance)
@@ -47,7 +50,7 @@ def read_tables(
 
 
 def size_of(path: Path, layout: Layout) -> int:
-    """How much `read_tables` will have advanced in the end: bytes, or rows of Parquet."""
+    """Return how far `read_tables` will advance: bytes, or rows of Parquet."""
     if layout.kind == "parquet":
         with parquet_file(path) as file:
             return file.metadata.num_rows
@@ -55,7 +58,7 @@ def size_of(path: Path, layout: Layout) -> int:
 
 
 def memory_of(path: Path, layout: Layout) -> int:
-    """About how many bytes the events of a file take in memory."""
+    """Estimate the bytes that the events of a file take in memory."""
     if layout.kind == "parquet":
         return size_of(path, layout) * 100
     growth = 10 if layout.kind == "sequences" else 3
@@ -63,7 +66,7 @@ def memory_of(path: Path, layout: Layout) -> int:
 
 
 def _blocks(path: Path, encoding: str, rejected: Counter[str], advance: Advance) -> Iterator[bytes]:
-    # Whole lines of valid UTF-8, about BLOCK_BYTES at a time; the last line ends in a newline, too.
+    """Yield whole lines of valid UTF-8, about BLOCK_BYTES at a time; the last line ends in a newline, too."""
     with SourceBytes(path) as stream:
         rest, position, first = b"", 0, True
         while data := stream.read(BLOCK_BYTES):
@@ -104,7 +107,7 @@ def _is_text(line: bytes) -> bool:
 
 
 def read_lines(path: Path, encoding: str, rejected: Counter[str], advance: Advance) -> Iterator[list[bytes]]:
-    """The lines of a text file that are not blank, a block at a time, as valid UTF-8."""
+    """Yield the lines of a text file that are not blank, a block at a time, as valid UTF-8."""
     for block in _blocks(path, encoding, rejected, advance):
         yield [line for line in block.split(b"\n") if line and not line.isspace()]
 
