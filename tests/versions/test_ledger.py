@@ -1,7 +1,7 @@
 """The ledger holds of a sound lineage, and of no lineage that learned an event twice, or not at all."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -165,7 +165,7 @@ def offer(registry: Registry, folder: Path, name: str, since: int, events: int, 
 @pytest.mark.parametrize("keep_snapshots", [100, 2])  # without pruning, and with it
 def test_the_lineage_of_a_new_base_has_every_event_once(tmp_path, keep_snapshots):
     registry = started_registry(tmp_path / "store")
-    config = replace(CONFIG, snapshot_every=2, keep_snapshots=keep_snapshots)
+    config = CONFIG.model_copy(update={"snapshot_every": 2, "keep_snapshots": keep_snapshots})
 
     def sound() -> Ledger:
         ledger = check(Registry(registry.root).ledger(), log)
@@ -198,7 +198,7 @@ def test_the_lineage_of_a_new_base_has_every_event_once(tmp_path, keep_snapshots
 
 def test_a_base_whose_parent_was_deleted_starts_a_lineage_of_its_own(tmp_path):
     registry = started_registry(tmp_path / "store")
-    config = replace(CONFIG, snapshot_every=2, keep_snapshots=2)
+    config = CONFIG.model_copy(update={"snapshot_every": 2, "keep_snapshots": 2})
     with FeedbackLog.open(tmp_path / "log") as log:
         learned(registry, log, 2, config)
         offer(registry, tmp_path / "late", "late", since=3, events=4, log_offset=8)
@@ -215,7 +215,7 @@ def test_what_the_gate_rejected_of_other_weights_says_nothing_of_a_new_base(tmp_
     with FeedbackLog.open(tmp_path / "log") as log:
         learned(registry, log, 2)
         log.append([make_event(5), make_event(6)]).result()
-        learner = NearlineLearner(registry, replace(CONFIG, learning_rate=1e38))
+        learner = NearlineLearner(registry, CONFIG.model_copy(update={"learning_rate": 1e38}))
         assert isinstance(learner.learn(micro_batch(6, [history([1, 2, 3])], [2])), Rejection)
         offer(registry, tmp_path / "other", "other", since=1, events=2, log_offset=2)
         manifest = read_manifest(tmp_path / "other").model_copy(update={"version": learner.version})
