@@ -24,7 +24,8 @@ from ray.actor import ActorHandle
 from lib.data.dataset import read_events
 from lib.data.events import Event
 from lib.data.guard import CleaningRules, FeedbackGuard
-from lib.data.user_histories import History, UserHistories
+from lib.data.history import History
+from lib.data.user_histories import UserHistories
 from lib.live.micro_batch import MicroBatch, SampleSizes, micro_batch
 from lib.log.board import ChangeBoard
 from lib.log.errors import LogWriteError

@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError
 from ray.util import list_named_actors
 
 from lib.data.events import Event
-from lib.data.user_histories import History
+from lib.data.history import History
 from lib.log.board import ChangeBoard, News
 from lib.log.errors import LogWriteError, PartlyWritten
 from lib.log.items import ItemChange

@@ -10,7 +10,7 @@ from typing import cast
 
 import ray
 
-from lib.data.user_histories import History
+from lib.data.history import History
 from lib.live.micro_batch import MicroBatch, SampleSizes
 from lib.log.items import ItemChange
 from lib.log.layout import ORDER_FILE, LogLayout

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from lib.data.user_histories import History
+from lib.data.history import History
 from lib.log.board import News
 
 

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lib.data.events import Event, validate_event
 from lib.data.guard import CleaningRules
-from lib.data.user_histories import History
+from lib.data.history import History
 from lib.errors import EventRejected, InputError
 from lib.ranking.filters import ItemFilter
 from lib.ranking.recommender import Question, RankedItem

@@ -24,7 +24,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from lib.data.guard import CleaningRules
-from lib.data.user_histories import History
+from lib.data.history import History
 from lib.errors import InputError
 from lib.log.items import ItemChange
 from lib.log.layout import LogLayout

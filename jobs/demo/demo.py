@@ -31,8 +31,8 @@ from jobs.demo.visitors import Frozen, PastEvent, ReplaySource, ShopSource, Sour
 from jobs.pretrain import PretrainSettings, pretrain
 from jobs.serve import running_service
 from lib.data.dataset import read_events, read_items, write_dataset
+from lib.data.history import History
 from lib.data.holdout import NONE
-from lib.data.user_histories import History
 from lib.live.prequential import split_by_time
 from lib.ranking.recommender import Question, Recommender
 from lib.retrieval.index import use_threads

@@ -3,94 +3,18 @@
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
-from lib.data.catalog import Catalog
 from lib.data.events import Event
-from lib.data.histories import Histories
+from lib.data.history import History
 
 REMEMBERED_EVENTS = 1_000_000  # whose users are known to the replay sample
 RECENT_USERS = 1024  # of whom is known in which order they acted last
 LEAST_HELD_OUT = 5  # events of a user by whom an update is judged
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedHistory:
-    """A history as one encoder reads it; events of items or kinds that it does not know are left out."""
-
-    codes: np.ndarray  # (4, T) int64 rows, kinds, gaps and values of the newest T events
-    seen: np.ndarray  # (S,) int32 rows of all events, ascending
-    reader: int  # number of the recommender that made it; to another one its rows mean nothing
-    catalog_items: int  # of the catalog that it was made with
-    complete: bool  # whether every event was known; what was unknown then may be known to a larger catalog
-
-
-@dataclass(slots=True)
-class History:
-    """One user's events, oldest first, as columns; an offset of 0 means that the event is not in the log."""
-
-    item_ids: list[str] = field(default_factory=list)
-    events: list[str] = field(default_factory=list)
-    values: list[float | None] = field(default_factory=list)
-    timestamps: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    first_offset: int = field(default=0, compare=False)  # of the user's first event of all, also where it is not here
-    encoded: EncodedHistory | None = field(default=None, compare=False, repr=False)  # kept by who made it
-
-    def __len__(self) -> int:
-        return len(self.item_ids)
-
-    def append(self, event: Event, offset: int = 0) -> None:
-        """Add the newest event."""
-        self.item_ids.append(event.item_id)
-        self.events.append(event.event)
-        self.values.append(event.value)
-        self.timestamps.append(event.timestamp)
-        self.offsets.append(offset)
-        self.encoded = None
-
-    def extend(self, newer: "History") -> None:
-        """Add newer events."""
-        for name in ("item_ids", "events", "values", "timestamps", "offsets"):
-            getattr(self, name).extend(getattr(newer, name))
-        self.encoded = None
-
-    @property
-    def last_offset(self) -> int:
-        """Log offset of the newest event, 0 where none is in the log."""
-        return self.offsets[-1] if self.offsets else 0
-
-    def slice(self, start: int, stop: int) -> "History":
-        """Events start..stop as a history of their own."""
-        return History(
-            self.item_ids[start:stop],
-            self.events[start:stop],
-            self.values[start:stop],
-            self.timestamps[start:stop],
-            self.offsets[start:stop],
-            self.first_offset,
-        )
-
-    def newest(self, count: int) -> "History":
-        """The newest `count` events."""
-        return self.slice(max(len(self) - count, 0), len(self))
-
-    def up_to(self, last: int, after: int) -> tuple["History", int]:
-        """The history up to log offset `last`, and how many of its newest events came after offset `after`."""
-        stop = bisect_right(self.offsets, last)
-        return self.slice(0, stop), stop - bisect_right(self.offsets, after, hi=stop)
-
-    @classmethod
-    def of(cls, events: Iterable[Event]) -> "History":
-        """A history of events that are in no log."""
-        history = cls()
-        for event in events:
-            history.append(event)
-        return history
 
 
 class UserHistories:
@@ -226,32 +150,3 @@ class ReplaySample:
     events: int  # altogether
     recent_share: float = 0.0  # of the draws; the others are of all remembered events
     recent_events: int = 1  # how many of the latest events count as recent
-
-
-def to_histories(histories: Sequence[History], catalog: Catalog, kind_codes: dict[str, int]) -> Histories:
-    """Flat columns for the encoder; events of items or kinds that it does not know are left out."""
-    row_of = catalog.row_of
-    rows: list[int] = []
-    kinds: list[int] = []
-    values: list[float | None] = []
-    timestamps: list[int] = []
-    offsets = [0]
-    for history in histories:
-        columns = zip(history.item_ids, history.events, history.values, history.timestamps, strict=True)
-        for item_id, event, value, timestamp in columns:
-            row, kind = row_of.get(item_id), kind_codes.get(event)
-            if row is None or kind is None:
-                continue
-            rows.append(row)
-            kinds.append(kind)
-            values.append(value)
-            timestamps.append(timestamp)
-        offsets.append(len(rows))
-    return Histories(
-        [""] * len(histories),
-        np.array(offsets, dtype=np.int64),
-        np.array(rows, dtype=np.int32),
-        np.array(kinds, dtype=np.int8),
-        np.array(values, dtype=np.float32),  # None becomes NaN
-        np.array(timestamps, dtype=np.int64),
-    )

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lib.data.catalog import Catalog
 from lib.data.histories import Histories
-from lib.data.user_histories import History, to_histories
+from lib.data.history import History, to_histories
 from lib.evaluation.metrics import ndcg_at
 from lib.live.micro_batch import MicroBatch
 from lib.model.batches import SequenceBatches, target_weights

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from lib.data.histories import Histories
-from lib.data.user_histories import History
+from lib.data.history import History
 from lib.model.facts import NewcomerShare
 from lib.settings import Settings
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib.data.user_histories import History, ReplaySample, UserHistories
+from lib.data.history import History
+from lib.data.user_histories import ReplaySample, UserHistories
 from lib.log.log_file import LoggedEvent
 
 

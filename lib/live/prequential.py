@@ -23,8 +23,9 @@ import torch
 
 from lib.data.catalog import Catalog
 from lib.data.events import Event
+from lib.data.history import History, to_histories
 from lib.data.popularity import DAY, popularity_of
-from lib.data.user_histories import History, UserHistories, to_histories
+from lib.data.user_histories import UserHistories
 from lib.errors import InputError
 from lib.evaluation.protocols import model_scores, remove_seen, target_ranks
 from lib.live.learner import NearlineLearner, Rejection

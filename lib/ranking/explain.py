@@ -13,7 +13,7 @@ import numpy as np
 
 from lib.data.catalog import Catalog
 from lib.data.histories import Histories
-from lib.data.user_histories import History, to_histories
+from lib.data.history import History, to_histories
 from lib.model.batches import SequenceBatches
 from lib.model.encoder import BehaviourEncoderConfig
 

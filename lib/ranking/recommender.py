@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.data.catalog import Catalog
-from lib.data.user_histories import EncodedHistory, History, to_histories
+from lib.data.history import EncodedHistory, History, to_histories
 from lib.model.batches import SequenceBatches, group_by_length
 from lib.model.delta import ATTRIBUTE_TABLE, Delta, DeltaMismatch, apply_delta, state_of
 from lib.model.encoder import PADDING_ROW, BehaviourEncoder

@@ -7,7 +7,8 @@ import pytest
 
 from lib.data.catalog import Catalog
 from lib.data.events import EVENT_KINDS, Event
-from lib.data.user_histories import RECENT_USERS, History, ReplaySample, UserHistories, to_histories
+from lib.data.history import History, to_histories
+from lib.data.user_histories import RECENT_USERS, ReplaySample, UserHistories
 from tests.helpers.tiny import NOW, history, item_ids
 
 CODES = {kind: place + 1 for place, kind in enumerate(EVENT_KINDS)}

@@ -19,8 +19,9 @@ from lib.data.catalog import Catalog
 from lib.data.events import EVENT_KINDS, Event
 from lib.data.guard import CleaningRules, FeedbackGuard
 from lib.data.histories import histories_of
+from lib.data.history import History
 from lib.data.popularity import DAY
-from lib.data.user_histories import History, UserHistories
+from lib.data.user_histories import UserHistories
 from lib.evaluation.metrics import ndcg_at
 from lib.live.learner import NearlineLearner
 from lib.live.micro_batch import micro_batch

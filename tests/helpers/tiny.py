@@ -8,7 +8,7 @@ import torch
 from lib.data.catalog import Catalog
 from lib.data.events import EVENT_KINDS, Event
 from lib.data.histories import Histories
-from lib.data.user_histories import History
+from lib.data.history import History
 from lib.live.micro_batch import MicroBatch
 from lib.model.delta import state_of
 from lib.model.encoder import INPUTS, BehaviourEncoder, BehaviourEncoderConfig

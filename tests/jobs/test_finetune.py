@@ -12,7 +12,7 @@ import jobs.finetune
 from jobs.command_line import run_command
 from jobs.finetune import FOLDER, FinetuneSettings, Outcome, _alone, finetune, finetune_command
 from lib.data.events import Event
-from lib.data.user_histories import History
+from lib.data.history import History
 from lib.errors import InputError
 from lib.live.learner import NearlineLearner
 from lib.log.feedback import FeedbackLog

@@ -11,7 +11,8 @@ import torch
 from jobs.configuration import settings_from
 from lib.data.catalog import Catalog
 from lib.data.events import EVENT_KINDS, Event
-from lib.data.user_histories import History, UserHistories, to_histories
+from lib.data.history import History, to_histories
+from lib.data.user_histories import UserHistories
 from lib.errors import InputError
 from lib.live.gate import (
     FEWEST_LOSSES,

@@ -7,8 +7,8 @@ import torch
 
 from lib.data.catalog import Catalog
 from lib.data.events import Event
+from lib.data.history import History
 from lib.data.popularity import LATER
-from lib.data.user_histories import History
 from lib.errors import InputError
 from lib.live.learner import NearlineLearner, Rejection
 from lib.live.micro_batch import MicroBatch

@@ -10,8 +10,9 @@ import torch
 
 from lib.data.catalog import Catalog
 from lib.data.events import EVENT_SCHEMA
+from lib.data.history import History
 from lib.data.popularity import DAY
-from lib.data.user_histories import History, UserHistories
+from lib.data.user_histories import UserHistories
 from lib.errors import InputError
 from lib.live.gate import GateConfig
 from lib.live.prequential import MISSED, Daily, Frozen, Live, Outcome, Stream, ranks_of, replay, split_by_time

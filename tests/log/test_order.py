@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.data.user_histories import History
+from lib.data.history import History
 from lib.errors import InputError
 from lib.log.feedback import FeedbackLog
 from lib.log.integrity import check_log

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lib.data.catalog import Catalog
-from lib.data.user_histories import History, to_histories
+from lib.data.history import History, to_histories
 from lib.model.batches import SequenceBatches
 from lib.model.encoder import BehaviourEncoder
 from lib.ranking.explain import Influence, influences, most_influential, occluded

@@ -9,7 +9,7 @@ import torch
 
 from lib.data.catalog import Catalog
 from lib.data.events import Event
-from lib.data.user_histories import History
+from lib.data.history import History
 from lib.errors import InputError
 from lib.live.gate import GateConfig
 from lib.live.learner import NearlineLearner

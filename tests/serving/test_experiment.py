@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError
 
 from lib.data.catalog import Catalog
 from lib.data.events import Event
-from lib.data.user_histories import History
+from lib.data.history import History
 from lib.errors import InputError
 from lib.experiments.results import (
     CHALLENGER,

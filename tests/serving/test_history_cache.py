@@ -3,7 +3,8 @@
 import pytest
 
 from lib.data.events import Event
-from lib.data.user_histories import History, UserHistories
+from lib.data.history import History
+from lib.data.user_histories import UserHistories
 from lib.log.board import LARGEST, RING, ChangeBoard
 from serving.history_cache import HistoryCache, last_offsets
 
