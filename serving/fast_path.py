@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from lib.errors import InputError
 from serving.errors import DEADLINE_HEADER, answer_of, defect
-from serving.requests import LARGEST_BODY, RecommendationRequest
+from serving.schemas import LARGEST_BODY, RecommendationRequest
 
 EVENTS, RECOMMENDATIONS = "/v1/events", "/v1/recommendations"
 DEADLINE_NAME = DEADLINE_HEADER.lower().encode()

@@ -23,7 +23,7 @@ from serving.aggregators import Feedback
 from serving.errors import DEADLINE_HEADER, ERROR_ANSWERS
 from serving.fast_path import FastPath, deadline_of
 from serving.prometheus import render
-from serving.requests import (
+from serving.schemas import (
     EVENTS_BODY,
     LARGEST_BODY,
     LARGEST_EVENT_BATCH,

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from serving.errors import ERROR_ANSWERS
 from serving.fast_path import RECOMMENDATIONS, FastPath
 from serving.http import BoundedBody
-from serving.requests import LARGEST_BODY, RecommendationRequest
+from serving.schemas import LARGEST_BODY, RecommendationRequest
 
 
 def test_a_valid_body_that_is_too_large_is_refused_all_the_same():

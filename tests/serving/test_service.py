@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import pytest
 
-from serving.requests import LARGEST_BODY, LARGEST_EVENT_BATCH, LARGEST_K
+from serving.schemas import LARGEST_BODY, LARGEST_EVENT_BATCH, LARGEST_K
 from tests.helpers.service import LiveService, assert_refused, click, ids, metrics
 
 ENDPOINTS = {
