@@ -5,7 +5,7 @@ python -m jobs.nearline --model MODEL     joins the running cluster and keeps a 
 
 import time
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import ray
 import typer
@@ -13,6 +13,7 @@ from ray.actor import ActorHandle
 
 from serving.aggregators import statuses_of
 from serving.learner import aggregators_of, check_logs, start_learner
+from serving.status import LearnerStatus
 
 
 def nearline_command(
@@ -27,14 +28,14 @@ def nearline_command(
     with running_ray():
         check_logs(state, statuses_of(aggregators_of(state)))
         learner = start_learner(state, workers=learner_workers)
-        print(f"learner at version {_status_of(learner)['version']}; Ctrl-C stops it", flush=True)
+        print(f"learner at version {_status_of(learner).version}; Ctrl-C stops it", flush=True)
         try:
             while True:
                 time.sleep(10)
                 status = _status_of(learner)
                 print(
-                    f"version {status['version']}  pushes {status['pushes']}  rejected {status['rejected_updates']}"
-                    f"  events {status['events_trained']}",
+                    f"version {status.version}  pushes {status.pushes}  rejected {status.rejected_updates}"
+                    f"  events {status.events_trained}",
                     flush=True,
                 )
         finally:
@@ -42,8 +43,8 @@ def nearline_command(
             ray.kill(learner)
 
 
-def _status_of(learner: ActorHandle) -> dict[str, Any]:
-    return cast("dict[str, Any]", ray.get(learner.status.remote()))
+def _status_of(learner: ActorHandle) -> LearnerStatus:
+    return cast("LearnerStatus", ray.get(learner.status.remote()))
 
 
 if __name__ == "__main__":

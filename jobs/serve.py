@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import httpx
 import ray
@@ -32,12 +32,13 @@ from lib.live.settings import LearnerConfig
 from lib.log.backend import SQLITE
 from lib.model.folder import load_model
 from lib.ranking.rules import BoundRules, RankingRules
-from serving.aggregator import NAMESPACE, AggregatorConfig, start_aggregator
+from serving.aggregator import NAMESPACE, start_aggregator
 from serving.aggregators import running_aggregators, statuses_of
 from serving.app import ServeArguments, build, check_state
 from serving.experiment import EXPERIMENTS, check_challenger
 from serving.learner import check_logs, start_learner
 from serving.rollout import APPLICATION, LEARNER
+from serving.status import LearnerStatus
 
 START_SECONDS = 60.0  # for HAProxy to know the replicas
 STOP_SECONDS = 30.0
@@ -64,16 +65,16 @@ def start_service(
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it starts is said in two lines of our own
     try:
         application = build(arguments)
-        config, layout = AggregatorConfig(cleaning=arguments.cleaning), arguments.layout
-        given = (arguments.state_location, arguments.data, config)
+        layout = arguments.layout
+        given = (arguments.state_location, arguments.data, arguments.aggregator)
         aggregators = [start_aggregator(*given, shard, layout) for shard in layout.shards()]
         statuses = statuses_of(aggregators)
         for status in statuses:
-            _say_damage(status)
+            _say_damage(status.damage)
         check_logs(arguments.state_location, statuses)
         serve.start(http_options=HTTPOptions(host=HOST, port=port))
         serve.run(application, name=APPLICATION, route_prefix="/")
-        _say_damage(ray.get(start_learner(arguments.state_location, learner, learner_workers).status.remote()))
+        _say_damage(_status_of(start_learner(arguments.state_location, learner, learner_workers)).damage)
         _wait_until_answering(url)
     except BaseException:
         stop_service()
@@ -81,9 +82,13 @@ def start_service(
     return Service(url, arguments)
 
 
-def _say_damage(status: Any) -> None:
-    """What a part found damaged in its files, and goes on without."""
-    for damage in status["damage"]:
+def _status_of(learner: ActorHandle) -> LearnerStatus:
+    return cast("LearnerStatus", ray.get(learner.status.remote()))
+
+
+def _say_damage(found: list[str]) -> None:
+    """Say what a part found damaged in its files, and goes on without."""
+    for damage in found:
         print(f"warning: {damage}", file=sys.stderr, flush=True)
 
 
@@ -94,7 +99,7 @@ def _check(arguments: ServeArguments, port: int) -> None:
     if arguments.data is not None:
         read_events(arguments.data)
     for status in statuses_of(running_aggregators()):
-        running = status["state"]
+        running = status.state
         if running != arguments.state_location:
             raise InputError(f"state: this cluster serves {running} already; stop that first, or use another cluster")
 

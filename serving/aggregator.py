@@ -35,6 +35,7 @@ from lib.log.log_file import LoggedEvent
 from lib.log.one_machine import on_one_machine
 from lib.log.shard import ONLY, Shard
 from lib.settings import Settings
+from serving.status import AggregatorStatus
 
 ITEM_LOG_FILE = "items.sqlite"
 BOARD_FILE = "changes"
@@ -279,24 +280,24 @@ class Aggregator:
         arrived = {arrival.offset: int((arrival.at + behind) * 1000) for arrival in released}
         return [arrived.get(logged.offset, logged.received_at) for logged in events]
 
-    async def status(self) -> dict[str, Any]:
-        """Counts since the start of this process, and the log's offsets."""
-        return {
-            "state": self.state,
-            "shard": self.shard.number,
-            "process": os.getpid(),
-            "log_offset": self.last_offset,
-            "learned_offset": self.learned_offset,
-            "pending": self.forgotten + len(self.arrivals),
-            "events": self.accepted,
-            "duplicates": self.duplicates,
-            "rejected": dict(self.rejected),
-            "noticed": dict(self.guard.noticed),
-            "users": len(self.histories),
-            "commits": self.log.commits,
-            "item_revision": self.items.revision if self.items is not None else 0,
-            "damage": self.damage,
-        }
+    async def status(self) -> AggregatorStatus:
+        """Return counts since the start of this process, and the log's offsets."""
+        return AggregatorStatus(
+            state=self.state,
+            shard=self.shard.number,
+            process=os.getpid(),
+            log_offset=self.last_offset,
+            learned_offset=self.learned_offset,
+            pending=self.forgotten + len(self.arrivals),
+            events=self.accepted,
+            duplicates=self.duplicates,
+            rejected=self.rejected,
+            noticed=self.guard.noticed,
+            users=len(self.histories),
+            commits=self.log.commits,
+            item_revision=self.items.revision if self.items is not None else 0,
+            damage=self.damage,
+        )
 
     async def close(self) -> None:
         """Write what waits and close the log."""

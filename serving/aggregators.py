@@ -26,6 +26,7 @@ from lib.log.layout import LogLayout
 from lib.log.shard import shard_of
 from serving.aggregator import AGGREGATOR, NAMESPACE, AggregatorConfig, start_aggregator
 from serving.batches import Batches
+from serving.status import AggregatorsStatus, AggregatorStatus, AggregatorsUnavailable, Unavailable
 
 STATUS_SECONDS = 2.0
 MOST_REQUESTS = 64  # in one call
@@ -130,10 +131,15 @@ class Aggregators:
         found = await asyncio.gather(*[self._call(shard, "latest_users") for shard in range(len(self.handles))])
         return [user for users in found for user in users]
 
-    async def status(self) -> dict[str, Any]:
-        """The sum of all shards, and each beside it where there are several; `restarting` while one is away."""
+    async def status(self) -> AggregatorStatus | AggregatorsStatus | AggregatorsUnavailable | Unavailable:
+        """Return the only status, or the sum of all shards' and each beside it; `restarting` while one is away."""
         answers = await asyncio.gather(*[_status_or_none(handle) for handle in self.handles])
-        return _sum_of([answer for answer in answers if answer is not None], len(self.handles))
+        known = [answer for answer in answers if answer is not None]
+        several = len(self.handles) > 1
+        if len(known) < len(self.handles):
+            away = "restarting"
+            return AggregatorsUnavailable(state=away, shards=known) if several else Unavailable(state=away)
+        return _sum_of(known) if several else known[0]
 
     def _split(self, values: Iterable[Given], user_of: Callable[[Given], str]) -> dict[int, list[tuple[int, Given]]]:
         """Shard -> its values, each with its place."""
@@ -156,35 +162,28 @@ def _in_order(shards: Iterable[list[tuple[int, Any]]], answers: Iterable[list], 
     return ordered
 
 
-def statuses_of(aggregators: Sequence[ActorHandle]) -> list[dict[str, Any]]:
-    """What each says of itself."""
-    return cast("list[dict[str, Any]]", ray.get([aggregator.status.remote() for aggregator in aggregators]))
+def statuses_of(aggregators: Sequence[ActorHandle]) -> list[AggregatorStatus]:
+    """Return what each says of itself."""
+    return cast("list[AggregatorStatus]", ray.get([aggregator.status.remote() for aggregator in aggregators]))
 
 
-async def _status_or_none(handle: ActorHandle) -> dict[str, Any] | None:
+async def _status_or_none(handle: ActorHandle) -> AggregatorStatus | None:
     try:
         return await asyncio.wait_for(handle.status.remote(), STATUS_SECONDS)
     except (TimeoutError, RayActorError):
         return None
 
 
-def _sum_of(shards: list[dict[str, Any]], count: int) -> dict[str, Any]:
-    if len(shards) < count:
-        return {"state": "restarting"} if count == 1 else {"state": "restarting", "shards": shards}
-    if count == 1:
-        return shards[0]
-    total: dict[str, Any] = {}
-    for name, value in shards[0].items():
-        values = [shard[name] for shard in shards]
-        if name in ("shard", "process"):
-            continue
-        if isinstance(value, dict):
-            total[name] = dict(sum(map(Counter, values), Counter()))
-        elif isinstance(value, list):
-            total[name] = [each for own in values for each in own]
-        else:
-            total[name] = sum(values) if isinstance(value, int) else value
-    return total | {"shards": shards}
+def _sum_of(shards: list[AggregatorStatus]) -> AggregatorsStatus:
+    counts = ("log_offset", "learned_offset", "pending", "events", "duplicates", "users", "commits", "item_revision")
+    return AggregatorsStatus(
+        state=shards[0].state,
+        **{name: sum(getattr(shard, name) for shard in shards) for name in counts},
+        rejected=sum((Counter(shard.rejected) for shard in shards), Counter()),
+        noticed=sum((Counter(shard.noticed) for shard in shards), Counter()),
+        damage=[damage for shard in shards for damage in shard.damage],
+        shards=shards,
+    )
 
 
 def running_aggregators() -> list[ActorHandle]:

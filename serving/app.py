@@ -1,6 +1,6 @@
 """build(arguments) -> the application, for `serve run serving.app:build`, `serve deploy` and `afterclick serve`."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from ray import serve
 from ray.serve import Application
 
@@ -11,26 +11,26 @@ from lib.log.backend import SQLITE
 from lib.log.integrity import check_log
 from lib.log.layout import LogLayout
 from lib.ranking.rules import RankingRules
+from lib.settings import Settings
 from lib.versions.registry import Registry
+from serving.aggregator import AggregatorConfig, Trigger
 from serving.experiment import prepare_challenger
+from serving.fast_path import FastPath
+from serving.http import http_application
 from serving.recommendations import Recommendations, ReplicaConfig
 from serving.rollout import DEPLOYMENT
 
 
-class Autoscaling(BaseModel):
+class Autoscaling(Settings):
     """When replicas are started and stopped, where `most_replicas` is given."""
-
-    model_config = ConfigDict(extra="forbid")
 
     target_ongoing_requests: float = Field(default=16, gt=0, description="of one replica, waiting ones counted")
     upscale_delay_s: float = Field(default=5, ge=0, description="so long the load must ask for more")
     downscale_delay_s: float = Field(default=300, ge=0, description="so long it must do with fewer")
 
 
-class ServeArguments(BaseModel):
+class ServeArguments(Settings):
     """What the application is built from."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str = Field(description="model folder that serving starts from")
     state: str | None = Field(default=None, description="where log and versions live; MODEL/live if absent")
@@ -41,10 +41,11 @@ class ServeArguments(BaseModel):
     )
     aggregators: int = Field(default=1, ge=1, le=1000, description="actors that share the users, for good")
     log: str = Field(default=SQLITE, description="of feedback: sqlite (in the state folder) or kafka://host:port/topic")
-    autoscaling: Autoscaling = Autoscaling()
-    replica: ReplicaConfig = ReplicaConfig()
-    ranking: RankingRules = RankingRules()
-    cleaning: CleaningRules = CleaningRules()
+    autoscaling: Autoscaling = Field(default=Autoscaling(), description="when replicas are started and stopped")
+    replica: ReplicaConfig = Field(default=ReplicaConfig(), description="how one replica works")
+    trigger: Trigger = Field(default=Trigger(), description="when pending events are released to the learner")
+    ranking: RankingRules = Field(default=RankingRules(), description="the rules of every answer")
+    cleaning: CleaningRules = Field(default=CleaningRules(), description="what feedback is refused")
     challenger: ChallengerConfig | None = Field(default=None, description="a second model to compare with the live one")
 
     def check(self) -> None:
@@ -67,6 +68,19 @@ class ServeArguments(BaseModel):
         """Where the feedback log is, and in how many shards."""
         return LogLayout(self.aggregators, self.log)
 
+    @property
+    def aggregator(self) -> AggregatorConfig:
+        """The settings of each aggregator."""
+        return AggregatorConfig(trigger=self.trigger, cleaning=self.cleaning)
+
+
+class Replica(Recommendations):
+    """The deployment: a replica that answers over HTTP."""
+
+    def __serve_build_asgi_app__(self) -> FastPath:
+        """Return the application; Serve asks for it once the replica is ready."""
+        return http_application(self)
+
 
 def check_state(state: str, pages: bool = False) -> None:
     """Refuse a feedback log that is damaged (`pages`: it is read whole), or ends before what versions learned of it.
@@ -78,7 +92,7 @@ def check_state(state: str, pages: bool = False) -> None:
 
 
 def build(arguments: ServeArguments) -> Application:
-    """The application; the model becomes the first version unless versions exist already.
+    """Build the application; the model becomes the first version unless versions exist already.
 
     Raises:
         InputError: model or state are missing, incomplete or damaged, or arguments contradict each other.
@@ -88,7 +102,6 @@ def build(arguments: ServeArguments) -> Application:
     check_state(arguments.state_location)
     arguments.layout.record(arguments.state_location)
     wanted = arguments.challenger
-    challenger = None if wanted is None else prepare_challenger(wanted, arguments.state_location)
     scaled = {
         "min_replicas": arguments.replicas,
         "max_replicas": arguments.most_replicas,
@@ -104,13 +117,13 @@ def build(arguments: ServeArguments) -> Application:
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=5,
         logging_config={"enable_access_log": False},  # a line a request costs more than reading the request
-    )(serve.ingress()(Recommendations))
+    )(serve.ingress()(Replica))
     return deployment.bind(
-        arguments.state_location,
-        arguments.data,
-        arguments.replica,
-        arguments.ranking,
-        arguments.cleaning,
-        arguments.layout,
-        challenger,
+        state=arguments.state_location,
+        data=arguments.data,
+        config=arguments.replica,
+        rules=arguments.ranking,
+        aggregator=arguments.aggregator,
+        layout=arguments.layout,
+        challenger=None if wanted is None else prepare_challenger(wanted, arguments.state_location),
     )

@@ -1,7 +1,7 @@
 """Adaptive batches: what arrives while one runs forms the next, and an idle queue runs at once.
 
-There is no time to wait for and no size to reach: under light load a batch is one request, and it grows with the load.
-What would wait too long is refused at once, so that those that are taken are answered in time.
+No batch waits for a time or a size: under light load a batch is one request, and it grows with the load. A request that
+would wait too long is refused at once, so that those that are taken are answered in time.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ class Batches(Generic[Item, Result]):
         self._running: asyncio.Task | None = None
 
     async def submit(self, item: Item) -> Result:
-        """The item's result; joins the next batch."""
+        """Join the next batch, and return the item's result."""
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, answer))
         if self._running is None or self._running.done():
@@ -51,14 +51,14 @@ class Batches(Generic[Item, Result]):
             self.lag += (time.perf_counter() - start - TICK - self.lag) * SMOOTHING
 
     def expected_wait(self) -> float:
-        """Seconds until one more item would have its result, by the durations of late."""
+        """Return the seconds until one more item would have its result, if batches take as long as they did of late."""
         if self._running is None or self._running.done():
             return 0.0
         ahead = 1 + len(self._waiting) // self.largest  # with the one that runs now
         return self.lag + (ahead + 1) * self.duration
 
     def admit(self, longest: float) -> None:
-        """Refuse one more item if it would wait longer than so many seconds.
+        """Refuse one more item if it would wait longer than `longest` seconds.
 
         Raises:
             Overloaded: it would.

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from ray.exceptions import RayError
 
 from lib.data.events import Event
+from lib.errors import InputError
 from lib.experiments.results import CHALLENGER, SHADOW, Impression, Reaction, Records, Shadow, arm_in, tagged
 from lib.ranking.recommender import Question, RankedItem, Recommender
 from lib.ranking.rules import RankingRules
@@ -39,9 +40,16 @@ class Answer(NamedTuple):
     question: Question | None = None  # with the history that it was answered from, for the shadow
 
 
-def load_challenger(state: str, prepared: PreparedChallenger, rules: RankingRules) -> "Challenger":
-    """The challenger for one replica; the actor that counts is started if need be."""
-    loaded = load_folder(prepared.model)
+def load_challenger(state: str, prepared: PreparedChallenger, rules: RankingRules) -> "Challenger | None":
+    """Load the challenger for one replica, and start the actor that counts if need be.
+
+    A challenger whose files were damaged meanwhile takes no replica with it: it is None, and said in the log.
+    """
+    try:
+        loaded = load_folder(prepared.model)
+    except InputError as error:
+        logger.error("the challenger cannot be loaded, so the live model answers its users, too: %s", error)
+        return None
     recommender = Recommender(loaded.encoder, loaded.catalog, loaded.version, loaded.log_offset, rules)
     return Challenger(prepared, recommender, start_experiments(state))
 

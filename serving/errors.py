@@ -1,4 +1,4 @@
-"""Every error that is not a defect becomes a status with one line in `detail`; the reason of a defect is in the log."""
+"""Errors as HTTP answers: each has its status and one line in `detail`; the reason of a defect is in the log alone."""
 
 import asyncio
 import logging
@@ -28,12 +28,12 @@ class DeadlineMissed(RuntimeError):
 
 
 async def bad_input(request: Request, error: Exception) -> Response:
-    """What was sent has no meaning."""
+    """Answer 422: a field has a value that it cannot have."""
     return _error(422, str(error))
 
 
 async def refused(request: Request, error: Exception) -> Response:
-    """There is no such thing, or it cannot be had now."""
+    """Answer what a handler raised: there is no such thing, or it cannot be had now."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404 and error.detail == "Not Found":
         return _error(404, f"path: there is nothing at {request.url.path}; see /docs")
@@ -44,7 +44,7 @@ async def refused(request: Request, error: Exception) -> Response:
 
 
 async def bad_request(request: Request, error: Exception) -> Response:
-    """The body or a parameter has another form than it should."""
+    """Answer 400 or 422: the body or a parameter has another form than it should."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["type"] == "json_invalid":
@@ -56,42 +56,42 @@ async def bad_request(request: Request, error: Exception) -> Response:
 
 
 async def restarting(request: Request, error: Exception) -> Response:
-    """Something that is needed comes back in a moment."""
+    """Answer 503: something that is needed comes back in a moment."""
     logger.warning("a part of the service cannot be reached: %s", error)
     return _error(503, "a part of the service is restarting; try again", {"Retry-After": "1"})
 
 
 async def not_durable(request: Request, error: Exception) -> Response:
-    """What was sent could not be written."""
+    """Answer 503: what was sent could not be written."""
     logger.error("a request was refused: %s", error)
     return _error(503, "the log could not be written, so nothing of the request was taken; try again")
 
 
 async def disk_full(request: Request, error: Exception) -> Response:
-    """There is no room for what was sent."""
+    """Answer 507: there is no room for what was sent."""
     logger.error("a request was refused: %s", error)
     return _error(507, "the disk of the log is full, so nothing of the request was taken; make room, and send it again")
 
 
 async def partly_taken(request: Request, error: Exception) -> Response:
-    """Of several logs one could not be written."""
+    """Answer 503: of several logs one could not be written."""
     logger.error("a part of a request was refused: %s", error)
     return _error(503, "the log could not be written for all users of the request, only for some; send it again")
 
 
 async def overloaded(request: Request, error: Exception) -> Response:
-    """Those who were taken are answered in time; the others hear so at once."""
+    """Answer 503 at once, so that those who were taken are answered in time."""
     assert isinstance(error, Overloaded)
     return _error(503, "more is asked than can be answered in time; try again", {"Retry-After": str(ceil(error.wait))})
 
 
 async def deadline_missed(request: Request, error: Exception) -> Response:
-    """Nobody waits for the answer any more."""
+    """Answer 504: the client does not wait any longer."""
     return _error(504, str(error))
 
 
 async def defect(request: Request, error: Exception) -> Response:
-    """A fault of this program; it is raised again, for the log, once it is answered."""
+    """Answer 500: a fault of this program, raised again, for the log, once it is answered."""
     return _error(500, "internal error; the log of the service has the reason")
 
 
@@ -112,11 +112,11 @@ ERROR_ANSWERS: Mapping[type[Exception], ErrorAnswer] = {
 
 
 def answer_of(error: Exception) -> ErrorAnswer:
-    """The answer of the nearest kind."""
+    """Return the answer to the nearest kind of the error."""
     return next(ERROR_ANSWERS[kind] for kind in type(error).__mro__ if kind in ERROR_ANSWERS)
 
 
 def _error(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
-    """An error: one line, of valid Unicode whatever the request held."""
+    """Return an error in one line of valid Unicode, whatever the request held."""
     line = " ".join(detail.encode(errors="replace").decode().split())
     return Response(orjson.dumps({"detail": line}), status, headers, "application/json")

@@ -27,6 +27,7 @@ from lib.model.facts import VersionFacts
 from lib.model.folder import MANIFEST, Manifest, read_manifest
 from lib.versions.registry import Registry, load_folder, save_with_optimizer
 from serving.aggregator import NAMESPACE
+from serving.status import ExperimentStatus, ShadowStatus
 
 FOLDER, MODEL = "experiments", "model"
 STATE, OFFERED, VERSION, RUN = "state", "offered", "version", "run"  # facts that are kept with the results
@@ -193,12 +194,17 @@ class Experiment:
             self.registry.offer(self.offer, self.challenger.model)
             self.results.keep(OFFERED, 1)
 
-    def status(self) -> dict[str, Any]:
-        """What the status says of the experiment."""
+    def status(self) -> ExperimentStatus | ShadowStatus:
+        """Return what the status says of the experiment."""
         config = self.challenger.config
-        found = self.results.summary(config)
-        known = {"name": self.challenger.name, "state": self.state, "version": self.results.fact(VERSION)}
-        return known | config.model_dump() | found
+        kind = ShadowStatus if config.shadow else ExperimentStatus
+        return kind(
+            name=self.challenger.name,
+            state=self.state,
+            version=self.results.fact(VERSION),
+            **config.model_dump(),
+            **self.results.summary(config),
+        )
 
     def close(self) -> None:
         """Close the file of results."""
@@ -223,8 +229,8 @@ class Experiments:
         experiment.challenger = challenger  # with the share and the test of who was deployed last
         return experiment.record(records)
 
-    def status(self, name: str) -> dict[str, Any] | None:
-        """What the status says of an experiment, None before any replica has told of it."""
+    def status(self, name: str) -> ExperimentStatus | ShadowStatus | None:
+        """Return what the status says of an experiment, None before any replica has told of it."""
         experiment = self.running.get(name)
         return None if experiment is None else experiment.status()
 

@@ -1,6 +1,6 @@
-"""The two requests that come often, answered before FastAPI, whose routing and checks cost more than the answers do.
+"""The two frequent requests, answered without FastAPI, whose routing and checks cost more than the answers do.
 
-POST /v1/events is read here, and POST /v1/recommendations unless it is a bad one. All else goes to the FastAPI
+POST /v1/events is read here, and POST /v1/recommendations unless its body is bad. All else goes to the FastAPI
 application, which also documents these two.
 """
 
@@ -22,7 +22,7 @@ TakeEvents = Callable[[bytes], Awaitable[Response]]
 
 
 class FastPath:
-    """An ASGI application around another; 150 of 210 microseconds a request are saved."""
+    """An ASGI application around another, which saves 150 of 210 microseconds a request."""
 
     def __init__(self, app: FastAPI, answer: Answer, take_events: TakeEvents):
         self.app = app
@@ -31,9 +31,9 @@ class FastPath:
         self.routes, self.router = app.routes, app.router  # by which Serve names requests in its metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        often = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in (EVENTS, RECOMMENDATIONS)
-        if not often:
+        """Handle one request."""
+        frequent = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in (EVENTS, RECOMMENDATIONS)
+        if not frequent:
             await self.app(scope, receive, send)
             return
         messages = [await receive()]
@@ -65,7 +65,7 @@ class FastPath:
 
 
 def deadline_of(headers: Iterable[tuple[bytes, bytes]]) -> float | None:
-    """Seconds that the client will wait, or None where it does not say.
+    """Return the seconds that the client will wait, or None where it does not say.
 
     Raises:
         InputError: the header is no positive number.
@@ -83,7 +83,7 @@ def deadline_of(headers: Iterable[tuple[bytes, bytes]]) -> float | None:
 
 
 def _again(messages: list[Message], receive: Receive) -> Receive:
-    """The messages that were read already, then what follows."""
+    """Give the messages that were read already, then what follows."""
     waiting = iter(messages)
 
     async def replayed() -> Message:

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -35,6 +35,7 @@ from serving.aggregator import NAMESPACE, aggregator_handle
 from serving.batch_source import BatchSource, Released
 from serving.learner_workers import LearnerWorkers, yield_to_replicas
 from serving.rollout import LEARNER, Acknowledgements, PushCost, Rollout
+from serving.status import AggregatorStatus, FreshnessStatus, LearnerStatus
 
 logger = logging.getLogger(__name__)
 ANNOUNCE_SECONDS = 1.0
@@ -55,20 +56,16 @@ class Progress:
     delayed: int = 0
     steps: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=2000))  # of updates
 
-    def freshness(self) -> dict[str, Any] | None:
-        """Delay from an event's acknowledgement to its version live on all replicas, in milliseconds."""
+    def freshness(self) -> FreshnessStatus | None:
+        """Return the delays from an event's acknowledgement to its version live on all replicas."""
         delays = np.array(self.delays.copy())  # in one step, as another thread adds to it
         if not len(delays):
             return None
-        return {
-            "last_ms": float(delays[-1]),
-            "p50_ms": float(np.quantile(delays, 0.5)),
-            "p99_ms": float(np.quantile(delays, 0.99)),
-            "count": self.delayed,
-        }
+        median, slowest = np.quantile(delays, (0.5, 0.99)).tolist()
+        return FreshnessStatus(last_ms=float(delays[-1]), p50_ms=median, p99_ms=slowest, count=self.delayed)
 
     def step_times(self) -> dict[str, float]:
-        """Milliseconds of learning and of each part of pushing, bytes of a push: of the latest, median and 99%."""
+        """Return the fields of UpdateCosts (serving/status.py): of the latest updates the median and 99%."""
         steps = list(self.steps)  # in one step, as another thread adds to it
         if not steps:
             return {}
@@ -299,21 +296,22 @@ class Learner:
         self.rollbacks.put((version, outcome))
         return outcome.result()
 
-    def status(self) -> dict[str, Any]:
-        """Version, counts, delays."""
-        return {
-            "state": "running" if self.storage_error is None else "waiting for storage",
-            "storage_error": self.storage_error,
-            "damage": self.learner.damage,
+    def status(self) -> LearnerStatus:
+        """Return version, counts and delays."""
+        costs: dict[str, Any] = self.progress.step_times()
+        return LearnerStatus(
+            state="running" if self.storage_error is None else "waiting for storage",
+            storage_error=self.storage_error,
+            damage=self.learner.damage,
             **asdict(self.live),
-            "pushes": self.progress.pushes,
-            "loss": self.progress.loss,
-            "unreached_replicas": self.progress.unreached,
-            "freshness": self.progress.freshness(),
-            **self.progress.step_times(),
-            "workers": 1 + len(self.workers.others),
-            "process": os.getpid(),
-        }
+            pushes=self.progress.pushes,
+            loss=self.progress.loss,
+            unreached_replicas=self.progress.unreached,
+            freshness=self.progress.freshness(),
+            **costs,
+            workers=1 + len(self.workers.others),
+            process=os.getpid(),
+        )
 
     def stop(self) -> None:
         """Finish the update at hand, then learn no more."""
@@ -348,10 +346,10 @@ def aggregators_of(state: str) -> list[ActorHandle]:
         raise InputError("model: nothing serves it here yet; begin with `serve deploy cluster/serve.yaml`") from None
 
 
-def check_logs(state: str, statuses: Sequence[Mapping[str, Any]]) -> None:
+def check_logs(state: str, statuses: Sequence[AggregatorStatus]) -> None:
     """Refuse to learn from aggregators of these statuses if their logs end before what versions have learned of them.
 
     Raises:
         InputError: they do.
     """
-    check_ends(state, Registry(state).log_offset(), [status["log_offset"] for status in statuses])
+    check_ends(state, Registry(state).log_offset(), [status.log_offset for status in statuses])

@@ -1,135 +1,121 @@
-"""The status in the Prometheus text format: one scrape shows every replica, the aggregator and the learner."""
+"""The status in the Prometheus text format: one scrape shows every replica, the aggregators and the learner."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from pydantic import BaseModel
 
-REPLICA_COUNTERS = {
-    "answers": "Recommendation requests answered.",
-    "batches": "Batches that answered them.",
-    "events": "Events received.",
-    "deltas": "Pushed deltas applied.",
-    "catch_ups": "Times that this replica caught up from the registry.",
-    "mismatches": "Deltas that came out wrong here, so that the version was loaded whole.",
-}
-LEARNER_COUNTERS = {
-    "pushes": "Versions pushed to the replicas.",
-    "rejected_updates": "Updates that failed their gate.",
-    "events_trained": "Events that the weights have learned from.",
-    "events_rejected": "Events whose update failed its gate.",
-}
+from serving.status import ExperimentStatus, FeedbackStatus, LearnerStatus, ReplicaStatus, Status
+
+REPLICA_COUNTERS = ("answers", "batches", "events", "deltas", "catch_ups", "mismatches")
+LEARNER_COUNTERS = ("pushes", "rejected_updates", "events_trained", "events_rejected")
 
 
 class StatusCollector(Collector):
-    """Metric families of one status document."""
+    """Metric families of one status."""
 
-    def __init__(self, status: dict[str, Any]):
+    def __init__(self, status: Status):
         self.status = status
 
     def collect(self) -> Iterator[Metric]:
-        """Families of replicas, learner and aggregator."""
-        yield GaugeMetricFamily("afterclick_model_version", "Newest version.", self.status["model_version"])
-        yield from self._replicas()
+        """Return the families of replicas, learner, aggregators and experiment."""
+        yield GaugeMetricFamily("afterclick_model_version", _text(Status, "model_version"), self.status.model_version)
+        yield from _replicas(self.status.replicas)
         yield from self._learner()
         yield from self._aggregator()
-        yield from self._experiment()
-
-    def _replicas(self) -> Iterator[Metric]:
-        replicas = self.status["replicas"]
-        version = GaugeMetricFamily(
-            "afterclick_replica_version", "Version that a replica answers with.", labels=["replica"]
-        )
-        cached = GaugeMetricFamily(
-            "afterclick_replica_users_cached", "Users whose histories a replica keeps a copy of.", labels=["replica"]
-        )
-        latency = HistogramMetricFamily(
-            "afterclick_answer_seconds", "From a request's arrival to its answer.", labels=["replica"]
-        )
-        for replica in replicas:
-            version.add_metric([replica["replica_id"]], replica["version"])
-            cached.add_metric([replica["replica_id"]], replica["users_cached"])
-            total, buckets = 0, []
-            for bound, count in replica["latency_buckets"]:
-                total += count
-                buckets.append((bound, total))
-            latency.add_metric([replica["replica_id"]], buckets, replica["latency_sum"])
-        yield from (version, cached, latency)
-        for name, text in REPLICA_COUNTERS.items():
-            family = CounterMetricFamily(f"afterclick_replica_{name}", text, labels=["replica"])
-            for replica in replicas:
-                family.add_metric([replica["replica_id"]], replica[name])
-            yield family
+        if isinstance(self.status.experiment, ExperimentStatus):
+            yield from _experiment(self.status.experiment)
 
     def _learner(self) -> Iterator[Metric]:
-        learner = self.status["learner"]
-        yield GaugeMetricFamily("afterclick_learner_up", "1 while the learner answers.", float("version" in learner))
-        for name, text in LEARNER_COUNTERS.items():
-            if name in learner:
-                yield CounterMetricFamily(f"afterclick_{name}", text, learner[name])
-        if "unreached_replicas" in learner:
-            yield GaugeMetricFamily(
-                "afterclick_unreached_replicas",
-                "Replicas that the newest push did not reach.",
-                learner["unreached_replicas"],
-            )
-        freshness = self.status.get("freshness") or {}
-        for name in ("p50_ms", "p99_ms"):
-            if freshness.get(name) is not None:
-                yield GaugeMetricFamily(
-                    f"afterclick_freshness_{name}",
-                    "From an event's acknowledgement to its version live on all replicas, of late, in milliseconds.",
-                    freshness[name],
-                )
+        learner = self.status.learner
+        up = isinstance(learner, LearnerStatus)
+        yield GaugeMetricFamily("afterclick_learner_up", "1 while the learner answers", float(up))
+        if not up:
+            return
+        for name in LEARNER_COUNTERS:
+            yield CounterMetricFamily(f"afterclick_{name}", _text(LearnerStatus, name), getattr(learner, name))
+        yield GaugeMetricFamily(
+            "afterclick_unreached_replicas", _text(LearnerStatus, "unreached_replicas"), learner.unreached_replicas
+        )
+        if learner.freshness is not None:
+            text = "from an event's acknowledgement to its version live on all replicas, of late, in milliseconds"
+            yield GaugeMetricFamily("afterclick_freshness_p50_ms", text, learner.freshness.p50_ms)
+            yield GaugeMetricFamily("afterclick_freshness_p99_ms", text, learner.freshness.p99_ms)
 
     def _aggregator(self) -> Iterator[Metric]:
-        aggregator = self.status["aggregator"]
-        yield GaugeMetricFamily(
-            "afterclick_aggregator_up", "1 while the aggregator answers.", float("events" in aggregator)
-        )
-        if "events" not in aggregator:
+        aggregator = self.status.aggregator
+        up = isinstance(aggregator, FeedbackStatus)
+        yield GaugeMetricFamily("afterclick_aggregator_up", "1 while every aggregator answers", float(up))
+        if not up:
             return
-        yield CounterMetricFamily("afterclick_events_accepted", "Events made durable.", aggregator["events"])
-        yield CounterMetricFamily("afterclick_events_duplicate", "Events known already.", aggregator["duplicates"])
-        yield GaugeMetricFamily("afterclick_log_offset", "Newest offset of the feedback log.", aggregator["log_offset"])
-        yield GaugeMetricFamily("afterclick_events_pending", "Events that wait for the learner.", aggregator["pending"])
-        refused = CounterMetricFamily("afterclick_events_refused", "Events rejected, by reason.", labels=["reason"])
-        for reason, count in aggregator["rejected"].items():
-            refused.add_metric([reason], count)
-        yield refused
-        noticed = CounterMetricFamily(
-            "afterclick_events_noticed", "Events that were taken although they look odd, by reason.", labels=["reason"]
-        )
-        for reason, count in aggregator["noticed"].items():
-            noticed.add_metric([reason], count)
-        yield noticed
-
-    def _experiment(self) -> Iterator[Metric]:
-        """Of two models side by side, where both are shown."""
-        experiment = self.status.get("experiment", {})
-        if "difference" not in experiment:
-            return
-        answers = CounterMetricFamily("afterclick_arm_answers", "Answers of an arm.", labels=["arm"])
-        rewards = CounterMetricFamily("afterclick_arm_rewards", "Answers with such an event.", labels=["arm", "kind"])
-        rates = GaugeMetricFamily("afterclick_arm_rate", "Share of rewarded answers.", labels=["arm", "reward"])
-        for arm, results in experiment["arms"].items():
-            answers.add_metric([arm], results["answers"])
-            for kind, count in results["rewards"].items():
-                rewards.add_metric([arm, kind], count)
-            for reward in experiment["difference"]:
-                rates.add_metric([arm, reward], results[reward]["rate"])
-        evidence = GaugeMetricFamily(
-            "afterclick_experiment_evidence", "Of a difference; 1 / alpha decides.", labels=["reward"]
-        )
-        for reward, compared in experiment["difference"].items():
-            evidence.add_metric([reward], compared["evidence"])
-        yield from (answers, rewards, rates, evidence)
+        for name, field in (("events_accepted", "events"), ("events_duplicate", "duplicates")):
+            yield CounterMetricFamily(f"afterclick_{name}", _text(FeedbackStatus, field), getattr(aggregator, field))
+        for name, field in (("log_offset", "log_offset"), ("events_pending", "pending")):
+            yield GaugeMetricFamily(f"afterclick_{name}", _text(FeedbackStatus, field), getattr(aggregator, field))
+        for name, field in (("events_refused", "rejected"), ("events_noticed", "noticed")):
+            family = CounterMetricFamily(f"afterclick_{name}", _text(FeedbackStatus, field), labels=["reason"])
+            for reason, count in getattr(aggregator, field).items():
+                family.add_metric([reason], count)
+            yield family
 
 
-def render(status: dict[str, Any]) -> bytes:
-    """The exposition of a status document."""
+def _replicas(replicas: list[ReplicaStatus]) -> Iterator[Metric]:
+    version, cached = (
+        GaugeMetricFamily(f"afterclick_replica_{name}", _text(ReplicaStatus, name), labels=["replica"])
+        for name in ("version", "users_cached")
+    )
+    latency = HistogramMetricFamily(
+        "afterclick_answer_seconds", "from a request's arrival to its answer", labels=["replica"]
+    )
+    for replica in replicas:
+        version.add_metric([replica.replica_id], replica.version)
+        cached.add_metric([replica.replica_id], replica.users_cached)
+        latency.add_metric([replica.replica_id], _cumulated(replica.latency_buckets), replica.latency_sum)
+    yield from (version, cached, latency)
+    for name in REPLICA_COUNTERS:
+        family = CounterMetricFamily(f"afterclick_replica_{name}", _text(ReplicaStatus, name), labels=["replica"])
+        for replica in replicas:
+            family.add_metric([replica.replica_id], getattr(replica, name))
+        yield family
+
+
+def _cumulated(buckets: list[tuple[str, int]]) -> list[tuple[str, float]]:
+    """Return the upper bound of each bucket with the count of all up to it."""
+    total, cumulated = 0, []
+    for bound, count in buckets:
+        total += count
+        cumulated.append((bound, total))
+    return cumulated
+
+
+def _experiment(experiment: ExperimentStatus) -> Iterator[Metric]:
+    """Return the families of two models side by side, where both are shown."""
+    answers = CounterMetricFamily("afterclick_arm_answers", "answers of an arm", labels=["arm"])
+    rewards = CounterMetricFamily("afterclick_arm_rewards", "answers with such an event", labels=["arm", "kind"])
+    rates = GaugeMetricFamily("afterclick_arm_rate", "share of rewarded answers", labels=["arm", "reward"])
+    for name, arm in experiment.arms.items():
+        answers.add_metric([name], arm.answers)
+        for kind, count in arm.rewards.items():
+            rewards.add_metric([name, kind], count)
+        rates.add_metric([name, "click_through"], arm.click_through.rate)
+        rates.add_metric([name, "conversion"], arm.conversion.rate)
+    evidence = GaugeMetricFamily(
+        "afterclick_experiment_evidence", "of a difference; 1 / alpha decides", labels=["reward"]
+    )
+    for reward, difference in experiment.difference.items():
+        evidence.add_metric([reward], difference.evidence)
+    yield from (answers, rewards, rates, evidence)
+
+
+def _text(model: type[BaseModel], field: str) -> str:
+    """Return what a field of the status is, for the help of its metric."""
+    return model.model_fields[field].description or field
+
+
+def render(status: Status) -> bytes:
+    """Return the exposition of a status."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(StatusCollector(status))
     return generate_latest(registry)

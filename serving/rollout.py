@@ -6,7 +6,7 @@ came up after the call, learns from the next announcement that it is behind, and
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray import serve
@@ -17,11 +17,18 @@ from lib.model.delta import Delta
 from serving.aggregator import NAMESPACE
 
 
+class Acknowledgement(NamedTuple):
+    """What a replica answers to a push or an announcement."""
+
+    version: int  # that it answers with now
+    apply_ms: float = 0.0  # that a pushed delta took
+
+
 @dataclass(frozen=True)
 class Acknowledgements:
     """What came back from a push or an announcement."""
 
-    replicas: list[dict[str, Any]]  # what each said of itself
+    replicas: list[Acknowledgement]
     unreached: int  # that did not answer in time, or failed
     seconds: float
 
@@ -36,11 +43,11 @@ class Acknowledgements:
 
     def lacking(self, version: int) -> int:
         """How many replicas did not say that they have it."""
-        return self.unreached + sum(replica["version"] < version for replica in self.replicas)
+        return self.unreached + sum(replica.version < version for replica in self.replicas)
 
     def behind(self, version: int) -> bool:
         """Whether a replica answered with an older version: it could not read what is stored."""
-        return any(replica["version"] < version for replica in self.replicas)
+        return any(replica.version < version for replica in self.replicas)
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Rollout:
         built = time.perf_counter()
         reference = ray.put(data)
         acknowledgements = self._broadcast("apply_delta", [reference])
-        apply_ms = max((replica["apply_ms"] for replica in acknowledgements.replicas), default=0.0)
+        apply_ms = max((replica.apply_ms for replica in acknowledgements.replicas), default=0.0)
         sent_ms = (time.perf_counter() - built) * 1e3
         return acknowledgements, PushCost(len(data), (built - start) * 1e3, max(sent_ms - apply_ms, 0.0), apply_ms)
 
@@ -85,7 +92,7 @@ class Rollout:
             return Acknowledgements([], 0, time.perf_counter() - start)
         except TimeoutError:  # who is alive is not known yet
             return Acknowledgements([], 1, time.perf_counter() - start)
-        replicas = [answer for answer in answers if isinstance(answer, dict)]
+        replicas = [answer for answer in answers if isinstance(answer, Acknowledgement)]
         return Acknowledgements(replicas, len(answers) - len(replicas), time.perf_counter() - start)
 
 

@@ -1,4 +1,7 @@
-"""What the HTTP interface takes and gives: pydantic models, which are also its documentation under /docs."""
+"""Bodies of HTTP requests and answers: pydantic models, which are also their documentation under /docs.
+
+The status has its own (serving/status.py).
+"""
 
 from typing import Any
 
@@ -11,7 +14,6 @@ LARGEST_EVENT_BATCH = 1000
 LARGEST_ITEM_BATCH = 1000
 LONGEST_ID = 256
 LARGEST_BODY = 16 * 2**20  # bytes
-K = Field(default=10, ge=1, le=LARGEST_K, description="number of items")
 
 
 class HistoryEvent(BaseModel):
@@ -32,7 +34,7 @@ class RecommendationRequest(BaseModel):
 
     user_id: str | None = Field(default=None, min_length=1, max_length=256)
     history: list[HistoryEvent] | None = Field(default=None, max_length=10_000)
-    k: int = K
+    k: int = Field(default=10, ge=1, le=LARGEST_K, description="number of items")
     filter: dict[str, Any] | None = Field(
         default=None,
         description='attribute conditions, e.g. {"genres": "Comedy", "price": {"max": 20}}, and allow or deny lists',
@@ -42,7 +44,7 @@ class RecommendationRequest(BaseModel):
 
     @model_validator(mode="after")
     def one_of_user_and_history(self) -> "RecommendationRequest":
-        """Exactly one source of the history."""
+        """Refuse two sources of the history, and none."""
         if (self.user_id is None) == (self.history is None):
             raise ValueError("give either user_id or history")
         return self
@@ -62,7 +64,7 @@ class RecommendedItem(BaseModel):
     )
 
 
-class Recommendations(BaseModel):
+class RecommendationResponse(BaseModel):
     """An answer, all of it made by one version."""
 
     request_id: str
@@ -87,7 +89,7 @@ class ItemDescription(BaseModel):
 
 
 class ItemsRequest(BaseModel):
-    """Items that are new, or whose attributes are others now."""
+    """Items that are new, or whose attributes changed."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 

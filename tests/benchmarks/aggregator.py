@@ -34,6 +34,7 @@ from lib.data.events import Event
 from lib.log.layout import LogLayout
 from serving.aggregator import AggregatorConfig
 from serving.aggregators import Aggregators, Feedback
+from serving.status import AggregatorsStatus, AggregatorStatus
 from tests.benchmarks.feedback_log import WARM_UP, events, fill, measure_plain, summary, take
 from tests.benchmarks.machine import describe_machine
 
@@ -141,10 +142,11 @@ async def _spent(aggregators: Aggregators) -> tuple[int, float]:
     """Commits and processor seconds of all aggregators so far."""
     status = await aggregators.status()
     seconds = 0.0
-    for shard in status.get("shards", [status]):
-        fields = Path(f"/proc/{shard['process']}/stat").read_text().rpartition(")")[2].split()
+    assert isinstance(status, AggregatorStatus | AggregatorsStatus), "one is away"
+    for shard in status.shards if isinstance(status, AggregatorsStatus) else [status]:
+        fields = Path(f"/proc/{shard.process}/stat").read_text().rpartition(")")[2].split()
         seconds += sum(int(ticks) for ticks in fields[11:13]) / os.sysconf("SC_CLK_TCK")
-    return status["commits"], seconds
+    return status.commits, seconds
 
 
 def aggregator_benchmark(

@@ -19,6 +19,7 @@ import pytest
 from jobs import command_line
 from jobs.command_line import VERBS
 from lib.errors import InputError
+from serving.status import ReplicaStatus, Status, Unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -418,13 +419,24 @@ def test_a_service_that_fails_is_a_failure(afterclick, answering, monkeypatch, t
 
 
 def test_a_status_is_shown_and_kept(afterclick, answering, tmp_path):
-    replica = dict.fromkeys(("replica_id", "version", "checksum", "answers", "deltas", "catch_ups"), "r1")
-    status = {"model_version": 3, "replicas": [replica], "learner": {"loss": 1.25}, "aggregator": {"users": 4}}
-    url = answering(200, json.dumps(status))
-    outcome = afterclick("status", "--url", url, "--json", tmp_path / "reports" / "status.json")
+    counts = dict.fromkeys(set(ReplicaStatus.model_fields) - {"replica_id", "checksum", "latency_buckets"}, 7)
+    replica = ReplicaStatus.model_validate(counts | {"replica_id": "r1", "checksum": "c1", "latency_buckets": []})
+    away = Unavailable(state="restarting")
+    shown = Status(model_version=3, replicas=[replica], learner=away, aggregator=away, freshness=None)
+    status = shown.model_dump(mode="json")
+    outcome = afterclick(
+        "status", "--url", answering(200, json.dumps(status)), "--json", tmp_path / "reports" / "status.json"
+    )
     assert (outcome.status, outcome.err) == (0, "")
     assert "model version 3" in outcome.out
+    assert "restarting" in outcome.out
     assert json.loads((tmp_path / "reports" / "status.json").read_text()) == status
+
+
+def test_a_status_of_another_version_is_named(afterclick, answering):
+    url = answering(200, '{"model_version": 3, "replicas": [{"replica_id": "r1"}]}')
+    outcome = afterclick("status", "--url", url)
+    assert_one_line(outcome, f"error: url: the service at {url} is of another version", "replicas.0.process")
 
 
 # -------------------------------------------------------------------------------------------------- failures and Ctrl-C

@@ -1,5 +1,7 @@
 """Items that are put and deleted while live: their row, first vector and attributes, in every later version."""
 
+import asyncio
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -15,8 +17,9 @@ from lib.model.encoder import BehaviourEncoder
 from lib.model.folder import Manifest
 from lib.ranking.filters import ItemFilter
 from lib.ranking.recommender import Question, Recommender
+from lib.ranking.rules import RankingRules
 from lib.versions.registry import Registry
-from serving.recommendations import Recommendations
+from serving.live_models import LiveModels
 from tests.helpers.tiny import history, item_ids, micro_batch, tiny_encoder
 
 ITEMS = 24
@@ -205,14 +208,12 @@ def test_numbers_of_new_items_fall_into_the_buckets_that_were_learned():
 
 def test_an_older_answer_of_the_aggregator_does_not_undo_a_newer_one(registry):
     """A replica reads the changes in several tasks, whose answers may come back in the other order."""
-    replica = Recommendations.__new__(Recommendations)  # just the part that knows items
-    replica.recommender, replica.challenger = recommender_of(registry), None
-    replica.item_changes, replica.item_revision = {}, 0
+    models = LiveModels(registry, RankingRules())
     first, old, new = put("1", revision=1, kind="a"), put("2", revision=2, kind="old"), put("2", revision=3, kind="new")
-    replica._change_items([first, new])
-    replica._change_items([first, old])
-    assert replica.item_revision == 3
-    assert replica.item_changes == {"1": {"kind": "a"}, "2": {"kind": "new"}}
-    attributes = replica.recommender.catalog.described(["2"]).attributes
+    asyncio.run(models.change_items([first, new]))
+    asyncio.run(models.change_items([first, old]))
+    assert models.item_revision == 3
+    assert models.changed_items == {"1": {"kind": "a"}, "2": {"kind": "new"}}
+    attributes = models.live.catalog.described(["2"]).attributes
     assert attributes is not None
     assert attributes["kind"].to_pylist() == ["new"]

@@ -33,6 +33,7 @@ from serving.app import ServeArguments
 from serving.batch_source import BatchSource
 from serving.errors import partly_taken
 from serving.history_cache import HistoryCache, last_offsets
+from serving.status import AggregatorsStatus
 from tests.helpers.logs import connection_of
 from tests.helpers.service import PATIENCE
 from tests.helpers.tiny import NOW, started_registry
@@ -164,7 +165,7 @@ def test_two_aggregators_are_as_one(aggregators: Aggregators, registry: Registry
 
     # the one that is away holds nobody up but its own users, and comes back with all that it had
     status: Any = ray.get(away.status.remote())
-    os.kill(status["process"], signal.SIGKILL)
+    os.kill(status.process, signal.SIGKILL)
     theirs = [event for event in clicks(100, first=2000) if shard_of(event.user_id, 2) == 0]
     assert ray.get(live.append.remote(theirs)) == [None] * len(theirs)
     batches = BatchSource(registry.root)
@@ -211,11 +212,12 @@ async def assert_as_one(aggregators: Aggregators) -> None:
     assert [change.item_id for change in (await aggregators.newer([], 0))[1]] == ["new"]
 
     status = await aggregators.status()
-    assert (status["log_offset"], status["events"], status["duplicates"], status["users"]) == (161, 161, 2, 40)
-    assert (status["rejected"], status["item_revision"]) == ({"empty_id": 2}, 1)
-    assert [shard["shard"] for shard in status["shards"]] == [0, 1]
-    assert sum(shard["log_offset"] for shard in status["shards"]) == 161
-    assert min(shard["log_offset"] for shard in status["shards"]) > 40
+    assert isinstance(status, AggregatorsStatus)
+    assert (status.log_offset, status.events, status.duplicates, status.users) == (161, 161, 2, 40)
+    assert (status.rejected, status.item_revision) == ({"empty_id": 2}, 1)
+    assert [shard.shard for shard in status.shards] == [0, 1]
+    assert sum(shard.log_offset for shard in status.shards) == 161
+    assert min(shard.log_offset for shard in status.shards) > 40
 
 
 def fill_up(aggregator: Aggregator) -> None:

@@ -18,7 +18,7 @@ from lib.model.folder import Manifest
 from lib.versions.registry import LoadedVersion, Registry, load_folder, save_with_optimizer
 from serving.learner import OFFER_SECONDS, Learner, Progress
 from serving.learner_workers import LearnerWorkers
-from serving.rollout import Acknowledgements
+from serving.rollout import Acknowledgement, Acknowledgements
 from tests.helpers.learners import (
     CONFIG,
     assert_same_learners,
@@ -240,7 +240,7 @@ class Slow:
         self.late -= 1
         if self.late >= 0:
             return Acknowledgements([], 1, 10.0)
-        return Acknowledgements([{"version": version}], 0, 0.1)
+        return Acknowledgements([Acknowledgement(version)], 0, 0.1)
 
 
 def test_an_offer_is_gone_once_the_slowest_replica_has_it(registry, tmp_path, monkeypatch):

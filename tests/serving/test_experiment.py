@@ -38,10 +38,11 @@ from lib.ranking.recommender import Question, Recommender
 from lib.ranking.rules import RankingRules
 from lib.versions.ledger import check
 from lib.versions.registry import Registry, load_folder, save_with_optimizer
-from serving.challenger import Answer, Challenger
+from serving.challenger import Answer, Challenger, load_challenger
 from serving.experiment import Experiments, prepare_challenger
+from serving.live_models import LiveModels
 from serving.prometheus import StatusCollector
-from serving.recommendations import Recommendations
+from serving.status import Status, Unavailable
 from tests.helpers.learners import CONFIG, recommender_of, update
 from tests.helpers.service import LiveService, assert_each_event_once, metrics
 from tests.helpers.tiny import NOW, history, item_ids, micro_batch, started_registry, tiny_encoder
@@ -266,9 +267,15 @@ def started(state: Path, experiments: Experiments | None = None, **settings: Any
 
 
 def status_of(challenger: Challenger) -> dict[str, Any]:
-    status = challenger.actor.experiments.status(challenger.name)
-    assert status is not None
-    return status
+    """The JSON that GET /v1/status has of it."""
+    return whole_status(challenger).model_dump()["experiment"]
+
+
+def whole_status(challenger: Challenger) -> Status:
+    """The status of a service whose other parts are away."""
+    experiment, away = challenger.actor.experiments.status(challenger.name), Unavailable(state="restarting")
+    assert experiment is not None
+    return Status(model_version=3, replicas=[], learner=away, aggregator=away, freshness=None, experiment=experiment)
 
 
 def test_each_arm_is_answered_by_its_model_and_says_so(state, model):
@@ -412,8 +419,7 @@ def test_who_is_deployed_last_says_how_it_is_compared(state, model):
     assert asyncio.run(first.tell()), "who only reports decides nothing"
     status = status_of(first)
     assert (status["state"], status["difference"]["click_through"]["evidence"] > 20) == ("running", True)
-    shown = {"model_version": 3, "replicas": [], "learner": {}, "aggregator": {}, "experiment": status}
-    families = {family.name: family for family in StatusCollector(shown).collect()}
+    families = {family.name: family for family in StatusCollector(whole_status(first)).collect()}
     answers = {sample.labels["arm"]: sample.value for sample in families["afterclick_arm_answers"].samples}
     assert answers == {arm: status["arms"][arm]["answers"] for arm in (LIVE, CHALLENGER)}
     assert families["afterclick_experiment_evidence"].samples[0].value > 20
@@ -457,8 +463,8 @@ def test_a_shadow_is_asked_later_and_never_shown(state, model, monkeypatch):
     assert status["arms"][LIVE] == {"found": 1.0, "mrr": 0.5}
     assert 0 <= status["overlap"] <= 1
     assert challenger.name.endswith("-shadow")
-    shown = {"model_version": 3, "replicas": [], "learner": {}, "aggregator": {}, "experiment": status}
-    assert not [family for family in StatusCollector(shown).collect() if "arm" in family.name]
+    families = StatusCollector(whole_status(challenger)).collect()
+    assert not [family for family in families if "arm" in family.name]
 
 
 def test_a_second_in_which_the_actor_is_away_is_lost_and_no_more(state, model):
@@ -480,13 +486,13 @@ def test_a_second_in_which_the_actor_is_away_is_lost_and_no_more(state, model):
 def test_a_challenger_that_fails_leaves_the_live_model(state, model, caplog):
     """Its files are damaged when a replica starts, or it breaks while it runs: everybody is answered all the same."""
     _, challenger = started(state, model=model, shadow=True)
-    replica = Recommendations.__new__(Recommendations)  # just the part that has a challenger
-    replica.rules, replica.challenger = RankingRules(), challenger
+    models = LiveModels(Registry(state), RankingRules())
+    models.challenger = challenger
     challenger.tell = None  # pyright: ignore[reportAttributeAccessIssue]
-    asyncio.run(replica._run_challenger(challenger))
-    assert replica.challenger is None
+    asyncio.run(models.run_challenger(challenger))
+    assert models.challenger is None
     (challenger.prepared.model / "model.safetensors").write_bytes(b"damaged")
-    assert replica._load_challenger(str(state), challenger.prepared) is None
+    assert load_challenger(str(state), challenger.prepared, RankingRules()) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import asyncio
 import resource
 import sqlite3
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,10 +36,8 @@ from lib.versions.ledger import check
 from lib.versions.registry import Registry
 from serving.aggregator import Aggregator, AggregatorConfig
 from serving.app import check_state
-from serving.challenger import Answer
 from serving.decision_log import DecisionLog
 from serving.errors import answer_of
-from serving.recommendations import Recommendations
 from tests.helpers.logs import STREAM, connection_of, make_event
 from tests.helpers.tiny import (
     assert_same_state,
@@ -140,7 +137,7 @@ def test_an_aggregator_with_a_full_disk_takes_nothing_and_goes_on_once_there_is_
                 await aggregator.append([*events, *large])
             assert await aggregator.get_histories(["user"]) == [aggregator.histories.get("nobody")]
             status = await aggregator.status()
-            assert (status["log_offset"], status["events"], status["pending"]) == (0, 0, 0)
+            assert (status.log_offset, status.events, status.pending) == (0, 0, 0)
         connection_of(aggregator.log).execute("PRAGMA max_page_count = 100000")
         assert await aggregator.append(events) == [None, None, None], "what was not taken is no flood"
         [answer] = await aggregator.append([make_event(4)])
@@ -166,12 +163,11 @@ def test_items_that_cannot_be_written_are_not_there(tmp_path):
 
 
 def test_an_explored_answer_that_cannot_be_recorded_is_given_and_counted(tmp_path):
-    replica = Recommendations.__new__(Recommendations)  # just the part that records
-    replica.decisions, replica.counts = DecisionLog(str(tmp_path), "replica"), Counter()
+    decisions = DecisionLog(str(tmp_path), "replica")
     with files_up_to(300):
         for number in range(5):
-            replica.record(f"request-{number}", "user", Answer(1, [RankedItem("item", 0.5, None, 0.5)] * 10))
-    assert 3 <= replica.counts["unrecorded"] <= 5
+            decisions.append(f"request-{number}", "user", 1, [RankedItem("item", 0.5, None, 0.5)] * 10)
+    assert 3 <= decisions.unrecorded <= 5
 
 
 @pytest.mark.parametrize(("kind", "status", "words"), [(LogFull, 507, "full"), (LogWriteError, 503, "try again")])
@@ -235,7 +231,7 @@ def test_a_torn_last_commit_is_dropped_and_said(killed_log):
     assert read_tail(wal) == Tail(commits - 1, torn=True, damaged=False)
     aggregator = Aggregator(str(path.parent))
     status = asyncio.run(aggregator.status())
-    assert status["damage"] == [
+    assert status.damage == [
         f"{path}: the last commit was torn when the machine stopped, and is dropped; it was not acknowledged"
     ]
     assert [logged.event.event_id for logged in aggregator.log.replay()] == ids[: aggregator.log.count()]

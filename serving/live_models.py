@@ -1,0 +1,177 @@
+"""The models that answer in one replica: the live one, as it moves from version to version, and maybe a challenger.
+
+A batch is answered in the event loop: on a thread of its own it would ask for the interpreter some forty times, and a
+replica that is refusing a thousand requests a second would hardly answer any. Deltas and catch-ups, which may take
+long, have a thread. A lock keeps them and the batches apart, so every answer is of one version.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from lib.log.items import ItemChange
+from lib.model.delta import Delta, DeltaMismatch
+from lib.ranking.filters import ItemFilter
+from lib.ranking.recommender import Question, Recommender
+from lib.ranking.rules import RankingRules
+from lib.versions.registry import Registry
+from serving.challenger import Answer, Challenger
+
+logger = logging.getLogger("ray.serve")
+
+
+class LiveModels:
+    """Answers questions between two changes of the live model (`live`) and of the catalog."""
+
+    def __init__(self, registry: Registry, rules: RankingRules):
+        self.registry = registry
+        self.rules = rules
+        self.unchanging = asyncio.Lock()  # held by whoever reads or changes the live model
+        self.loading = asyncio.Lock()  # held while a version is loaded beside the one that answers
+        self.changing_thread = ThreadPoolExecutor(1, thread_name_prefix="changes")
+        self.loading_thread = ThreadPoolExecutor(1, thread_name_prefix="loading")
+        self.counts: Counter[str] = Counter()  # deltas, catch_ups, mismatches
+        self.changed_items: dict[str, dict[str, Any] | None] = {}  # that were changed while live; None: deleted
+        self.item_revision = 0  # the newest of them
+        self.live = self._load({})
+        self.challenger: Challenger | None = None
+
+    def _load(self, changed_items: Mapping[str, Mapping[str, Any] | None]) -> Recommender:
+        loaded = self.registry.load()
+        for damage in loaded.damage:
+            logger.warning("version %d is the newest whole one: %s", loaded.version, damage)
+        recommender = Recommender(loaded.encoder, loaded.catalog, loaded.version, loaded.log_offset, self.rules)
+        recommender.change_items(changed_items)
+        return recommender
+
+    async def _change(self, function: Callable[[], Any]) -> Any:
+        """Run on the thread that may change the live model, while nobody reads it."""
+        async with self.unchanging:
+            return await asyncio.get_running_loop().run_in_executor(self.changing_thread, function)
+
+    # --------------------------------------------------------------------------------------------------------- answers
+
+    async def answer(self, questions: Sequence[Question], user_ids: Sequence[str | None]) -> list[Answer]:
+        """Answer a batch; each user's id tells whose arm of an experiment it is, None that of nobody."""
+        async with self.unchanging:
+            if self.challenger is not None:
+                return self.challenger.answer(self.live, questions, user_ids)
+            version = self.live.version
+            return [Answer(version, items) for items in self.live.recommend(questions)]
+
+    async def similar(self, item_id: str, k: int) -> Answer:
+        """Return the items nearest to an item.
+
+        Raises:
+            KeyError: the catalog does not have the item.
+        """
+        async with self.unchanging:
+            return Answer(self.live.version, self.live.similar(item_id, k))
+
+    async def check_filter(self, filter: ItemFilter) -> None:
+        """Refuse a filter that the catalog does not understand: it is the asker's error, not the batch's.
+
+        Raises:
+            InputError: it names the attribute.
+        """
+        async with self.unchanging:
+            self.live.mask(filter)
+
+    async def run_challenger(self, challenger: Challenger) -> None:
+        """Let an experiment run to its end, after which there is one model again."""
+        try:
+            await challenger.run()
+        except Exception:
+            logger.exception("a challenger failed, so the live model answers its users, too")
+        self.challenger = None
+
+    # ----------------------------------------------------------------------------------------------------------- items
+
+    def has_item(self, item_id: str) -> bool:
+        """Return whether the catalog has an item now, with or without a row."""
+        put = self.changed_items.get(item_id) is not None
+        catalogs = [self.live.catalog]
+        if self.challenger is not None:
+            catalogs.append(self.challenger.recommender.catalog)
+        return put or any(item_id in known.row_of and item_id not in known.removed for known in catalogs)
+
+    async def check_items(self, items: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse attributes that the catalog cannot take.
+
+        Raises:
+            InputError: it names the item and the attribute.
+        """
+        async with self.unchanging:
+            self.live.catalog.check(items)
+
+    async def change_items(self, changes: Sequence[ItemChange]) -> None:
+        """Make changes of items part of the catalog, whatever version answers."""
+        await self._change(partial(self._change_items, changes))
+
+    def _change_items(self, changes: Sequence[ItemChange]) -> None:
+        # two reads may come back in the other order: what is older than what is known was answered already
+        items = {change.item_id: change.attributes for change in changes if change.revision > self.item_revision}
+        self.live.change_items(items)
+        if self.challenger is not None:
+            self.challenger.change_items(items)
+        self.changed_items |= items
+        self.item_revision = max(self.item_revision, changes[-1].revision)
+
+    # -------------------------------------------------------------------------------------------------------- versions
+
+    async def apply(self, delta: Delta) -> None:
+        """Move to a pushed delta's version between two batches, if the delta follows the live one."""
+        await self._change(partial(self._apply_next, delta))
+
+    def _apply_next(self, delta: Delta) -> None:
+        if delta.parent != self.live.version:  # known already, or one before it was missed
+            return
+        self._apply(delta)
+        self.counts["deltas"] += 1
+
+    def _apply(self, delta: Delta) -> None:
+        """Move to a delta's version; where it comes out wrong, nothing may be answered before all is loaded again."""
+        try:
+            self.live.apply(delta)
+        except DeltaMismatch as error:
+            logger.warning("loading the newest version whole: %s", error)
+            self.counts["mismatches"] += 1
+            self.live = self._load(self.changed_items)
+
+    async def catch_up(self, version: int) -> None:
+        """Read from the registry what leads to a version, if a push was missed or the version is a new base."""
+        if self.live.version >= version:
+            return
+        async with self.loading:
+            if self.live.version < version and not await self._change(partial(self._apply_missing, version)):
+                await self._replace()
+
+    def _apply_missing(self, version: int) -> bool:
+        """Apply the deltas that are missing; returns False where one cannot be read."""
+        self.counts["catch_ups"] += 1
+        while self.live.version < version:
+            try:
+                delta = self.registry.read_delta(self.live.version + 1)
+            except (FileNotFoundError, DeltaMismatch) as error:
+                logger.warning("loading the newest version beside this one: %s", error)
+                return False
+            self._apply(delta)
+        return True
+
+    async def _replace(self) -> None:
+        """Load the newest version beside the one that answers; it takes over between two batches."""
+        revision, changed = self.item_revision, dict(self.changed_items)
+        loop = asyncio.get_running_loop()
+        recommender = await loop.run_in_executor(self.loading_thread, self._load, changed)
+        await self._change(partial(self._take_over, recommender, revision))
+
+    def _take_over(self, recommender: Recommender, revision: int) -> None:
+        if recommender.version <= self.live.version:
+            return
+        if revision != self.item_revision:  # items changed while it was loaded
+            recommender.change_items(self.changed_items)
+        self.live = recommender

@@ -1,0 +1,33 @@
+"""What the handlers share: their replica, parameters that several take, and JSON answers."""
+
+from typing import Annotated, Any
+
+import orjson
+from fastapi import Depends, Header, Query, Request, Response
+
+from serving.errors import DEADLINE_HEADER
+from serving.fast_path import deadline_of
+from serving.recommendations import Recommendations
+from serving.schemas import LARGEST_K
+
+DEADLINE = Header(alias=DEADLINE_HEADER, description="milliseconds to wait for an answer; 504 if it takes longer")
+
+
+async def replica_of(request: Request) -> Recommendations:
+    """Return the replica whose application this is."""
+    return request.app.state.replica
+
+
+async def seconds_to_wait(request: Request, deadline: Annotated[str | None, DEADLINE] = None) -> float | None:
+    """Return the client's deadline."""
+    return deadline_of(request.scope["headers"])
+
+
+Replica = Annotated[Recommendations, Depends(replica_of)]
+Deadline = Annotated[float | None, Depends(seconds_to_wait)]
+K = Annotated[int, Query(ge=1, le=LARGEST_K, description="number of items")]
+
+
+def json_response(content: Any) -> Response:
+    """Return an answer whose content needs no further check."""
+    return Response(orjson.dumps(content), media_type="application/json")

@@ -1,0 +1,31 @@
+"""The catalog, changed while it is live."""
+
+from fastapi import APIRouter, HTTPException, Response
+
+from serving.routes.dependencies import Replica, json_response
+from serving.schemas import ItemsRequest
+
+router = APIRouter()
+
+
+@router.put("/v1/items")
+async def put_items(replica: Replica, request: ItemsRequest) -> Response:
+    """Add items, or change the attributes of known ones; 200 means that it is durable.
+
+    Filters and titles know them from the next answer on; a new item can be recommended within a second.
+    """
+    items = {item.item_id: item.__pydantic_extra__ for item in request.items}
+    models = await replica.current_models()
+    await models.check_items(items)
+    await replica.aggregators.change_items(list(items.items()))
+    return json_response({"accepted": len(items)})
+
+
+@router.delete("/v1/items/{item_id:path}")
+async def delete_item(replica: Replica, item_id: str) -> Response:
+    """Take an item out of every answer from the next one on, for good, or until it is put again."""
+    models = await replica.current_models()
+    if not models.has_item(item_id):
+        raise HTTPException(404, f"item_id: the catalog has no item {item_id!r}")
+    await replica.aggregators.change_items([(item_id, None)])
+    return json_response({"item_id": item_id, "deleted": True})
