@@ -78,13 +78,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupsAndFil
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[RaySession]:
-    """Ray with the job server, on 127.0.0.1."""
+    """Start Ray with its job server, on 127.0.0.1."""
     import ray
     from ray._private import parameter
     from ray._private.utils import write_ray_address
 
     class Parameters(parameter.RayParams):
-        """With a job agent's port of its own, which ray.init cannot choose: two on one port take each other's jobs."""
+        """Give the job agent a port of its own, as ray.init cannot: two agents on one port take each other's jobs."""
 
         def __init__(self, *arguments: Any, **settings: Any):
             super().__init__(*arguments, **{"dashboard_agent_listen_port": free_port()} | settings)
@@ -112,7 +112,7 @@ def ray_session() -> Iterator[RaySession]:
 
 @pytest.fixture(scope="session")
 def kafka_brokers() -> Iterator[str]:
-    """The address of Kafka brokers: librdkafka's own, which live as long as this client of theirs."""
+    """Start Kafka brokers, librdkafka's own, which live as long as this client, and give their address."""
     from confluent_kafka import Producer
 
     producer = Producer({"test.mock.num.brokers": 2, "log_level": 0})
@@ -123,7 +123,7 @@ def kafka_brokers() -> Iterator[str]:
 
 @pytest.fixture
 def kafka_topic(kafka_brokers: str) -> str:
-    """A topic of its own for each test, with four partitions."""
+    """Make a topic for the test, with four partitions, and return its address."""
     from confluent_kafka import Producer
 
     name = f"feedback-{uuid.uuid4().hex}"
@@ -133,7 +133,7 @@ def kafka_topic(kafka_brokers: str) -> str:
 
 @pytest.fixture(scope="session")
 def shop_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small synthetic dataset: 150 visitors, 200 items."""
+    """Write a small synthetic dataset: 150 visitors, 200 items."""
     from jobs.demo.shop import Shop
 
     folder = tmp_path_factory.mktemp("shop")
@@ -143,7 +143,7 @@ def shop_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_model(ray_session: RaySession, shop_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder, really pretrained on `shop_dataset`; not to be changed."""
+    """Pretrain a small model on `shop_dataset`; tests must not change its folder."""
     from jobs.pretrain import PretrainSettings, pretrain
 
     model = tmp_path_factory.mktemp("pretrained") / "model"
@@ -152,8 +152,8 @@ def small_model(ray_session: RaySession, shop_dataset: Path, tmp_path_factory: p
 
 
 @contextmanager
-def _started(model: Path, data: Path, folder: Path) -> Iterator[LiveService]:
-    """Start a service, two replicas, on a fresh copy of the model; whatever else is served here ends."""
+def started_service(model: Path, data: Path, folder: Path) -> Iterator[LiveService]:
+    """Start a service with two replicas on a fresh copy of the model, in place of the one that runs on this Ray."""
     from jobs.serve import stop_service
     from serving.app import ServeArguments
 
@@ -170,8 +170,8 @@ def _started(model: Path, data: Path, folder: Path) -> Iterator[LiveService]:
 
 @pytest.fixture(scope="session")
 def service(small_model: Path, shop_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveService]:
-    """The running service that tests share: they ask and send, and kill nothing of it."""
-    with _started(small_model, shop_dataset, tmp_path_factory.mktemp("served")) as live:
+    """Start the service that tests share: they send events and ask, and kill no part of it."""
+    with started_service(small_model, shop_dataset, tmp_path_factory.mktemp("served")) as live:
         yield live
 
 
@@ -179,17 +179,17 @@ def service(small_model: Path, shop_dataset: Path, tmp_path_factory: pytest.Temp
 def mortal_service(
     small_model: Path, shop_dataset: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveService]:
-    """A running service of the file's own, of which its tests may kill any part: each of them is marked slow.
+    """Start a service for one file, whose tests may kill any part of it; they are marked slow.
 
-    Each leaves it live for the next one (`mortal_service.wait_until_learned()` says whether it is).
+    Each test leaves it live for the next one (`mortal_service.wait_until_learned()` says whether it is).
     """
-    with _started(small_model, shop_dataset, tmp_path_factory.mktemp("mortal")) as live:
+    with started_service(small_model, shop_dataset, tmp_path_factory.mktemp("mortal")) as live:
         yield live
 
 
 @pytest.fixture
 def start_process():
-    """Start a Python program in the repository; whatever still runs at the end of the test is killed."""
+    """Start Python programs in the repository, and kill those that still run at the end of the test."""
     processes = []
 
     def start(program: str, *arguments: object) -> subprocess.Popen:
