@@ -35,10 +35,10 @@ prepare_environment()  # before any test module imports ray, which reads its set
 
 
 def group_of(fixtures: Collection[str]) -> str | None:
-    """Return the group of a test that needs Ray, by its fixtures: a process that runs a group has one Ray for it."""
+    """Return the group of a test that needs Ray, by its fixtures; one process runs a whole group, with one Ray."""
     if "ray_session" not in fixtures:
         return None
-    return "service" if {"service", "mortal_service"} & set(fixtures) else "ray"
+    return "model" if "small_model" in fixtures else "ray"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
 
     def turn(item: pytest.Function) -> tuple[bool, ...]:
         group = group_of(item.fixturenames)
-        return group != "service", group != "ray", "mortal_service" in item.fixturenames
+        return group != "model", group != "ray", "mortal_service" in item.fixturenames
 
     for item in items:
         if "mortal_service" in item.fixturenames:
