@@ -275,7 +275,7 @@ def _write_material(
     from lib.data.catalog import Catalog
     from lib.live.finetuning import TooFewEvents, count_popularity, histories_around, of_users
     from lib.model.folder import Manifest
-    from lib.versions.registry import save_with_optimizer
+    from lib.versions.folder import save_with_optimizer
 
     learner.join(Catalog(events["item_id"].unique().to_pylist()))
     encoder, catalog, config = learner.encoder, learner.catalog, learner.encoder.config
@@ -316,7 +316,7 @@ def _pretrain_settings(storage: Path, settings: FinetuneSettings) -> PretrainSet
 
 def _judge(storage: Path) -> dict[str, dict[str, dict[str, float]]]:
     from lib.live.finetuning import MarkedHistories, judge
-    from lib.versions.registry import load_folder
+    from lib.versions.folder import load_folder
 
     result, rival = load_folder(storage / "result"), load_folder(storage / RIVAL)
     held_out = MarkedHistories.load(storage / HELD_OUT_FILE)
@@ -335,7 +335,7 @@ def _offer(registry: "Registry", storage: Path, plan: Mapping[str, Any], metrics
     from lib.model.facts import VersionFacts
     from lib.model.folder import read_manifest, write_manifest
 
-    if registry.adopted(plan["name"]) is not None:
+    if registry.version_of_offer(plan["name"]) is not None:
         return
     folder, cut = storage / "result", plan["cut"]
     facts = VersionFacts(
@@ -343,7 +343,7 @@ def _offer(registry: "Registry", storage: Path, plan: Mapping[str, Any], metrics
     )
     manifest = read_manifest(folder).model_copy(update={"log_offset": cut["until"], "facts": facts, "metrics": metrics})
     write_manifest(folder, manifest)
-    registry.offer(plan["name"], folder)
+    registry.offers.add(plan["name"], folder)
 
 
 def _taken_over(registry: "Registry", name: str) -> int | None:
@@ -353,11 +353,11 @@ def _taken_over(registry: "Registry", name: str) -> int | None:
         RuntimeError: the learner could not use it.
     """
     deadline = time.monotonic() + TAKE_OVER_SECONDS
-    while name in registry.offers():  # it goes when all replicas have it
+    while name in registry.offers.names():  # it goes when all replicas have it
         if time.monotonic() > deadline:
-            return registry.adopted(name)
+            return registry.version_of_offer(name)
         time.sleep(LOOK_SECONDS)
-    version = registry.adopted(name)
+    version = registry.version_of_offer(name)
     if version is None:
         raise RuntimeError("the learner could not take the result over; its log says why")
     return version

@@ -41,7 +41,7 @@ from lib.model.facts import TrainingFacts
 from lib.model.folder import Manifest, save_model, write_manifest
 from lib.model.presets import Preset, preset_for
 from lib.model.trainer import Trainer, TrainingConfig, keep_freed_memory
-from lib.versions.registry import OPTIMIZER_FILE, LoadedVersion, load_folder
+from lib.versions.folder import OPTIMIZER_FILE, LoadedVersion, load_folder
 
 WARMUP_STEPS = 100
 FINAL_LEARNING_RATE = 0.05  # of the peak, at the end of the decay

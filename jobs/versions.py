@@ -37,15 +37,7 @@ def stored_versions(model: Path, state: str | None = None) -> "list[VersionInfo]
             f"state: no versions are stored at {state}; give the --state that `afterclick serve` was given"
         )
     size = sum(path.stat().st_size for path in model.iterdir() if path.is_file())
-    own = VersionInfo(
-        version=manifest.version,
-        kind="snapshot",
-        created=manifest.created,
-        log_offset=manifest.log_offset,
-        size=size,
-        facts=manifest.facts,
-    )
-    return versions or [own]
+    return versions or [VersionInfo.of_snapshot(manifest, size)]
 
 
 def checked_ledger(state: str) -> "Ledger":
@@ -55,10 +47,13 @@ def checked_ledger(state: str) -> "Ledger":
         InputError: there are no versions or no log, or they cannot be read.
     """
     from lib.log.layout import read_log
+    from lib.versions.accounts import Accounts
     from lib.versions.ledger import check
     from lib.versions.registry import Registry
 
-    chain = Registry(state).ledger()  # before the log: what is learned meanwhile is in the log already
+    chain = Accounts(
+        Registry(state)
+    ).newest_lineage()  # before the log: what is learned meanwhile is in the log already
     if not chain:
         raise InputError(
             f"state: no versions are stored at {state}, so there is nothing to check; serve the model first"

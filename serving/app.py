@@ -12,6 +12,7 @@ from lib.log.integrity import check_log
 from lib.log.layout import LogLayout
 from lib.ranking.rules import RankingRules
 from lib.settings import Settings
+from lib.versions.accounts import Accounts
 from lib.versions.registry import Registry
 from serving.aggregator import AggregatorConfig, Trigger
 from serving.experiment import prepare_challenger
@@ -88,7 +89,7 @@ def check_state(state: str, pages: bool = False) -> None:
     Raises:
         InputError: it names the log, and the remedy.
     """
-    check_log(state, Registry(state).log_offset(), pages)
+    check_log(state, Accounts(Registry(state)).log_offset(), pages)
 
 
 def build(arguments: ServeArguments) -> Application:

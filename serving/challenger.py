@@ -22,7 +22,7 @@ from lib.errors import InputError
 from lib.experiments.results import CHALLENGER, SHADOW, Impression, Reaction, Records, Shadow, arm_in, tagged
 from lib.ranking.recommender import Question, RankedItem, Recommender
 from lib.ranking.rules import RankingRules
-from lib.versions.registry import load_folder
+from lib.versions.folder import load_folder
 from serving.experiment import PreparedChallenger, start_experiments
 
 TELL_SECONDS = 1.0

@@ -25,7 +25,8 @@ from lib.live.settings import LearnerConfig
 from lib.model.encoder import WEIGHTS, BehaviourEncoder
 from lib.model.facts import VersionFacts
 from lib.model.folder import MANIFEST, Manifest, read_manifest
-from lib.versions.registry import Registry, load_folder, save_with_optimizer
+from lib.versions.folder import load_folder, save_with_optimizer
+from lib.versions.registry import Registry
 from serving.aggregator import NAMESPACE
 from serving.status import ExperimentStatus, ShadowStatus
 
@@ -182,16 +183,16 @@ class Experiment:
 
     def _promote(self) -> None:
         """Leave the winner where the learner looks for it, and see what becomes of it there."""
-        if self.offer in self.registry.offers():
+        if self.offer in self.registry.offers.names():
             return
-        version = self.registry.adopted(self.offer)
+        version = self.registry.version_of_offer(self.offer)
         if version is not None:
             self.results.keep(VERSION, version)
             self._enter(PROMOTED)
         elif self.results.fact(OFFERED):  # the learner's log says why
             self._enter(REFUSED)
         else:
-            self.registry.offer(self.offer, self.challenger.model)
+            self.registry.offers.add(self.offer, self.challenger.model)
             self.results.keep(OFFERED, 1)
 
     def status(self) -> ExperimentStatus | ShadowStatus:

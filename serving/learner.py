@@ -30,6 +30,7 @@ from lib.log.integrity import check_ends
 from lib.log.items import ItemChange
 from lib.log.layout import LogLayout
 from lib.model.delta import Delta
+from lib.versions.accounts import Accounts
 from lib.versions.registry import Registry
 from serving.aggregator import NAMESPACE, aggregator_handle
 from serving.batch_source import BatchSource, Released
@@ -273,16 +274,16 @@ class Learner:
             return
         self.looked_for_offers = time.monotonic()
         registry = self.learner.registry
-        for name in registry.offers():
+        for name in registry.offers.names():
             if self.learner.facts.offer != name:
                 try:
                     self.workers.take_over(name)
                 except InputError as error:
                     logger.error("the offered model %s cannot be taken over: %s", name, error)
-                    registry.withdraw(name)
+                    registry.offers.withdraw(name)
                     continue
             self._announce_base()
-            registry.withdraw(name)
+            registry.offers.withdraw(name)
 
     def _announce_base(self) -> None:
         """Have every replica load a version that no delta leads to."""
@@ -352,4 +353,4 @@ def check_logs(state: str, statuses: Sequence[AggregatorStatus]) -> None:
     Raises:
         InputError: they do.
     """
-    check_ends(state, Registry(state).log_offset(), [status.log_offset for status in statuses])
+    check_ends(state, Accounts(Registry(state)).log_offset(), [status.log_offset for status in statuses])

@@ -35,7 +35,9 @@ from lib.log.reader import LogReader
 from lib.model.batches import SequenceBatches, target_weights
 from lib.model.buckets import histories_in, table_of
 from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
-from lib.versions.registry import LoadedVersion, Registry, VersionInfo
+from lib.versions.accounts import Accounts
+from lib.versions.folder import LoadedVersion
+from lib.versions.registry import Registry, VersionInfo
 
 CHUNK = 10_000  # events that are read at once
 LEAST_HELD_OUT = 20  # events; fewer say nothing
@@ -125,7 +127,7 @@ def cut_feedback(
 def _lineage(registry: Registry, live: LoadedVersion) -> Iterator[VersionInfo]:
     """The stored versions that led to the live weights event by event, newest first; none from before a rollback."""
     base = base_of(live, registry)
-    lineage = {account.version for account in registry.ledger()}
+    lineage = {account.version for account in Accounts(registry).newest_lineage()}
     for info in reversed(registry.versions()):
         if info.version not in lineage:  # it was given up because of damage
             continue

@@ -34,8 +34,11 @@ from lib.model.facts import NewcomerShare, RejectedSpan, VersionFacts
 from lib.model.fingerprint import Fingerprint
 from lib.model.folder import Manifest
 from lib.model.trainer import Trainer, TrainingConfig, train_top_layers
-from lib.versions.registry import LoadedVersion, Registry
+from lib.versions.accounts import Accounts
+from lib.versions.folder import LoadedVersion
+from lib.versions.registry import Registry
 from lib.versions.rejections import Rejection, Rejections
+from lib.versions.retention import prune
 
 LEAST_CONTEXT = 8  # events before a user's new ones
 LEAST_HALF_LIFE = 1000.0  # events: of fewer, chance decides what is popular
@@ -60,6 +63,7 @@ class NearlineLearner:
     ):
         """Start from a stored version, the newest whole one by default."""
         self.registry = registry
+        self.accounts = Accounts(registry)
         self.config = config
         self.when_storage_fails = when_storage_fails
         loaded = registry.load(version)
@@ -67,7 +71,7 @@ class NearlineLearner:
         self.newest_number = max(loaded.version, registry.head() or 0)  # also of versions that are damaged
         self._take(loaded)
         self.influence = Influence(config.influence, loaded.facts.newcomers)
-        self.rejections = Rejections(registry)
+        self.rejections = Rejections(registry.store)
         newest = self.rejections.newest
         if newest is not None and newest.version == self.version:  # no version was published since
             self.log_offset, self.events_rejected = newest.last_offset, newest.events_rejected
@@ -238,7 +242,7 @@ class NearlineLearner:
         Raises:
             InputError: it is damaged, or describes its items differently; nothing has changed.
         """
-        model = self.registry.load_offer(name)
+        model = self.registry.offers.load(name)
         known = model.facts
         facts = VersionFacts(kind=known.kind, offer=name, since=known.since, events=known.events)
         self.adopt(model, facts, known.since)
@@ -259,7 +263,7 @@ class NearlineLearner:
             InputError: the two models describe their items differently; nothing has changed.
         """
         known, catalog = len(model.catalog), model.catalog.joined(self.catalog)
-        if parent is not None and not self.registry.traces(parent):
+        if parent is not None and not self.accounts.traces(parent):
             parent = None
         self._take(replace(model, catalog=catalog, parent=parent))
         self._add_rows(known)
@@ -482,6 +486,7 @@ class NearlineLearner:
         require_equal(checksum)  # and what others may still read here is not pruned before
         optimizer = self.trainer.optimizer_state(delta.rows)
         self._store(lambda: self.registry.publish_delta(delta, optimizer))
+        self.accounts.add(delta)
         self.version = self.newest_number = delta.version
         self.parent, self.log_offset, self.published_items = delta.parent, last_offset, len(self.catalog)
         self.facts = delta.facts
@@ -506,7 +511,7 @@ class NearlineLearner:
         manifest = Manifest(version=self.version, parent=self.parent, log_offset=self.log_offset, facts=self.facts)
         optimizer = self.trainer.optimizer_state()
         self._store(lambda: self.registry.publish_snapshot(self.encoder, self.catalog, manifest, optimizer))
-        self._store(lambda: self.registry.prune(self.config.keep_snapshots, self.base))
+        self._store(lambda: prune(self.registry, self.accounts, self.config.keep_snapshots, self.base))
 
     def _store(self, write: Callable[[], Any]) -> None:
         """Write, and write again as often as it fails, where somebody waits for the storage."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lib.model.delta import Delta
-from lib.versions.registry import Registry
+from lib.versions.store import Store
 
 REJECTIONS = "rejections"
 LINES_A_FILE = 256
@@ -40,11 +40,11 @@ class Rejection:
 class Rejections:
     """The list in one registry; for its one learner."""
 
-    def __init__(self, registry: Registry):
-        self.registry = registry
-        files = registry.files(REJECTIONS)
+    def __init__(self, store: Store):
+        self.store = store
+        files = store.files(REJECTIONS)
         self.first = int(files[-1]) if files else 1  # number of the newest file's first line
-        self.lines = registry.read(f"{REJECTIONS}/{files[-1]}").decode().splitlines() if files else []
+        self.lines = store.read(f"{REJECTIONS}/{files[-1]}").decode().splitlines() if files else []
         # (S, 2) log offsets of what did harm, ascending and apart: behind the first of each, up to the second
         self._spans = np.zeros((0, 2), dtype=np.int64)
         self.remember(*self.all())
@@ -63,7 +63,7 @@ class Rejections:
         full = len(self.lines) >= LINES_A_FILE
         first, lines = (self.first + len(self.lines), []) if full else (self.first, self.lines)
         lines = [*lines, json.dumps(rejection.facts())]
-        self.registry.replace(f"{REJECTIONS}/{first:010d}", "\n".join([*lines, ""]).encode())
+        self.store.write(f"{REJECTIONS}/{first:010d}", "\n".join([*lines, ""]).encode(), replace=True)
         self.first, self.lines = first, lines  # only now: where it could not be stored, it is tried again
 
     def remember(self, *rejections: Rejection) -> None:
@@ -86,6 +86,6 @@ class Rejections:
 
     def all(self) -> list[Rejection]:
         """Every one, the oldest first."""
-        names = [f"{REJECTIONS}/{name}" for name in self.registry.files(REJECTIONS)]
-        lines = [line for name in names for line in self.registry.read(name).decode().splitlines()]
+        names = [f"{REJECTIONS}/{name}" for name in self.store.files(REJECTIONS)]
+        lines = [line for name in names for line in self.store.read(name).decode().splitlines()]
         return [Rejection(**json.loads(line)) for line in lines]

@@ -22,6 +22,7 @@ import aiohttp
 from lib.log.layout import read_log
 from lib.log.reader import LogReader
 from lib.model.fingerprint import fingerprint
+from lib.versions.accounts import Accounts
 from lib.versions.ledger import check
 from lib.versions.registry import Registry
 
@@ -362,7 +363,7 @@ async def proofs(load: Load, state: Path) -> tuple[list[str], dict[str, Any]]:
         return [*sorted(set(load.faults)), str(error)], {}
     faults, registry, learner = sorted(set(load.faults)), Registry(state), status["learner"]
     with read_log(state) as log:
-        ledger = check(registry.ledger(), log)
+        ledger = check(Accounts(registry).newest_lineage(), log)
         faults += _log_faults(load, log) + await _history_faults(load, log) + ledger.faults
         if learner["events_trained"] + learner["events_rejected"] != log.count():
             faults.append(f"the learner counts other events than the {log.count()} of the log: {learner}")

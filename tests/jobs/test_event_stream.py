@@ -37,7 +37,7 @@ from lib.model.buckets import (
 )
 from lib.model.folder import read_manifest
 from lib.model.presets import preset_for
-from lib.versions.registry import OPTIMIZER_FILE
+from lib.versions.folder import OPTIMIZER_FILE
 from tests.helpers.tiny import random_histories, tiny_config
 
 HOLDOUTS = (LEAVE_ONE_OUT, TEMPORAL, NONE)

@@ -21,8 +21,11 @@ from lib.log.order import LogOrder
 from lib.log.reader import FeedbackLogReader
 from lib.log.shard import shard_of
 from lib.model.folder import Manifest
+from lib.versions.accounts import Accounts
+from lib.versions.folder import load_folder, save_with_optimizer
 from lib.versions.ledger import check
-from lib.versions.registry import Registry, load_folder, save_with_optimizer
+from lib.versions.offers import Offers
+from lib.versions.registry import Registry
 from lib.versions.rejections import Rejection, Rejections
 from tests.helpers.learners import CONFIG
 from tests.helpers.service import LiveService, assert_each_event_once, versions_and_checksums
@@ -58,7 +61,7 @@ def test_a_new_base_goes_live_without_a_failed_request_and_learning_goes_on(
         assert base.facts.events_trained + base.facts.events_rejected == len(
             [logged for logged in log.replay() if logged.offset <= outcome.log_offset]
         )
-    assert registry.offers() == []
+    assert registry.offers.names() == []
     assert not (mortal_service.state / "finetuning").exists()
     said = capsys.readouterr()
     assert "epoch 1/1  loss" in said.err
@@ -135,7 +138,7 @@ def test_what_is_worse_is_not_published_and_says_so(command, state, trained, tmp
     assert out.endswith("; nothing has changed\n")
     assert "fine-tuning version 1 with 180 events" in err
     assert Registry(state).versions() == before
-    assert Registry(state).offers() == []
+    assert Registry(state).offers.names() == []
     assert not (state / FOLDER).exists()
     outcome = json.loads((tmp_path / "outcome.json").read_text())
     assert (outcome["accepted"], outcome["version"], outcome["rival"], outcome["log_offset"]) == (False, None, 10, 180)
@@ -149,8 +152,8 @@ def test_without_a_learner_the_result_waits_for_one_that_takes_it_over_once(comm
     assert status == 0
     assert out.startswith("offered (ndcg@10 ")
     registry = Registry(state)
-    (name,) = registry.offers()
-    offered = registry.load_offer(name)
+    (name,) = registry.offers.names()
+    offered = registry.offers.load(name)
     assert (offered.log_offset, offered.facts.since) == (180, 6)
     assert (offered.facts.events_trained, offered.facts.events_rejected) == (180, 0)
     learner = NearlineLearner(registry, CONFIG)
@@ -160,7 +163,7 @@ def test_without_a_learner_the_result_waits_for_one_that_takes_it_over_once(comm
     restarted = NearlineLearner(registry, CONFIG)
     assert restarted.facts.offer == name, "which a learner that died before the offer was gone knows it by"
     with FeedbackLogReader(state / "feedback.sqlite") as log:
-        ledger = check(registry.ledger(), log)
+        ledger = check(Accounts(registry).newest_lineage(), log)
     assert (ledger.faults, ledger.versions, ledger.events_trained, ledger.waiting) == ([], 7, 180, 20)
 
 
@@ -178,12 +181,12 @@ def test_the_live_version_may_be_pruned_while_the_workers_train(state, trained, 
 
 
 def test_what_the_gate_rejected_is_neither_learned_nor_judged_by(state, trained):
-    rejected = Rejections(Registry(state))
+    rejected = Rejections(Registry(state).store)
     rejected.add(Rejection(3, 30, 50, 20, 20, "it did harm"))
     rejected.add(Rejection(10, 190, 200, 10, 30, "it did harm"))
     outcome = finetune(state, settings=FinetuneSettings(tolerance=1.0, older_events=0.0))
-    (name,) = Registry(state).offers()
-    facts = Registry(state).load_offer(name).facts
+    (name,) = Registry(state).offers.names()
+    facts = Registry(state).offers.load(name).facts
     assert outcome.events + outcome.held_out_events == 170
     learned = outcome.log_offset - 20
     assert (outcome.events, facts.events_trained, facts.events_rejected) == (learned, learned, 20)
@@ -198,7 +201,7 @@ def test_two_runs_do_not_work_in_one_folder(command, state, trained):
 
 
 def test_a_result_that_the_learner_could_not_use_is_not_offered_again(state, trained, monkeypatch):
-    monkeypatch.setattr(Registry, "offer", lambda *_: None)  # as if the learner had withdrawn it
+    monkeypatch.setattr(Offers, "add", lambda *_: None)  # as if the learner had withdrawn it
     with pytest.raises(RuntimeError, match="the learner could not take the result over"):
         finetune(state, settings=FinetuneSettings(tolerance=1.0))
     assert not (state / FOLDER).exists()
@@ -208,9 +211,9 @@ def test_the_next_run_starts_from_the_new_base(state, trained):
     finetune(state, settings=FinetuneSettings(tolerance=1.0))
     registry = Registry(state)
     learner = NearlineLearner(registry, CONFIG)
-    (name,) = registry.offers()
+    (name,) = registry.offers.names()
     learner.take_over(name)
-    registry.withdraw(name)
+    registry.offers.withdraw(name)
     with pytest.raises(InputError, match=r"^since: 20 events came after version 12, and it takes at least 40"):
         finetune(state)
     assert not (state / FOLDER).exists()
@@ -225,7 +228,7 @@ def test_a_killed_run_goes_on_with_what_it_had_planned(state, trained, capsys):
         log.append([Event("late", "i1", "click", None, NOW + n, str(n)) for n in range(50)]).result()
     outcome = finetune(state, settings=settings)
     assert json.loads(plan)["cut"]["until"] == outcome.log_offset == 180
-    assert Registry(state).offers() == [json.loads(plan)["name"]]
+    assert Registry(state).offers.names() == [json.loads(plan)["name"]]
     assert "going on with the interrupted run" in capsys.readouterr().err
     assert len(trained) == 2
 
@@ -238,13 +241,13 @@ def test_a_run_that_is_killed_after_its_offer_does_not_offer_again(state, traine
         with pytest.raises(KeyboardInterrupt):
             finetune(state, settings=settings)
     registry = Registry(state)
-    (name,) = registry.offers()
+    (name,) = registry.offers.names()
     if taken_over:
         NearlineLearner(registry, CONFIG).take_over(name)
-        registry.withdraw(name)
+        registry.offers.withdraw(name)
     outcome = finetune(state, settings=settings)
     assert outcome.version == (12 if taken_over else None)
-    assert registry.offers() == ([] if taken_over else [name])
+    assert registry.offers.names() == ([] if taken_over else [name])
     assert not (state / FOLDER).exists()
 
 
@@ -266,11 +269,11 @@ def test_feedback_of_several_shards_is_learned_in_their_order(tmp_path, trained)
             learner.learn(micro_batch(run.end, [History.of([event]) for event in events]))
     assert order.end() == learner.log_offset == 200
     outcome = finetune(folder, settings=FinetuneSettings(tolerance=1.0))
-    (name,) = registry.offers()
+    (name,) = registry.offers.names()
     learner.take_over(name)
     assert (learner.log_offset, learner.events_trained) == (outcome.log_offset, outcome.events)
     with read_log(folder) as log:
-        ledger = check(registry.ledger(), log)
+        ledger = check(Accounts(registry).newest_lineage(), log)
     assert (ledger.faults, ledger.waiting) == ([], 200 - outcome.log_offset)
     for log in (*logs, order):
         log.close()

@@ -34,7 +34,7 @@ from jobs.training_loop import preset_of, read_training_data
 from lib.data.events import EVENT_SCHEMA
 from lib.errors import InputError
 from lib.model.folder import Manifest, load_model, read_manifest
-from lib.versions.registry import OPTIMIZER_FILE
+from lib.versions.folder import OPTIMIZER_FILE
 from tests.helpers.service import RaySession
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -188,7 +188,7 @@ def test_rejections_are_listed_for_good(tmp_path):
     learner.trainer.learning_rate = float("inf")
     learner.learn(micro_batch(9, [history([4, 5, 6])]))
     assert_same_state(copied_state(learner.encoder), before)
-    (rejection,) = Rejections(registry).all()
+    (rejection,) = Rejections(registry.store).all()
     assert (rejection.after_offset, rejection.last_offset, rejection.events) == (3, 9, 1)
     assert rejection.reason == "a loss or a weight is not finite"
     restarted = NearlineLearner(registry, config)
@@ -211,7 +211,7 @@ def test_what_was_rejected_is_not_replayed(tmp_path):
 
 @pytest.mark.parametrize("spans", [[(0, 4), (4, 6), (10, 12)], [(10, 12), (2, 6), (0, 5)]])
 def test_rejections_cover_the_offsets_behind_the_first(tmp_path, spans):
-    listed = Rejections(started_registry(tmp_path / "store"))
+    listed = Rejections(started_registry(tmp_path / "store").store)
     offsets = np.arange(15)
     assert not listed.cover(offsets).any()
     for after, last in spans:
@@ -229,7 +229,7 @@ def test_a_rejection_that_a_crash_kept_from_the_list_is_listed_after_it(tmp_path
         patch.setattr(learner.rejections, "add", lambda rejection: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             learner.learn(micro_batch(4, [history([1, 2, 3])]))
-    assert Rejections(registry).all() == []
+    assert Rejections(registry.store).all() == []
     for _ in range(2):  # once, however often it starts
         restarted = NearlineLearner(registry, learner.config)
         (rejection,) = restarted.rejections.all()
@@ -265,11 +265,11 @@ def test_slow_harm_is_taken_back_and_learning_rests(tmp_path):
 
 def test_many_rejections_fill_several_files(tmp_path):
     registry = started_registry(tmp_path / "store")
-    listed = Rejections(registry)
+    listed = Rejections(registry.store)
     for number in range(1, LINES_A_FILE + 3):
         listed.add(Rejection(1, number - 1, number, 1, number, "a reason"))
-    assert registry.files("rejections") == ["0000000001", f"{LINES_A_FILE + 1:010d}"]
-    again = Rejections(registry)
+    assert registry.store.files("rejections") == ["0000000001", f"{LINES_A_FILE + 1:010d}"]
+    again = Rejections(registry.store)
     assert len(again) == LINES_A_FILE + 2
     assert [each.last_offset for each in again.all()] == list(range(1, LINES_A_FILE + 3))
     assert again.newest == again.all()[-1]

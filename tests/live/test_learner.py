@@ -346,7 +346,7 @@ def test_a_dense_tensor_or_a_loss_that_is_not_finite_is_rejected(learner, monkey
 
 
 def test_learning_goes_on_after_a_rejection(registry, learner):
-    twin = NearlineLearner(started_registry(f"{registry.root}-twin", dropout=0.3), CONFIG)
+    twin = NearlineLearner(started_registry(f"{registry.store.root}-twin", dropout=0.3), CONFIG)
     rejected_update(learner, micro_batch(1, [history([1, 2, 3])], held_out=HELD_OUT))
     one, other = update(learner, 2, 4, 5, 6), update(twin, 2, 4, 5, 6)
     assert one.checksum == other.checksum  # as if the rejected one had never been

@@ -25,6 +25,7 @@ from lib.log.one_machine import on_one_machine
 from lib.log.order import LogOrder
 from lib.log.shard import Shard, shard_of
 from lib.model.facts import VersionFacts
+from lib.versions.accounts import Accounts
 from lib.versions.ledger import check
 from lib.versions.registry import Registry
 from serving.aggregator import Aggregator, AggregatorConfig, aggregator_handle
@@ -114,7 +115,7 @@ def registry(tmp_path: Path) -> Registry:
 @pytest.fixture
 def aggregators(ray_session: object, registry: Registry) -> Iterator[Aggregators]:
     config = AggregatorConfig(largest_batch=50, cleaning=CleaningRules(rate_events=0))
-    started = Aggregators(registry.root, None, config, LAYOUT, PATIENCE)
+    started = Aggregators(registry.store.root, None, config, LAYOUT, PATIENCE)
     try:
         yield started
     finally:
@@ -136,8 +137,8 @@ def learn_up_to(learner: NearlineLearner, batches: BatchSource, offset: int) -> 
 
 
 def assert_each_learned_once(registry: Registry) -> None:
-    with read_log(registry.root) as log:
-        ledger = check(registry.ledger(), log)
+    with read_log(registry.store.root) as log:
+        ledger = check(Accounts(registry).newest_lineage(), log)
         assert (ledger.faults, ledger.erased, ledger.waiting) == ([], 0, 0)
         assert ledger.events_trained + ledger.events_rejected == ledger.log_offset == log.count()
 
@@ -147,9 +148,9 @@ def test_two_aggregators_are_as_one(aggregators: Aggregators, registry: Registry
     assert [aggregator_handle(shard) for shard in LAYOUT.shards()] == aggregators.handles
     assert len([handle for handle in running_aggregators() if handle in aggregators.handles]) == 2
     learner = NearlineLearner(registry, CONFIG)
-    ends = learn_up_to(learner, BatchSource(registry.root), 161)
+    ends = learn_up_to(learner, BatchSource(registry.store.root), 161)
     assert learner.item_revision == 1
-    with LogOrder(Path(registry.root, "order.sqlite")) as order:
+    with LogOrder(Path(registry.store.root, "order.sqlite")) as order:
         assert len({run.shard for end in ends[:-1] if (run := order.after(end)) is not None}) == 2, "they take turns"
     assert_each_learned_once(registry)
 
@@ -158,9 +159,9 @@ def test_two_aggregators_are_as_one(aggregators: Aggregators, registry: Registry
     assert asyncio.run(aggregators.append(feedback(*clicks(30, first=1000)))) == [None] * 30
     given = None
     while not isinstance(given, MicroBatch):
-        given = BatchSource(registry.root).next(learner.log_offset, learner.item_revision, learner.sample_sizes)
+        given = BatchSource(registry.store.root).next(learner.log_offset, learner.item_revision, learner.sample_sizes)
     learner = NearlineLearner(registry, CONFIG)
-    assert learn_up_to(learner, BatchSource(registry.root), 191)[0] == given.last_offset
+    assert learn_up_to(learner, BatchSource(registry.store.root), 191)[0] == given.last_offset
     assert_each_learned_once(registry)
 
     # the one that is away holds nobody up but its own users, and comes back with all that it had
@@ -168,7 +169,7 @@ def test_two_aggregators_are_as_one(aggregators: Aggregators, registry: Registry
     os.kill(status.process, signal.SIGKILL)
     theirs = [event for event in clicks(100, first=2000) if shard_of(event.user_id, 2) == 0]
     assert ray.get(live.append.remote(theirs)) == [None] * len(theirs)
-    batches = BatchSource(registry.root)
+    batches = BatchSource(registry.store.root)
     learn_up_to(learner, batches, 191 + len(theirs))
     assert asyncio.run(aggregators.append(feedback(*clicks(160)))) == ["duplicate"] * 160
     assert asyncio.run(aggregators.append(feedback(*clicks(10, first=3000)))) == [None] * 10

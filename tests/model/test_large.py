@@ -26,7 +26,7 @@ from lib.model.encoder import BehaviourEncoder, Block, Packing
 from lib.model.folder import load_model
 from lib.model.presets import PRESETS, preset_for
 from lib.model.trainer import StepResult, Trainer, TrainingConfig
-from lib.versions.registry import OPTIMIZER_FILE
+from lib.versions.folder import OPTIMIZER_FILE
 from tests.benchmarks.training_step import encoder_config
 from tests.helpers.tiny import assert_same_state, copied_state, random_histories, tiny_config, tiny_encoder
 

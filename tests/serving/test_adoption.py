@@ -15,7 +15,9 @@ from lib.live.settings import LearnerConfig
 from lib.model.delta import Delta
 from lib.model.facts import VersionFacts
 from lib.model.folder import Manifest
-from lib.versions.registry import LoadedVersion, Registry, load_folder, save_with_optimizer
+from lib.versions.folder import LoadedVersion, load_folder, save_with_optimizer
+from lib.versions.registry import Registry
+from lib.versions.store import Store
 from serving.learner import OFFER_SECONDS, Learner, Progress
 from serving.learner_workers import LearnerWorkers
 from serving.rollout import Acknowledgement, Acknowledgements
@@ -73,8 +75,8 @@ def test_the_other_model_is_the_next_version_and_a_restarted_learner_has_it(regi
     assert_same_learners(learner, restarted)
     assert (restarted.base, restarted.facts.offer, restarted.facts.adopted) == (7, "first", learner.facts.adopted)
     assert_same_state(copied_state(recommender_of(registry).encoder), copied_state(learner.encoder))
-    assert registry.adopted("first") == 7
-    assert registry.adopted("second") is None
+    assert registry.version_of_offer("first") == 7
+    assert registry.version_of_offer("second") is None
     update(learner, 4)
     restarted = NearlineLearner(registry, CONFIG)
     assert (restarted.base, restarted.facts.offer, restarted.facts.adopted) == (7, None, learner.facts.adopted)
@@ -166,16 +168,16 @@ def test_the_base_outlives_pruning(tmp_path):
 
 
 def test_offers_wait_in_order_and_go(registry, tmp_path):
-    assert registry.offers() == []
-    registry.offer("2", model_folder(tmp_path / "two", 2))
-    registry.offer("1", model_folder(tmp_path / "one", 1))
-    assert registry.offers() == ["1", "2"]
-    assert registry.load_offer("2").log_offset == 2
-    registry.withdraw("1")
-    assert registry.offers() == ["2"]
+    assert registry.offers.names() == []
+    registry.offers.add("2", model_folder(tmp_path / "two", 2))
+    registry.offers.add("1", model_folder(tmp_path / "one", 1))
+    assert registry.offers.names() == ["1", "2"]
+    assert registry.offers.load("2").log_offset == 2
+    registry.offers.withdraw("1")
+    assert registry.offers.names() == ["2"]
     (tmp_path / "store" / "offers" / "2" / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"model\.safetensors is not the file"):
-        registry.load_offer("2")
+        registry.offers.load("2")
 
 
 def test_histories_are_read_anew_by_another_recommender(registry, tmp_path):
@@ -211,7 +213,7 @@ class Nobody:
 def started(registry: Registry) -> Learner:
     """The actor without its process and its thread."""
     actor = object.__new__(Learner)
-    actor.workers, actor.progress = LearnerWorkers(registry.root, CONFIG), Progress()
+    actor.workers, actor.progress = LearnerWorkers(registry.store.root, CONFIG), Progress()
     actor.learner = actor.workers.first
     actor.rollout = Nobody()  # pyright: ignore[reportAttributeAccessIssue]
     actor.looked_for_offers, actor.stored_whole, actor.stopping = -OFFER_SECONDS, 0, threading.Event()
@@ -220,11 +222,11 @@ def started(registry: Registry) -> Learner:
 
 
 def test_an_offer_is_taken_over_and_gone(registry, tmp_path):
-    registry.offer("first", model_folder(tmp_path / "base", 0))
+    registry.offers.add("first", model_folder(tmp_path / "base", 0))
     actor = started(registry)
     actor._take_over()
     assert (actor.learner.version, actor.live.version, actor.live.base) == (2, 2, 2)
-    assert registry.offers() == []
+    assert registry.offers.names() == []
     actor.looked_for_offers = -OFFER_SECONDS
     actor._take_over()
     assert registry.head() == 2
@@ -244,19 +246,19 @@ class Slow:
 
 
 def test_an_offer_is_gone_once_the_slowest_replica_has_it(registry, tmp_path, monkeypatch):
-    registry.offer("first", model_folder(tmp_path / "base", 0))
+    registry.offers.add("first", model_folder(tmp_path / "base", 0))
     actor, rollout = started(registry), Slow(late=3)
     actor.rollout = rollout  # pyright: ignore[reportAttributeAccessIssue]
-    withdraw, late = registry.withdraw, []
+    withdraw, late = registry.offers.withdraw, []
 
     def withdrawn(name: str) -> None:
         late.append(rollout.late)
         withdraw(name)
 
-    monkeypatch.setattr(actor.learner.registry, "withdraw", withdrawn)
+    monkeypatch.setattr(actor.learner.registry.offers, "withdraw", withdrawn)
     actor._take_over()
     assert late == [-1]
-    assert registry.offers() == []
+    assert registry.offers.names() == []
     assert actor.progress.unreached == 0
 
 
@@ -296,30 +298,30 @@ def test_the_status_is_asked_for_while_the_learner_adds_to_it():
 
 
 def test_an_offer_whose_taker_died_before_it_was_gone_is_not_taken_over_again(registry, tmp_path):
-    registry.offer("first", model_folder(tmp_path / "base", 0))
-    NearlineLearner(registry, CONFIG).adopt(registry.load_offer("first"), FACTS)  # and here it dies
+    registry.offers.add("first", model_folder(tmp_path / "base", 0))
+    NearlineLearner(registry, CONFIG).adopt(registry.offers.load("first"), FACTS)  # and here it dies
     actor = started(registry)
     actor._take_over()
     assert registry.head() == 2
-    assert registry.offers() == []
+    assert registry.offers.names() == []
 
 
 def test_a_taker_that_dies_while_it_publishes_leaves_the_old_weights(registry, learner, tmp_path, monkeypatch):
     update(learner, 1)
-    registry.offer("first", model_folder(tmp_path / "base", 0))
-    write = Registry._write
+    registry.offers.add("first", model_folder(tmp_path / "base", 0))
+    write = Store.write
 
-    def die_before_the_manifest(self: Registry, name: str, data: bytes, replace: bool = False) -> None:
+    def die_before_the_manifest(self: Store, name: str, data: bytes, replace: bool = False) -> None:
         if name == "snapshots/0000000003/manifest.json":
             raise KeyboardInterrupt
         write(self, name, data, replace)
 
-    monkeypatch.setattr(Registry, "_write", die_before_the_manifest)
+    monkeypatch.setattr(Store, "write", die_before_the_manifest)
     with pytest.raises(KeyboardInterrupt):
         started(registry)._take_over()
     monkeypatch.undo()
     assert_same_learners(NearlineLearner(registry, CONFIG), learner)
-    assert registry.offers() == ["first"]
+    assert registry.offers.names() == ["first"]
     actor = started(registry)
     actor._take_over()
     assert (actor.learner.version, actor.learner.log_offset) == (3, 0)
@@ -327,11 +329,11 @@ def test_a_taker_that_dies_while_it_publishes_leaves_the_old_weights(registry, l
 
 
 def test_a_damaged_offer_is_withdrawn_and_learning_goes_on(registry, tmp_path):
-    registry.offer("damaged", model_folder(tmp_path / "one", 0))
-    registry.offer("whole", model_folder(tmp_path / "two", 0))
+    registry.offers.add("damaged", model_folder(tmp_path / "one", 0))
+    registry.offers.add("whole", model_folder(tmp_path / "two", 0))
     (tmp_path / "store" / "offers" / "damaged" / "config.json").write_text("{")
     actor = started(registry)
     actor._take_over()
-    assert registry.offers() == []
-    assert registry.adopted("damaged") is None
-    assert registry.adopted("whole") == actor.learner.version == 2
+    assert registry.offers.names() == []
+    assert registry.version_of_offer("damaged") is None
+    assert registry.version_of_offer("whole") == actor.learner.version == 2

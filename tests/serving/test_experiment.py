@@ -36,8 +36,10 @@ from lib.model.folder import Manifest
 from lib.ranking.filters import ItemFilter
 from lib.ranking.recommender import Question, Recommender
 from lib.ranking.rules import RankingRules
+from lib.versions.accounts import Accounts
+from lib.versions.folder import load_folder, save_with_optimizer
 from lib.versions.ledger import check
-from lib.versions.registry import Registry, load_folder, save_with_optimizer
+from lib.versions.registry import Registry
 from serving.challenger import Answer, Challenger, load_challenger
 from serving.experiment import Experiments, prepare_challenger
 from serving.live_models import LiveModels
@@ -362,11 +364,11 @@ def test_a_winner_is_offered_and_its_arm_goes_on_until_it_is_live(state, model, 
     assert status["state"] == "promoting"
     assert sum(arm["answers"] for arm in status["arms"].values()) == 900
     registry = Registry(state)
-    assert registry.offers() == [experiments.running[challenger.name].offer]
+    assert registry.offers.names() == [experiments.running[challenger.name].offer]
     learner = NearlineLearner(registry, CONFIG)
-    learner.take_over(registry.offers()[0])
+    learner.take_over(registry.offers.names()[0])
     assert asyncio.run(challenger.tell()), "the replicas have it when the offer is gone"
-    registry.withdraw(registry.offers()[0])
+    registry.offers.withdraw(registry.offers.names()[0])
     assert not asyncio.run(challenger.tell())
     assert (status_of(challenger)["state"], status_of(challenger)["version"]) == ("promoted", 4)
     # learning goes on from where its weights are: nothing of the log is in another model's
@@ -375,10 +377,10 @@ def test_a_winner_is_offered_and_its_arm_goes_on_until_it_is_live(state, model, 
     assert learner.learn(micro_batch(learner.log_offset + 1, [history([1, 2])])).version == 5
     with FeedbackLog.open(state / "feedback.sqlite") as log:
         log.append([Event("u", "i1", "click", None, NOW, str(number)) for number in range(2)]).result()
-        assert check(registry.ledger(), log).faults == []
+        assert check(Accounts(registry).newest_lineage(), log).faults == []
     restarted, _ = started(state, model="2" if stored else model)
     assert restarted.record(challenger.prepared, Records.none()) is False
-    assert registry.offers() == []
+    assert registry.offers.names() == []
 
 
 def test_a_loser_is_given_up(state, model):
@@ -386,7 +388,7 @@ def test_a_loser_is_given_up(state, model):
     show(challenger, 600, loses)
     assert not asyncio.run(challenger.tell())
     assert status_of(challenger)["state"] == "rolled back"
-    assert Registry(state).offers() == []
+    assert Registry(state).offers.names() == []
     assert not asyncio.run(started(state, model=model)[1].tell())
 
 
@@ -395,16 +397,16 @@ def test_a_winner_that_the_learner_refuses_is_no_endless_offer(state, model):
     show(challenger, 600, wins)
     assert asyncio.run(challenger.tell())
     registry = Registry(state)
-    registry.withdraw(registry.offers()[0])
+    registry.offers.withdraw(registry.offers.names()[0])
     assert not asyncio.run(challenger.tell())
-    assert (status_of(challenger)["state"], registry.offers()) == ("refused", [])
+    assert (status_of(challenger)["state"], registry.offers.names()) == ("refused", [])
 
 
 def test_results_that_are_removed_begin_another_experiment(state, model):
     experiments, challenger = started(state, model=model)
     show(challenger, 600, wins)
     assert asyncio.run(challenger.tell())
-    first = Registry(state).offers()
+    first = Registry(state).offers.names()
     experiments.close()
     challenger.prepared.results.unlink()
     experiments, challenger = started(state, model=model)
@@ -617,4 +619,4 @@ def test_a_winner_takes_over_without_a_failed_request(mortal_service: LiveServic
     labels = {sample["arm"] for sample, _ in metrics(mortal_service)["afterclick_arm_answers_total"]}
     assert labels == {LIVE, CHALLENGER}
     with FeedbackLogReader(mortal_service.log) as log:
-        assert check(Registry(mortal_service.state).ledger(), log).faults == []
+        assert check(Accounts(Registry(mortal_service.state)).newest_lineage(), log).faults == []

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lib.log.reader import FeedbackLogReader
+from lib.versions.accounts import Accounts
 from lib.versions.ledger import check
 from lib.versions.registry import Registry
 from tests.helpers.service import LiveService, assert_refused, click
@@ -46,7 +47,7 @@ def test_without_room_events_are_refused_and_learning_waits_and_both_go_on_with_
     assert after["aggregator"]["process"] == before["aggregator"]["process"]
     assert after["learner"]["events_trained"] == before["learner"]["events_trained"] + 2
     with FeedbackLogReader(mortal_service.log) as log:
-        assert check(Registry(mortal_service.state).ledger(), log).faults == []
+        assert check(Accounts(Registry(mortal_service.state)).newest_lineage(), log).faults == []
 
 
 def test_a_delta_that_is_torn_while_live_is_made_up_for(mortal_service: LiveService) -> None:
@@ -66,4 +67,4 @@ def test_a_delta_that_is_torn_while_live_is_made_up_for(mortal_service: LiveServ
     assert after["model_version"] == before["model_version"] + 2
     assert Registry(mortal_service.state).load().damage == []
     with FeedbackLogReader(mortal_service.log) as log:
-        assert check(Registry(mortal_service.state).ledger(), log).faults == []
+        assert check(Accounts(Registry(mortal_service.state)).newest_lineage(), log).faults == []

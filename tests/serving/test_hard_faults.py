@@ -32,6 +32,7 @@ from lib.log.write_ahead_log import Tail, read_tail
 from lib.model.delta import Delta, DeltaMismatch
 from lib.model.folder import Manifest, save_model
 from lib.ranking.recommender import Question, RankedItem, Recommender
+from lib.versions.accounts import Accounts
 from lib.versions.ledger import check
 from lib.versions.registry import Registry
 from serving.aggregator import Aggregator, AggregatorConfig
@@ -95,7 +96,7 @@ def test_a_version_that_cannot_be_stored_waits_for_room_and_is_learned_once(tmp_
 
         def wait(error: OSError) -> None:
             errors.append(error)
-            assert Registry(registry.root).head() == stored
+            assert Registry(registry.store.root).head() == stored
             assert not [path for path in (tmp_path / "store").rglob("*") if path.name.startswith(".")]
             if len(errors) == 3:
                 lift()
@@ -112,7 +113,7 @@ def test_a_version_that_cannot_be_stored_waits_for_room_and_is_learned_once(tmp_
         learn(learner, log)
         learn(steady, steady_log)
         assert_same_state(copied_state(learner.encoder), copied_state(steady.encoder))
-        ledger = check(Registry(registry.root).ledger(), log)
+        ledger = check(Accounts(Registry(registry.store.root)).newest_lineage(), log)
         assert (ledger.faults, ledger.events_trained, ledger.waiting) == ([], 6, 0)
         assert_same_state(copied_state(registry.load().encoder), copied_state(learner.encoder))
 
@@ -341,12 +342,12 @@ def test_after_a_torn_delta_the_events_are_learned_again_under_new_versions(tmp_
         assert recommender(registry.load()).checksum == replica.checksum == learner.checksum
         assert registry.load().damage == []
 
-        ledger = check(registry.ledger(), log)
+        ledger = check(Accounts(registry).newest_lineage(), log)
         assert (ledger.faults, ledger.waiting) == ([], 2 * lost)
         waiting = log.read(learner.log_offset, 100)
         assert len(waiting) == 2 * lost
         learner.learn(micro_batch(waiting[-1].offset, [history(range(1, 10))], [len(waiting)]))
-        ledger = check(Registry(registry.root).ledger(), log)
+        ledger = check(Accounts(Registry(registry.store.root)).newest_lineage(), log)
         assert (ledger.faults, ledger.waiting, ledger.events_trained) == ([], 0, log.count())
         restarted = NearlineLearner(registry, CONFIG)
         assert (restarted.version, restarted.checksum, restarted.damage) == (head + 2, learner.checksum, [])
@@ -362,7 +363,7 @@ def test_a_learner_that_did_not_store_a_whole_version_first_is_loaded_too(tmp_pa
         learner.learn(micro_batch(6, [history([1, 2, 3, 4])], [4]))
         assert registry.load().version == learner.version == 5
         assert registry.load().damage == []
-        assert check(registry.ledger(), log).faults == []
+        assert check(Accounts(registry).newest_lineage(), log).faults == []
 
 
 def test_a_torn_snapshot_costs_nothing_where_its_deltas_are_there(tmp_path):
@@ -379,7 +380,7 @@ def test_a_torn_snapshot_costs_nothing_where_its_deltas_are_there(tmp_path):
         assert str(file) in again.damage[0]
         again.store_whole()
         assert NearlineLearner(registry, config).damage == []
-        assert check(registry.ledger(), log).faults == []
+        assert check(Accounts(registry).newest_lineage(), log).faults == []
 
 
 def test_without_any_whole_snapshot_the_message_names_the_file(tmp_path):

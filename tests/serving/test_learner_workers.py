@@ -58,7 +58,7 @@ def alone(tmp_path: Path) -> tuple[NearlineLearner, list[Any]]:
 @pytest.fixture
 def two(ray_session: object, registry: Registry) -> Iterator[LearnerWorkers]:
     """This process and one other."""
-    workers = LearnerWorkers(registry.root, CONFIG, workers=2)
+    workers = LearnerWorkers(registry.store.root, CONFIG, workers=2)
     try:
         yield workers
     finally:
@@ -119,7 +119,7 @@ def test_two_workers_learn_what_one_learns(
     rest = two.learn(replace(FIRST, last_offset=13))
     assert isinstance(rest, Rejection)
     assert "learning rests" in rest.reason
-    registry.offer("offer", Path(registry.root, "snapshots", f"{4:010d}"))
+    registry.offers.add("offer", Path(registry.store.root, "snapshots", f"{4:010d}"))
     two.take_over("offer")
     whole = two.store_whole()
     assert (two.first.base, whole.version, registry.snapshots()[-1]) == (9, 10, 10)
@@ -140,7 +140,7 @@ def test_two_workers_learn_what_one_learns(
 
 def test_one_worker_is_the_learner_itself(alone: tuple[NearlineLearner, list[Any]], registry: Registry) -> None:
     one, expected = alone
-    workers = LearnerWorkers(registry.root, CONFIG)
+    workers = LearnerWorkers(registry.store.root, CONFIG)
     outcomes = [take(workers, step) for step in STEPS]
     assert [outcome.checksum for outcome in outcomes] == [outcome.checksum for outcome in expected]
     batch = one._training_batch(FIRST)

@@ -16,8 +16,10 @@ from lib.log.feedback import FeedbackLog
 from lib.model.delta import Delta
 from lib.model.facts import VersionFacts
 from lib.model.folder import Manifest, read_manifest, write_manifest
+from lib.versions.accounts import Accounts
+from lib.versions.folder import save_with_optimizer
 from lib.versions.ledger import Account, Ledger, check, folded, lineage
-from lib.versions.registry import Registry, save_with_optimizer
+from lib.versions.registry import Registry
 from tests.helpers.logs import make_event
 from tests.helpers.tiny import history, micro_batch, started_registry
 
@@ -144,12 +146,12 @@ def test_the_ledger_of_stored_versions_outlives_their_files(tmp_path):
     with FeedbackLog.open(tmp_path / "log") as log:
         for updates in (5, 6):
             learner = learned(registry, log, updates, config)
-            ledger = check(Registry(registry.root).ledger(), log)
+            ledger = check(Accounts(Registry(registry.store.root)).newest_lineage(), log)
             assert ledger.faults == []
             assert ledger.versions == ledger.version == learner.version
             assert (ledger.log_offset, ledger.events_trained) == (log.last_offset(), log.count())
         assert registry.deltas()[0] > 6
-        assert len(registry.ledger()) < 6
+        assert len(Accounts(registry).newest_lineage()) < 6
 
 
 def offer(registry: Registry, folder: Path, name: str, since: int, events: int, log_offset: int) -> None:
@@ -159,7 +161,7 @@ def offer(registry: Registry, folder: Path, name: str, since: int, events: int, 
         kind="finetune", since=since, events=events, events_trained=start.facts.events_trained + events
     )
     save_with_optimizer(folder, start.encoder, start.catalog, Manifest(log_offset=log_offset, facts=facts), None)
-    registry.offer(name, folder)
+    registry.offers.add(name, folder)
 
 
 @pytest.mark.parametrize("keep_snapshots", [100, 2])  # without pruning, and with it
@@ -168,7 +170,7 @@ def test_the_lineage_of_a_new_base_has_every_event_once(tmp_path, keep_snapshots
     config = CONFIG.model_copy(update={"snapshot_every": 2, "keep_snapshots": keep_snapshots})
 
     def sound() -> Ledger:
-        ledger = check(Registry(registry.root).ledger(), log)
+        ledger = check(Accounts(Registry(registry.store.root)).newest_lineage(), log)
         assert ledger.faults == []
         return ledger
 
@@ -192,7 +194,7 @@ def test_the_lineage_of_a_new_base_has_every_event_once(tmp_path, keep_snapshots
         assert sound().events_trained == log.count() == 34
         offer(registry, tmp_path / "three", "three", since=15, events=13, log_offset=34)
         NearlineLearner(registry, config).take_over("three")
-        found = check(registry.ledger(), log).faults
+        found = check(Accounts(registry).newest_lineage(), log).faults
         assert found == ["version 23, offsets 21 to 34: gap, 13 events trained on and 0 rejected of 14"]
 
 
@@ -203,10 +205,10 @@ def test_a_base_whose_parent_was_deleted_starts_a_lineage_of_its_own(tmp_path):
         learned(registry, log, 2, config)
         offer(registry, tmp_path / "late", "late", since=3, events=4, log_offset=8)
         learner = learned(registry, log, 8, config)
-        assert not registry.traces(3)
+        assert not Accounts(registry).traces(3)
         learner.take_over("late")
         assert (learner.parent, learner.log_offset) == (None, 8)
-        ledger = check(registry.ledger(), log)
+        ledger = check(Accounts(registry).newest_lineage(), log)
         assert (ledger.faults, ledger.versions, ledger.waiting) == ([], 1, 12)
 
 
@@ -220,28 +222,32 @@ def test_what_the_gate_rejected_of_other_weights_says_nothing_of_a_new_base(tmp_
         offer(registry, tmp_path / "other", "other", since=1, events=2, log_offset=2)
         manifest = read_manifest(tmp_path / "other").model_copy(update={"version": learner.version})
         write_manifest(tmp_path / "other", manifest)
-        registry.offer("other", tmp_path / "other")
+        registry.offers.add("other", tmp_path / "other")
         learner = NearlineLearner(registry, CONFIG)
         assert (learner.log_offset, learner.events_rejected) == (6, 2)
         learner.take_over("other")
         for taken in (learner, NearlineLearner(registry, CONFIG)):
             assert (taken.version, taken.log_offset, taken.events_trained, taken.events_rejected) == (4, 2, 2, 0)
-        assert check(registry.ledger(), log).faults == []
+        assert check(Accounts(registry).newest_lineage(), log).faults == []
 
 
 def test_a_doctored_registry_is_found(tmp_path):
     registry = started_registry(tmp_path / "store")
     with FeedbackLog.open(tmp_path / "log") as log:
         learned(registry, log, 4)
-        assert check(registry.ledger(), log).faults == []
+        assert check(Accounts(registry).newest_lineage(), log).faults == []
         path = tmp_path / "store" / "deltas" / "0000000003"
         whole = Delta.from_bytes(path.read_bytes())
         for offset, fault in ((3, "version 3, offsets 3 to 3: overlap"), (5, "version 3, offsets 3 to 5: gap")):
             whole.log_offset = offset
             path.write_bytes(whole.to_bytes())
-            assert any(fault in found for found in check(Registry(registry.root).ledger(), log).faults)
+            assert any(
+                fault in found for found in check(Accounts(Registry(registry.store.root)).newest_lineage(), log).faults
+            )
         path.unlink()
-        assert check(Registry(registry.root).ledger(), log).faults == ["version 4: its parent 3 is missing"]
+        assert check(Accounts(Registry(registry.store.root)).newest_lineage(), log).faults == [
+            "version 4: its parent 3 is missing"
+        ]
 
 
 def test_the_command_says_so_and_fails_on_a_fault(tmp_path, capsys):

@@ -16,7 +16,10 @@ from lib.live.settings import LearnerConfig
 from lib.model.delta import Delta, DeltaMismatch
 from lib.model.facts import VersionFacts
 from lib.model.folder import MANIFEST, Manifest, load_model, save_model
-from lib.versions.registry import OPTIMIZER_FILE, Registry
+from lib.versions.accounts import Accounts
+from lib.versions.folder import OPTIMIZER_FILE
+from lib.versions.registry import Registry
+from lib.versions.retention import prune
 from tests.helpers.tiny import (
     assert_same_state,
     copied_state,
@@ -36,7 +39,8 @@ class UploadingRegistry(Registry):
     def __init__(self, location: Path):
         super().__init__(location)
         location.mkdir(exist_ok=True)
-        self.fs, self.root, self.local = fs.SubTreeFileSystem(str(location), fs.LocalFileSystem()), "bucket", False
+        self.store.fs = fs.SubTreeFileSystem(str(location), fs.LocalFileSystem())
+        self.store.root, self.store.local = "bucket", False
 
 
 @pytest.fixture(params=[Registry, UploadingRegistry], ids=["folder", "object store"])
@@ -48,10 +52,10 @@ def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
 
 def files_of(registry: Registry) -> Path:
     """Where the registry's files lie on this machine's disk."""
-    if registry.local:
-        return Path(registry.root)
-    assert isinstance(registry.fs, fs.SubTreeFileSystem)
-    return Path(registry.fs.base_path) / registry.root
+    if registry.store.local:
+        return Path(registry.store.root)
+    assert isinstance(registry.store.fs, fs.SubTreeFileSystem)
+    return Path(registry.store.fs.base_path) / registry.store.root
 
 
 def learn(registry: Registry, updates: int, config: LearnerConfig = CONFIG) -> dict[int, dict]:
@@ -152,7 +156,7 @@ def test_an_unfinished_write_is_not_a_version(registry):
 def test_a_crash_between_the_files_leaves_no_snapshot(registry, monkeypatch, survived):
     learner = NearlineLearner(registry, CONFIG)
     learner.learn(micro_batch(10, [history([1, 2])]))
-    write, written = registry._write, []
+    write, written = registry.store.write, []
 
     def crash(name: str, data: bytes, replace: bool = False) -> None:
         if len(written) == survived:
@@ -161,7 +165,7 @@ def test_a_crash_between_the_files_leaves_no_snapshot(registry, monkeypatch, sur
         written.append(name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(registry, "_write", crash)
+        patch.setattr(registry.store, "write", crash)
         with pytest.raises(OSError, match="killed"):
             learner.save_snapshot()
     assert registry.snapshots() == [1]
@@ -192,7 +196,7 @@ def test_snapshots_in_between_and_pruning(registry):
         assert_same_state(states[version], copied_state(registry.load(version).encoder))
     with pytest.raises(InputError, match="delta 2 is missing"):
         registry.load(3)
-    registry.prune(5)
+    prune(registry, Accounts(registry), 5)
     assert registry.snapshots() == [1, 6, 8]
 
 
@@ -201,7 +205,7 @@ def test_a_snapshot_holds_the_optimiser_and_the_catalog(registry):
     learner = NearlineLearner(registry, CONFIG)
     learner.save_snapshot()
     for version in registry.deltas():
-        registry.fs.delete_file(f"{registry.root}/deltas/{version:010d}")
+        registry.store.fs.delete_file(f"{registry.store.root}/deltas/{version:010d}")
     again = NearlineLearner(registry, CONFIG)
     assert again.version == 3
     assert again.log_offset == 20
@@ -246,7 +250,7 @@ def test_a_torn_delta_is_named_and_the_newest_whole_version_loaded(registry):
         assert (loaded.version, loaded.log_offset, loaded.facts.events_trained) == (3, 20, 2)
         assert_same_state(states[3], copied_state(loaded.encoder))
         [damage] = loaded.damage
-        assert damage.startswith(f"version: {registry.root}/deltas/0000000004 is damaged: ")
+        assert damage.startswith(f"version: {registry.store.root}/deltas/0000000004 is damaged: ")
         kinds = [info.kind for info in registry.versions()]
         assert kinds == ["snapshot", "delta", "delta", "damaged" if length <= 100 else "delta"]  # it reads the header
 
@@ -316,7 +320,7 @@ def test_it_starts_from_a_model_folder_once(tmp_path):
 
 def test_a_snapshot_is_a_model_folder(tmp_path):
     registry = started_registry(tmp_path / "store")
-    encoder, catalog, manifest = load_model(Path(registry.root) / "snapshots" / "0000000001")
+    encoder, catalog, manifest = load_model(Path(registry.store.root) / "snapshots" / "0000000001")
     assert_same_state(copied_state(tiny_encoder()), copied_state(encoder))
     assert len(catalog) == 24
     assert manifest.version == 1
@@ -325,7 +329,7 @@ def test_a_snapshot_is_a_model_folder(tmp_path):
 def test_a_file_uri_is_the_folder(tmp_path):
     learn(started_registry(tmp_path / "my store"), 1)
     registry = Registry((tmp_path / "my store").as_uri())
-    assert registry.local
+    assert registry.store.local
     assert registry.head() == 2
     learn(registry, 1)
     assert Registry(tmp_path / "my store").load().version == 3
