@@ -1,0 +1,51 @@
+"""Every setting that a person can reach is in a table of jobs/README.md, with its default, range and meaning."""
+
+import importlib
+import pkgutil
+
+import pytest
+from pydantic import BaseModel
+
+from lib.settings import Settings
+from tests.helpers.settings_table import README, REQUEST, model_in, name_of, settings_class, with_tables
+
+TEXT = README.read_text()
+WITH_TABLES = {match[2] for match in REQUEST.finditer(TEXT) if match[1] == "settings"}
+NOT_REACHED: dict[str, str] = {}
+
+
+def all_settings() -> set[type[Settings]]:
+    """Return every class of settings that the packages have."""
+    for package in ("lib", "serving", "jobs"):
+        for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)
+    found: set[type[Settings]] = set()
+    waiting = [Settings]
+    while waiting:
+        kinds = waiting.pop().__subclasses__()
+        found.update(kind for kind in kinds if kind.__module__.split(".")[0] in ("lib", "serving", "jobs"))
+        waiting += kinds
+    return found
+
+
+def parts_of(kind: type[BaseModel]) -> set[str]:
+    """Return the names of the classes that a table of this class has rows of."""
+    inner = [model_in(field.annotation) for field in kind.model_fields.values()]
+    return {name_of(kind)}.union(*(parts_of(each) for each in inner if each is not None))
+
+
+def test_the_tables_are_what_the_code_says():
+    assert with_tables(TEXT) == TEXT, "run: python -m tests.helpers.settings_table"
+
+
+def test_every_class_of_settings_has_a_table():
+    shown = set().union(*(parts_of(settings_class(name)) for name in WITH_TABLES))
+    known = {name_of(kind) for kind in all_settings()}
+    assert known - shown == set(NOT_REACHED)
+
+
+@pytest.mark.parametrize("name", sorted(WITH_TABLES))
+def test_every_setting_says_what_it_does(name):
+    for setting, field in settings_class(name).model_fields.items():
+        assert field.description or model_in(field.annotation), f"{name}.{setting} has no description"
