@@ -6,7 +6,9 @@ like a fresh clone (links to the repository's own files), block after block, as 
 with its reason, so that a new block is either run or listed.
 """
 
+import importlib
 import os
+import pkgutil
 import random
 import re
 import signal
@@ -23,6 +25,7 @@ import pytest
 
 from cluster.local import HOST
 from jobs.command_line import VERBS
+from serving import routes
 from tests.helpers.settings_table import options_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,7 +178,17 @@ def test_every_verb_has_a_section_with_its_options():
     text = text_of("jobs/README.md")
     for verb in VERBS:
         section = re.split(rf"^### {verb}$", text, flags=re.MULTILINE)[1].partition("\n### ")[0]
-        assert f"<!-- options of {verb} -->\n|" in section  # tests/test_settings.py compares them
+        assert f"<!-- options of {verb} -->\n\n|" in section  # tests/test_settings.py compares them
+
+
+def test_every_request_is_in_the_readme_of_the_service():
+    text = text_of("serving/README.md")
+    for module in pkgutil.iter_modules(routes.__path__):
+        router = getattr(importlib.import_module(f"serving.routes.{module.name}"), "router", None)
+        for route in router.routes if router is not None else ():
+            path = re.sub(r"\{\w+(:path)?\}", "{id}", route.path)
+            for method in route.methods:
+                assert re.search(rf"`{method} {re.escape(path)}[`?]", text), f"{method} {path}"
 
 
 def test_every_benchmark_is_in_their_readme():

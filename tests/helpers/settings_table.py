@@ -21,7 +21,7 @@ from typer.main import get_command
 from jobs.command_line import VERBS
 
 README = Path(__file__).resolve().parents[2] / "jobs" / "README.md"
-REQUEST = re.compile(r"^<!-- (options|settings) of (\S+) -->\n(?:\|.*\n)*", re.MULTILINE)
+REQUEST = re.compile(r"^<!-- (options|settings) of (\S+) -->\n\n?(?:\|.*\n)*", re.MULTILINE)
 
 
 def with_tables(text: str) -> str:
@@ -31,7 +31,7 @@ def with_tables(text: str) -> str:
     def table(match: re.Match[str]) -> str:
         kind, name = match.groups()
         lines = option_table(name) if kind == "options" else settings_table(settings_class(name), own)
-        return "\n".join([f"<!-- {kind} of {name} -->", *lines, ""])
+        return "\n".join([f"<!-- {kind} of {name} -->", "", *lines, ""])
 
     return REQUEST.sub(table, text)
 
