@@ -8,8 +8,9 @@ import httpx
 import numpy as np
 
 from lib.data.events import Event
+from lib.data.tables import events_of
 from lib.errors import InputError
-from lib.live.prequential import MISSED, Outcome, Stream, events_of
+from lib.live.prequential import MISSED, Outcome, Stream
 from lib.live.prequential_comparison import DEEPEST
 
 AT_ONCE = 64  # events whose users are served at the same time; one user's own go one after another

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import ray
 from pydantic import Field
 from ray.actor import ActorHandle
@@ -25,6 +26,7 @@ from lib.data.dataset import read_events
 from lib.data.events import Event
 from lib.data.guard import CleaningRules, FeedbackGuard
 from lib.data.history import History
+from lib.data.tables import events_of
 from lib.data.user_histories import UserHistories
 from lib.live.micro_batch import MicroBatch, SampleSizes, micro_batch
 from lib.log.board import ChangeBoard
@@ -41,6 +43,7 @@ ITEM_LOG_FILE = "items.sqlite"
 BOARD_FILE = "changes"
 DUPLICATE = "duplicate"
 MOST_ARRIVALS = 100_000
+DATASET_ROWS = 100_000  # of a dataset that are Python objects at once
 NEWCOMER_EVENTS = 5  # with fewer in their history, somebody is new
 TORN = "{}: the last commit was torn when the machine stopped, and is dropped; it was not acknowledged"
 
@@ -118,10 +121,11 @@ class Aggregator:
     def _read_dataset(self, data: str) -> None:
         """Histories that were there before the first live event, oldest first."""
         table = read_events(data)
-        columns = (table[name].to_pylist() for name in ("user_id", "item_id", "event", "value", "timestamp"))
-        for values in sorted(zip(*columns, strict=True), key=lambda values: values[4]):
-            if self.shard.has(values[0]):
-                self.histories.append(Event(*values))
+        oldest_first = table.take(pa.array(np.argsort(table["timestamp"].to_numpy(), kind="stable")))
+        for batch in oldest_first.to_batches(DATASET_ROWS):
+            for event in events_of(pa.Table.from_batches([batch])):
+                if self.shard.has(event.user_id):
+                    self.histories.append(event)
 
     async def append(
         self, events: Sequence[Event], named: Collection[str] = (), reject: Counter[str] | None = None

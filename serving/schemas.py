@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lib.data.events import EVENT_KINDS
+from lib.data.events import EVENT_FIELDS, EVENT_KINDS
 
 LARGEST_K = 1000
 LARGEST_EVENT_BATCH = 1000
@@ -104,10 +104,17 @@ class RollbackRequest(BaseModel):
     version: int = Field(ge=1)
 
 
-EVENT_ID = (
-    "makes a repeated request harmless; without it the timestamp does; without both an event may count twice when the "
-    "replica that took it dies before it answers"
-)
+JSON_TYPES = {str: "string", int: "integer", float: "number"}
+EVENT_NOTES: dict[str, dict[str, Any]] = {
+    "event": {"enum": list(EVENT_KINDS)},
+    "value": {"nullable": True},
+    "timestamp": {"description": "milliseconds since 1970, UTC"},
+    "event_id": {
+        "description": "makes a repeated request harmless; without it the timestamp does; without both an event may "
+        "count twice when the replica that took it dies before it answers"
+    },
+    "request_id": {"description": "of the answer that was shown"},
+}
 EVENTS_BODY = {
     "requestBody": {
         "required": True,
@@ -126,13 +133,8 @@ EVENTS_BODY = {
                                 "required": ["user_id", "item_id", "event"],
                                 "additionalProperties": False,
                                 "properties": {
-                                    "user_id": {"type": "string"},
-                                    "item_id": {"type": "string"},
-                                    "event": {"type": "string", "enum": list(EVENT_KINDS)},
-                                    "value": {"type": "number", "nullable": True},
-                                    "timestamp": {"type": "integer", "description": "milliseconds since 1970, UTC"},
-                                    "event_id": {"type": "string", "description": EVENT_ID},
-                                    "request_id": {"type": "string", "description": "of the answer that was shown"},
+                                    field.name: {"type": JSON_TYPES[field.kind]} | EVENT_NOTES.get(field.name, {})
+                                    for field in EVENT_FIELDS
                                 },
                             },
                         }

@@ -16,13 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lib.data.events import EVENT_KINDS, EVENT_SCHEMA
+from lib.data.events import EVENT_KINDS, EVENT_SCHEMA, HISTORY_FIELDS
 from lib.data.formats.files import parquet_file
 from lib.data.formats.items import with_plain_strings
 from lib.data.tables import conform, order_events
 from lib.errors import InputError
 
-COLUMNS = ["user_id", "item_id", "event", "value", "timestamp"]  # what training reads
 READ_ROWS = 1 << 17
 MERGE_ROWS = 1 << 20  # of first uses that wait to be merged
 
@@ -73,17 +72,17 @@ def pieces_of(path: Path, most: int) -> list[Piece]:
 
 
 def read_piece(path: Path, piece: Piece) -> pa.Table:
-    """A piece's events in the file's order: COLUMNS and `position` (int64), the row of the file.
+    """A piece's events in the file's order: HISTORY_FIELDS and `position` (int64), the row of the file.
 
     Raises:
         InputError: a column is missing, of the wrong type, null or of an unknown kind.
     """
     # without pre_buffer a row group larger than memory can be read in part
     with pq.ParquetFile(path, pre_buffer=False) as file:
-        names = [name for name in file.schema_arrow.names if name in COLUMNS]
+        names = [name for name in file.schema_arrow.names if name in HISTORY_FIELDS]
         parts = [*_rows(file, names, piece)]
         table = pa.Table.from_batches(parts, pa.schema([file.schema_arrow.field(name) for name in names]))
-    table = checked_events(table, path).select(COLUMNS)
+    table = checked_events(table, path).select(HISTORY_FIELDS)
     return table.append_column("position", pa.array(np.arange(piece.start, piece.stop)))
 
 

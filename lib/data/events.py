@@ -1,28 +1,53 @@
 """The event: what a person did with an item, and when.
 
-An event table is a pyarrow table of `EVENT_SCHEMA`; a single event that arrives over HTTP is an `Event`. Both go
-through the same rules, and whatever breaks a rule is counted by its reason, never dropped in silence.
+`Event` names the fields; the schema of event tables, the columns of the log and the messages on Kafka follow from it.
+Events in tables and single ones that arrive over HTTP obey the same rules, and whatever breaks a rule is counted by its
+reason, never dropped in silence.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from types import NoneType
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import pyarrow as pa
 
 from lib.errors import EventRejected
 
+
+class Event(NamedTuple):
+    """One reaction of one user to one item; None for what it does not say."""
+
+    user_id: str
+    item_id: str
+    event: str
+    value: float | None
+    timestamp: int  # milliseconds since 1970, UTC
+    event_id: str | None = None
+    request_id: str | None = None
+
+
+class EventField(NamedTuple):
+    """One field of an event."""
+
+    name: str
+    kind: type  # str, int or float
+    optional: bool  # whether it may be None
+
+    @classmethod
+    def of(cls, name: str, annotation: Any) -> "EventField":
+        """Read a field's annotation: a kind, or a kind or None."""
+        kinds = get_args(annotation) or (annotation,)
+        return cls(name, kinds[0], NoneType in kinds)
+
+
+EVENT_FIELDS = tuple(EventField.of(name, annotation) for name, annotation in get_type_hints(Event).items())
+ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float32()}
 EVENT_SCHEMA = pa.schema(
-    [
-        pa.field("user_id", pa.string(), nullable=False),
-        pa.field("item_id", pa.string(), nullable=False),
-        pa.field("event", pa.string(), nullable=False),
-        pa.field("value", pa.float32()),
-        pa.field("timestamp", pa.int64(), nullable=False),  # milliseconds since 1970, UTC
-        pa.field("event_id", pa.string()),
-        pa.field("request_id", pa.string()),
-    ]
+    [pa.field(field.name, ARROW_TYPES[field.kind], nullable=field.optional) for field in EVENT_FIELDS]
 )
+# The fields that histories have and training reads; those with a default only say which event it is and what led to it.
+HISTORY_FIELDS = [name for name in Event._fields if name not in Event._field_defaults]
 
 # What a reaction is worth as a training target, relative to a view; below zero it is pushed away from, never aimed at.
 # The order is the order of the encoder's kind embedding (code 0 is padding, so a kind's code is its place here plus
@@ -44,40 +69,30 @@ NEGATIVE_RATING = 2.0  # a rating at or below this is a dislike
 MAX_ID_LENGTH = 256  # characters
 EARLIEST_TIMESTAMP = 631_152_000_000  # 1990-01-01; today's time in seconds, taken for milliseconds, lies in 1970
 
-FIELDS = frozenset(EVENT_SCHEMA.names)
+FIELDS = frozenset(Event._fields)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
-class Event(NamedTuple):
-    """One reaction of one user to one item; the timestamp is in milliseconds since 1970, UTC."""
-
-    user_id: str
-    item_id: str
-    event: str
-    value: float | None
-    timestamp: int
-    event_id: str | None = None
-    request_id: str | None = None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One event, from JSON. The fields are checked in the order of EVENT_SCHEMA, so an event with several faults is rejected
-# for the same one here and in `clean`.
-
-
 def validate_event(fields: Mapping[str, object], now: int, future_tolerance_ms: int) -> Event:
-    """The event that a decoded JSON object describes; `now` (milliseconds) stands in for a missing timestamp.
+    """Return the event that a decoded JSON object describes.
 
-    A timestamp may be ahead of `now` by `future_tolerance_ms` (CleaningRules has the setting).
+    The fields are checked in their order, so an event with several faults is rejected for the same one here and by
+    lib.data.tables.clean.
 
-    Raises EventRejected with reason wrong_type, unknown_field, missing_field, empty_id, long_id, malformed_text,
-    unknown_event, value_not_finite, time_too_old or time_in_future.
+    Args:
+        fields: the object.
+        now: milliseconds since 1970; the timestamp of an event without one.
+        future_tolerance_ms: how far a timestamp may be ahead of `now` (CleaningRules has the setting).
+
+    Raises:
+        EventRejected: with reason wrong_type, unknown_field, missing_field, empty_id, long_id, malformed_text,
+            unknown_event, value_not_finite, time_too_old or time_in_future.
     """
     if not isinstance(fields, dict) and not isinstance(fields, Mapping):
         raise EventRejected("wrong_type", "event", f"an event must be an object, not {_json_type(fields)}")
     if not FIELDS.issuperset(fields):
         unknown = next(name for name in fields if name not in FIELDS)
-        message = f"unknown field {str(unknown)[:40]!r}; the fields of an event are {', '.join(EVENT_SCHEMA.names)}"
+        message = f"unknown field {str(unknown)[:40]!r}; the fields of an event are {', '.join(Event._fields)}"
         raise EventRejected("unknown_field", str(unknown), message)
     get = fields.get
     user_id = _required_id("user_id", get("user_id"))
@@ -86,17 +101,17 @@ def validate_event(fields: Mapping[str, object], now: int, future_tolerance_ms: 
     value = _value(get("value"))
     timestamp = get("timestamp")
     timestamp = now if timestamp is None else _timestamp(timestamp, now, future_tolerance_ms)
-    event_id = get("event_id")
-    if event_id is not None:
-        event_id = _required_id("event_id", event_id)
-    request_id = get("request_id")
-    if request_id is not None:
-        request_id = _required_id("request_id", request_id)
+    event_id = _optional_id("event_id", get("event_id"))
+    request_id = _optional_id("request_id", get("request_id"))
     return Event(user_id, item_id, event, value, timestamp, event_id, request_id)
 
 
+def _optional_id(field: str, value: object) -> str | None:
+    return None if value is None else _required_id(field, value)
+
+
 def _required_id(field: str, value: object) -> str:
-    # The common case in one line; the rest is for saying what is wrong.
+    # The common case in one line; the rest says what is wrong.
     if type(value) is str and 0 < len(value) <= MAX_ID_LENGTH and value.isascii() and not value.isspace():
         return value
     if value is None:
@@ -174,7 +189,3 @@ def _json_type(value: object) -> str:
         dict: "an object",
     }
     return "null" if value is None else names.get(type(value), type(value).__name__)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Whole tables

@@ -1,20 +1,29 @@
-"""Whole event tables: the rules that single events obey, and those that only a table can be checked for."""
+"""Tables of events: the rules that single events obey, and those that only a table can be checked for."""
 
 # pyarrow.compute makes its functions as it is imported, so a type checker cannot see them.
 # pyright: reportAttributeAccessIssue=false
 
-import zlib
 from collections import Counter
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lib.data.events import EARLIEST_TIMESTAMP, EVENT_KINDS, EVENT_SCHEMA, FIELDS, FLOAT32_MAX, MAX_ID_LENGTH
+from lib.data.events import (
+    EARLIEST_TIMESTAMP,
+    EVENT_KINDS,
+    EVENT_SCHEMA,
+    FIELDS,
+    FLOAT32_MAX,
+    HISTORY_FIELDS,
+    MAX_ID_LENGTH,
+    Event,
+)
 from lib.data.guard import CleaningRules
+from lib.data.user_hash import part_of
 from lib.errors import InputError
 
-# The reasons that both forms of validation know, after 0 for none.
+# The reasons that `validate_event` has, too; a row's code is its reason's place, 0 for none.
 REASONS = (
     "",
     "missing_field",
@@ -28,12 +37,18 @@ REASONS = (
 
 
 def clean(table: pa.Table, now: int, rules: CleaningRules) -> tuple[pa.Table, Counter[str]]:
-    """The events that obey the rules, ordered by user and time, and of the others how many broke which rule.
+    """Return the events that obey the rules, ordered by user and time, and the number of the others by reason.
 
-    The table must hold all events of each of its users, for the two reasons that `validate_event` cannot see: duplicate
-    (the same user and event_id, or without an event_id the same user, item, event and timestamp; the first row stays)
-    and flood (see CleaningRules). Events of equal time keep the order of the input. A null timestamp becomes `now`.
-    Raises InputError for an unknown or missing column, or one of another type than EVENT_SCHEMA has.
+    There are two reasons that `validate_event` cannot see: duplicate (the same user and event_id, or without an
+    event_id the same user, item, event and timestamp; the first row stays) and flood (see CleaningRules).
+
+    Args:
+        table: all events of each of its users; those of equal time keep their order.
+        now: milliseconds since 1970, which a null timestamp becomes.
+        rules: the limits.
+
+    Raises:
+        InputError: a column is unknown, missing, or of another type than EVENT_SCHEMA has.
     """
     table = conform(table)
     reasons = _broken_rules(table, now, rules)
@@ -57,10 +72,12 @@ def clean(table: pa.Table, now: int, rules: CleaningRules) -> tuple[pa.Table, Co
 
 
 def conform(table: pa.Table) -> pa.Table:
-    """The table with exactly the columns of EVENT_SCHEMA, absent optional ones as nulls; nulls are not checked.
+    """Return the table with exactly the columns of EVENT_SCHEMA, absent optional ones as nulls; keep null values.
 
-    Accepts large_string and dictionary columns for strings, and any integer or floating type for integers or values;
-    raises InputError that names the column otherwise.
+    A string may be a large_string or a dictionary's, an integer or a value of any integer or floating type.
+
+    Raises:
+        InputError: a column is unknown, missing or of another type; the message names it.
     """
     unknown = [name for name in table.column_names if name not in FIELDS]
     if unknown:
@@ -85,12 +102,27 @@ def conform(table: pa.Table) -> pa.Table:
 
 
 def order_events(table: pa.Table) -> pa.Table:
-    """The same events with users contiguous (by id) and each user's in time order; equal times keep their order."""
+    """Return the events with users contiguous (by id) and each user's in time order; equal times keep their order."""
     users, timestamps = _codes(table["user_id"]), table["timestamp"].to_numpy()
     later = (users[1:] > users[:-1]) | ((users[1:] == users[:-1]) & (timestamps[1:] >= timestamps[:-1]))
     if later.all():
         return table
     return table.take(pa.array(np.lexsort((timestamps, users))))
+
+
+def events_of(table: pa.Table) -> list[Event]:
+    """Return the rows of an event table as events, without event_id and request_id."""
+    columns = (table[name].to_pylist() for name in HISTORY_FIELDS)
+    return [Event(*values) for values in zip(*columns, strict=True)]
+
+
+def partition_of(users: pa.ChunkedArray, count: int) -> np.ndarray:
+    """Return (E,) which of `count` partitions each event is in: all of a user's in one, the same in every process."""
+    encoded = pc.dictionary_encode(pc.fill_null(users, "")).combine_chunks()
+    if isinstance(encoded, pa.ChunkedArray):  # what combine_chunks makes of no chunks
+        return np.zeros(0, dtype=np.int64)
+    partition = np.array([part_of(user, count) for user in encoded.dictionary.to_pylist()], dtype=np.int64)
+    return partition[encoded.indices.to_numpy()]
 
 
 def _convertible(source: pa.DataType, target: pa.DataType) -> bool:
@@ -106,7 +138,7 @@ def _convertible(source: pa.DataType, target: pa.DataType) -> bool:
 
 
 def _broken_rules(table: pa.Table, now: int, rules: CleaningRules) -> np.ndarray:
-    # The code (place in REASONS) of the first rule that each row breaks, 0 for none.
+    """Return (E,) the code, its place in REASONS, of the first rule that each row breaks, 0 for none."""
     reasons = np.zeros(table.num_rows, dtype=np.int8)
 
     def mark(reason: str, broken: pa.ChunkedArray | pa.Array) -> None:
@@ -133,6 +165,7 @@ def _broken_rules(table: pa.Table, now: int, rules: CleaningRules) -> np.ndarray
 
 
 def _duplicates(table: pa.Table) -> np.ndarray:
+    """Return (E,) whether an earlier row is the same event."""
     users, event_ids = _codes(table["user_id"]), _codes(table["event_id"])
     named = event_ids >= 0
     repeated = np.zeros(table.num_rows, dtype=bool)
@@ -143,9 +176,9 @@ def _duplicates(table: pa.Table) -> np.ndarray:
 
 
 def _repeats(keys: list[np.ndarray]) -> np.ndarray:
-    # Rows whose keys an earlier row has: a stable sort brings equal rows together, the earliest in front.
+    """Return (E,) whether an earlier row has the same keys."""
     repeated = np.zeros(len(keys[0]), dtype=bool)
-    order = np.lexsort(keys)
+    order = np.lexsort(keys)  # stable: equal rows are together, the earliest in front
     same = np.ones(max(len(order) - 1, 0), dtype=bool)
     for key in keys:
         ordered = key[order]
@@ -155,9 +188,11 @@ def _repeats(keys: list[np.ndarray]) -> np.ndarray:
 
 
 def _floods(users: np.ndarray, timestamps: np.ndarray, rules: CleaningRules) -> np.ndarray:
-    # In order of user and time, `flood_events` lie within the window before a row exactly if the row that many places
-    # before it is of the same user and less than the window older. Rejected events count, so a bot that does not slow
-    # down stays out.
+    """Return (E,) whether `flood_events` lie within the window before a row; rows are in order of user and time.
+
+    So they do exactly if the row that many places before it is of the same user and less than the window older.
+    Rejected events count, so a bot that does not slow down stays out.
+    """
     flooding = np.zeros(len(users), dtype=bool)
     back = rules.flood_events
     if len(users) > back:
@@ -167,7 +202,7 @@ def _floods(users: np.ndarray, timestamps: np.ndarray, rules: CleaningRules) -> 
 
 
 def _codes(column: pa.ChunkedArray) -> np.ndarray:
-    # Strings as integers that sort as the strings do; null is -1.
+    """Return strings as integers (E,) that sort as the strings do; null is -1."""
     encoded = pc.dictionary_encode(column).combine_chunks()
     if isinstance(encoded, pa.ChunkedArray):  # what combine_chunks makes of no chunks
         return np.zeros(0, dtype=np.int64)
@@ -176,12 +211,3 @@ def _codes(column: pa.ChunkedArray) -> np.ndarray:
     places[order] = np.arange(len(order))
     indices = pc.fill_null(encoded.indices, -1).to_numpy()
     return np.where(indices >= 0, places[indices], -1) if len(places) else indices.astype(np.int64)
-
-
-def partition_of(users: pa.ChunkedArray, count: int) -> np.ndarray:
-    """(E,) which of `count` partitions each event is in: all of a user's in one, the same in every process."""
-    encoded = pc.dictionary_encode(pc.fill_null(users, "")).combine_chunks()
-    if isinstance(encoded, pa.ChunkedArray):  # what combine_chunks makes of no chunks
-        return np.zeros(0, dtype=np.int64)
-    partition = np.array([zlib.crc32(user.encode()) % count for user in encoded.dictionary.to_pylist()], dtype=np.int64)
-    return partition[encoded.indices.to_numpy()]

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import torch
 
 from lib.data.catalog import Catalog
-from lib.data.dataset import COLUMNS, checked_events, events_file
-from lib.data.events import EVENT_SCHEMA
+from lib.data.dataset import checked_events, events_file
+from lib.data.events import EVENT_SCHEMA, HISTORY_FIELDS
 from lib.data.formats.files import parquet_file
 from lib.data.histories import Histories, histories_of
 from lib.data.popularity import event_counts, start_weights
@@ -41,7 +41,7 @@ from lib.versions.registry import Registry, VersionInfo
 
 CHUNK = 10_000  # events that are read at once
 LEAST_HELD_OUT = 20  # events; fewer say nothing
-SCHEMA = pa.schema([EVENT_SCHEMA.field(name) for name in COLUMNS])
+SCHEMA = pa.schema([EVENT_SCHEMA.field(name) for name in HISTORY_FIELDS])
 
 
 class TooFewEvents(InputError):
@@ -165,8 +165,8 @@ def dataset_events(data: str | Path) -> Iterator[pa.Table]:
     """
     path = events_file(data)
     with parquet_file(path) as file:
-        for batch in file.iter_batches(1 << 17, columns=COLUMNS):
-            events = checked_events(pa.Table.from_batches([batch]), path).select(COLUMNS)
+        for batch in file.iter_batches(1 << 17, columns=HISTORY_FIELDS):
+            events = checked_events(pa.Table.from_batches([batch]), path).select(HISTORY_FIELDS)
             yield events.append_column("offset", pa.array(np.zeros(len(events), dtype=np.int64)))
 
 

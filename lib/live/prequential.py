@@ -22,9 +22,9 @@ import pyarrow as pa
 import torch
 
 from lib.data.catalog import Catalog
-from lib.data.events import Event
 from lib.data.history import History, to_histories
 from lib.data.popularity import DAY, popularity_of
+from lib.data.tables import events_of
 from lib.data.user_histories import UserHistories
 from lib.errors import InputError
 from lib.evaluation.protocols import model_scores, remove_seen, target_ranks
@@ -71,12 +71,6 @@ def split_by_time(events: pa.Table, share: float) -> Stream:
     if split < 2 or split == len(events):
         raise InputError(f"data: a share of {share} of {len(events)} events leaves one part empty; ingest more events")
     return Stream(events.slice(0, split), events.slice(split))
-
-
-def events_of(table: pa.Table) -> list[Event]:
-    """The rows of an event table."""
-    columns = (table[name].to_pylist() for name in ("user_id", "item_id", "event", "value", "timestamp"))
-    return [Event(*values) for values in zip(*columns, strict=True)]
 
 
 class Arm(Protocol):

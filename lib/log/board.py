@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.data.events import Event
+from lib.data.user_hash import part_of
 
 SLOTS = 1 << 16  # a hundred changed users make one copy in six hundred ask in vain
 ITEMS = SLOTS  # the place of the counter of the catalog, behind those of the users
@@ -107,4 +108,4 @@ class ChangeBoard:
 
 
 def _slot(user_id: str) -> int:
-    return zlib.crc32(user_id.encode()) % SLOTS
+    return part_of(user_id, SLOTS)

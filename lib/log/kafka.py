@@ -26,7 +26,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import orjson
 
-from lib.data.events import Event
+from lib.data.events import EVENT_FIELDS, Event
 from lib.errors import InputError
 from lib.log.errors import LogWriteError
 from lib.log.log_file import LoggedEvent, Row, event_of, insert_rows, row_of
@@ -41,6 +41,7 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 LARGEST_MESSAGE = 16 << 20  # bytes before compression; the broker's own limit is of what is left after it
 MESSAGES_AT_ONCE = 1_000
+ABSENT = {field.name: None for field in EVENT_FIELDS if field.optional}  # what a message may leave out
 POSITION = "CREATE TABLE IF NOT EXISTS position(next INTEGER NOT NULL)"  # of the partition's messages, from 0
 
 
@@ -260,7 +261,7 @@ class KafkaStore:
         try:
             fields = orjson.loads(message.value() or b"")
             count, received_at = fields["shard"][1], int(fields["received_at"])
-            rows = [row_of(index, Event(**{"value": None, **event})) for index, event in enumerate(fields["events"])]
+            rows = [row_of(index, Event(**ABSENT | event)) for index, event in enumerate(fields["events"])]
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
                 f"log: message {place} in partition {self.shard.number} of {self.name} is no feedback of such a log "

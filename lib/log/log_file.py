@@ -8,19 +8,17 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import pyarrow as pa
-
-from lib.data.events import EVENT_SCHEMA, Event
+from lib.data.events import EVENT_FIELDS, Event
 from lib.errors import InputError
 from lib.log.errors import LogCorrupt, cause_of
 from lib.sqlite import Database, create
 
 SCHEMA_VERSION = 1  # another one once an event has another field: the table has a column for each
 APPLICATION_ID = 0x41464C47  # "AFLG" in the file header, so that another program's SQLite file is told apart
-SQL_TYPES = {pa.string(): "TEXT", pa.float32(): "REAL", pa.int64(): "INTEGER"}
-COLUMNS = ", ".join(EVENT_SCHEMA.names)
+SQL_TYPES = {str: "TEXT", int: "INTEGER", float: "REAL"}
+COLUMNS = ", ".join(Event._fields)
 COLUMN_DEFINITIONS = ", ".join(
-    f"{field.name} {SQL_TYPES[field.type]}{'' if field.nullable else ' NOT NULL'}" for field in EVENT_SCHEMA
+    f"{field.name} {SQL_TYPES[field.kind]}{'' if field.optional else ' NOT NULL'}" for field in EVENT_FIELDS
 )
 
 # One index does two jobs. A key is the digest of the user (16 bytes), then that of what makes the event the same event
@@ -38,14 +36,14 @@ PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 INSERT = (
-    f"INSERT INTO events(offset, key, {COLUMNS}, received_at) VALUES({', '.join('?' * (len(EVENT_SCHEMA) + 3))})"
+    f"INSERT INTO events(offset, key, {COLUMNS}, received_at) VALUES({', '.join('?' * (len(EVENT_FIELDS) + 3))})"
     " ON CONFLICT(key) DO NOTHING"
 )
 SELECT = f"SELECT offset, {COLUMNS}, received_at FROM events"
 NEWEST_OF_USER = "SELECT offset FROM events WHERE key BETWEEN ? AND ? ORDER BY offset DESC LIMIT ?"
 
 INT64_MAX = 2**63 - 1
-TEXT_FIELDS = [(field.name, field.nullable) for field in EVENT_SCHEMA if field.type == pa.string()]
+TEXT_FIELDS = [field for field in EVENT_FIELDS if field.kind is str]
 
 Row = tuple  # key, then the fields of the event
 
@@ -132,7 +130,7 @@ def row_of(index: int, event: Event) -> Row:
     Raises:
         InputError: it cannot be stored as it is; the message names its index and the field.
     """
-    for name, optional in TEXT_FIELDS:
+    for name, _, optional in TEXT_FIELDS:
         text = getattr(event, name)
         if text is None and optional:
             continue

@@ -4,8 +4,9 @@ All events of a user are in one shard, so that their order, their duplicates and
 """
 
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
+
+from lib.data.user_hash import part_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,4 @@ ONLY = Shard()
 
 def shard_of(user_id: str, count: int) -> int:
     """Return the number of a user's shard: the same in every process and on every machine, for good."""
-    if count == 1:
-        return 0
-    return int.from_bytes(blake2b(user_id.encode(), digest_size=8).digest(), "big") % count
+    return 0 if count == 1 else part_of(user_id, count)

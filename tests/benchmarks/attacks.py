@@ -25,9 +25,10 @@ from jobs.command_line import run_command
 from jobs.configuration import write_json
 from lib.data.dataset import read_events, read_items
 from lib.data.guard import CleaningRules
+from lib.data.tables import events_of
 from lib.live.gate import GateConfig
 from lib.live.influence import InfluenceLimits
-from lib.live.prequential import events_of, split_by_time
+from lib.live.prequential import split_by_time
 from lib.live.settings import LearnerConfig
 from lib.versions.registry import Registry
 from tests.benchmarks.machine import describe_machine

@@ -3,13 +3,13 @@
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.configuration import settings_from
-from lib.data.events import EARLIEST_TIMESTAMP, EVENT_SCHEMA, Event, validate_event
+from lib.data.events import EARLIEST_TIMESTAMP, EVENT_SCHEMA, HISTORY_FIELDS, Event, validate_event
 from lib.data.guard import CleaningRules
 from lib.data.tables import clean, order_events
 from lib.errors import EventRejected, InputError
@@ -19,6 +19,23 @@ RULES = CleaningRules()
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 GOOD: dict[str, object] = {"user_id": "u", "item_id": "i", "event": "click", "timestamp": NOW}
+
+
+def test_the_schema_of_tables_follows_from_the_fields_of_an_event():
+    """Files were written with it: another name, order, type or null would make them unreadable."""
+    assert pa.schema(
+        [
+            pa.field("user_id", pa.string(), nullable=False),
+            pa.field("item_id", pa.string(), nullable=False),
+            pa.field("event", pa.string(), nullable=False),
+            pa.field("value", pa.float32()),
+            pa.field("timestamp", pa.int64(), nullable=False),
+            pa.field("event_id", pa.string()),
+            pa.field("request_id", pa.string()),
+        ]
+    ).equals(EVENT_SCHEMA)
+    assert HISTORY_FIELDS == ["user_id", "item_id", "event", "value", "timestamp"]
+
 
 # What only JSON can hold: a table's columns have types.
 ONLY_JSON = [
@@ -259,5 +276,6 @@ def test_tables_of_other_shapes():
 
 @pytest.mark.parametrize("field", ["future_tolerance_ms", "flood_events", "flood_window_ms"])
 def test_impossible_rules_are_refused(field):
+    values: dict[str, Any] = {field: -1}
     with pytest.raises(InputError, match=field):
-        settings_from(CleaningRules, None, [f"{field}=-1"])
+        CleaningRules(**values)

@@ -1,12 +1,12 @@
 """Feedback that no person gives is told as it arrives, and what people do passes."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs.configuration import settings_from
 from lib.data.events import EVENT_SCHEMA, Event
 from lib.data.guard import CHANGED_OPINION, CROWD, CleaningRules, FeedbackGuard
 from lib.data.tables import clean
@@ -96,5 +96,6 @@ def test_a_crowd_of_newcomers_is_counted_once_each():
 
 @pytest.mark.parametrize("name", ["rate_events", "repeat_events", "opinion_changes", "crowd_users"])
 def test_a_rule_below_zero_is_refused(name):
+    values: dict[str, Any] = {name: -1}
     with pytest.raises(ValueError, match=name):
-        settings_from(CleaningRules, None, [f"{name}=-1"])
+        CleaningRules(**values)

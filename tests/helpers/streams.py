@@ -21,11 +21,12 @@ from lib.data.guard import CleaningRules, FeedbackGuard
 from lib.data.histories import histories_of
 from lib.data.history import History
 from lib.data.popularity import DAY
+from lib.data.tables import events_of
 from lib.data.user_histories import UserHistories
 from lib.evaluation.metrics import ndcg_at
 from lib.live.learner import NearlineLearner
 from lib.live.micro_batch import micro_batch
-from lib.live.prequential import events_of, ranks_of
+from lib.live.prequential import ranks_of
 from lib.live.settings import LearnerConfig
 from lib.log.log_file import LoggedEvent
 from lib.model.batches import SequenceBatches, value_boundaries
