@@ -1,11 +1,11 @@
-"""What each input of the encoder adds: the model with all of them, and without one at a time.
+"""What each input of the encoder adds: the model with all of them, and with one left out at a time.
 
     python -m tests.benchmarks.ablation --data DIR [--data DIR ...] [--seeds 2] [--json FILE]
 
-Protocol: temporal. The newest 20% of the time span is the test, histories advance with time, weights stay; all items
-are ranked, the user's seen items removed. Each variant trains with the defaults; figures are means over the seeds.
-`no push` trains without pushing away from dislikes. Where there are dislikes (ratings of 1 or 2 among them), ndcg@10 is
-shown apart for targets that the person liked, and so is recall@10 for those that they disliked, where less is better.
+Protocol: temporal. The newest 20% of the time span is the test; histories advance with time, weights stay. All items
+are ranked but those that the user has seen. Each variant trains with the defaults; figures are means over the seeds.
+`no push` trains without pushing away from dislikes. Where there are dislikes (ratings of 1 or 2 are such), ndcg@10 is
+also shown for liked targets alone, and recall@10 for disliked ones, where less is better.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from jobs.command_line import run_command
 from jobs.configuration import write_json
 from jobs.pretrain import DEFAULT_INPUTS, INPUTS, PretrainSettings
 from jobs.training_loop import TrainingData, learning_rate_at, new_encoder, preset_of, read_training_data
@@ -57,7 +58,7 @@ def train(data: TrainingData, inputs: Sequence[str], dislike_weight: float, seed
 
 
 def measure(encoder: BehaviourEncoder, data: TrainingData, cases: Cases) -> dict[str, float]:
-    """ndcg@10 and recall@10 over all cases, and by whether the person liked the target."""
+    """Return ndcg@10 and recall@10 over all cases, and apart for liked and disliked targets."""
     ranks = rank(model_contender("", encoder, data.catalog, data.catalog), cases).ranks
     histories, places = cases.histories, cases.histories.offsets[cases.users] + cases.inputs
     liked = target_weights(histories.kinds[places], histories.values[places], EVENT_KINDS) > 0
@@ -69,7 +70,7 @@ def measure(encoder: BehaviourEncoder, data: TrainingData, cases: Cases) -> dict
 
 
 def ablate(folder: Path, seeds: int) -> dict[str, dict[str, float]]:
-    """The figures of each variant on one dataset; variants that change nothing there are left out."""
+    """Return the figures of each variant on one dataset, but for variants that change nothing there."""
     data = read_training_data(str(folder), TEMPORAL)
     cases = cases_of(histories_of(read_events(folder), data.catalog.row_of, EVENT_KINDS), TEMPORAL)
     whole = data.histories
@@ -108,4 +109,4 @@ def benchmark(
 
 
 if __name__ == "__main__":
-    typer.run(benchmark)
+    run_command(benchmark)

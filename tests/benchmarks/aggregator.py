@@ -1,12 +1,12 @@
-"""Events acknowledged a second through one, two and four aggregators, beside plain SQLite commits and bare fsyncs.
+"""Events acknowledged a second by one, two and four aggregators, beside plain SQLite commits and bare fsyncs.
 
     python -m tests.benchmarks.aggregator --seconds 5 --json FILE
 
-Callers are tasks of one event loop, as in a replica: each sends a batch, awaits that it is durable and goes on. Every
-row starts from logs of the same events. The plain commits are the limit of whoever syncs each batch by itself; the
-aggregators are above it where callers share a commit. All of it shares this machine's cores with the callers. Kafka is
-the mock brokers of confluent-kafka, in a process of their own: they hold what they acknowledge in memory alone, so that
-these rows say what the protocol, the copy and the aggregator cost, and nothing of a disk.
+Callers are tasks of one event loop, as in a replica: each sends a batch, waits until it is durable and goes on. Every
+row starts from logs of the same events. Plain commits are the limit where each batch is synced by itself; aggregators
+exceed it where callers share a commit. Everything shares this machine's cores with the callers. Kafka is the mock
+brokers of confluent-kafka, in a process of their own. They keep what they acknowledge in memory only, so these rows
+show what the protocol, the copy and the aggregator cost, and nothing of a disk.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ sys.stdin.read()
 
 
 def measure_fsync(folder: Path, seconds: float) -> dict[str, Any]:
-    """The disk alone: one page overwritten and synced, again and again."""
+    """Measure the disk alone: one page overwritten and synced, again and again."""
     waits: list[float] = []
     descriptor = os.open(folder / "page", os.O_RDWR | os.O_CREAT)
     os.write(descriptor, bytes(1 << 20))
@@ -68,7 +68,7 @@ def measure_fsync(folder: Path, seconds: float) -> dict[str, Any]:
 
 @contextmanager
 def kafka_brokers() -> Iterator[str]:
-    """The address of brokers that live as long as the block."""
+    """Start brokers that live as long as the block, and yield their address."""
     command = [sys.executable, "-c", BROKERS]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -79,7 +79,7 @@ def kafka_brokers() -> Iterator[str]:
 
 
 def new_topic(brokers: str) -> str:
-    """The location of a topic with four partitions: these brokers make it when they are first asked for it."""
+    """Return the location of a new topic with four partitions: the brokers make it when they are first asked for it."""
     from confluent_kafka import Producer
 
     name = f"feedback-{uuid.uuid4().hex}"
@@ -90,7 +90,7 @@ def new_topic(brokers: str) -> str:
 def measure_aggregators(
     state: Path, layout: LogLayout, callers: int, batch: int, seconds: float, prefill: int, source: Iterator[Event]
 ) -> dict[str, Any]:
-    """One row: the aggregators of a layout and the callers that keep them busy."""
+    """Measure one row: the aggregators of a layout, kept busy by callers."""
     layout.record(state)
     _fill_shards(state, layout, prefill, source)
     aggregators = Aggregators(str(state), None, AggregatorConfig(), layout, TIMEOUT)
@@ -117,7 +117,7 @@ def _fill_shards(state: Path, layout: LogLayout, count: int, source: Iterator[Ev
 async def _call_all(
     aggregators: Aggregators, callers: int, batch: int, seconds: float, source: Iterator[Event]
 ) -> tuple[list[float], int, float, float]:
-    """Waits for each acknowledgement, commits, and seconds by the clock and of the aggregators' processors."""
+    """Return the wait for each acknowledgement, the commits, the seconds, and the aggregators' seconds of CPU."""
     waits: list[float] = []
 
     async def call(end: float) -> None:
@@ -139,7 +139,7 @@ async def _call_all(
 
 
 async def _spent(aggregators: Aggregators) -> tuple[int, float]:
-    """Commits and processor seconds of all aggregators so far."""
+    """Return the commits and seconds of CPU of all aggregators so far."""
     status = await aggregators.status()
     seconds = 0.0
     assert isinstance(status, AggregatorStatus | AggregatorsStatus), "one is away"

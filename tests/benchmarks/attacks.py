@@ -1,12 +1,12 @@
-"""What poisoned feedback does to what honest people are recommended, with and without the gate and the limits.
+"""What poisoned feedback does to the recommendations of honest people, with and without the gate and the limits.
 
     python -m tests.benchmarks.attacks --data DATA [--live 20000] [--epochs 20] [--json FILE]
 
-The oldest 60% of the events are what a model is pretrained on, in this process; the rest streams in
-(tests/helpers/streams.py), honest or attacked: one user clicks 5,000 times, a thousand users push one item, 200 users
-send 5,000 random events, the learning rate is a hundred times too high for a tenth of the updates. Each honest event is
-ranked among all items before anything learns from it. The honest stream also says how many updates are rejected without
-a cause, and what the limits cost.
+A model is pretrained on the oldest 60% of the events, in this process; the rest streams in (tests/helpers/streams.py),
+honest or attacked: one user clicks 5,000 times, a thousand users push one item, 200 users send 5,000 random events, or
+the learning rate is a hundred times too high for a tenth of the updates. Each honest event is ranked among all items
+before anything learns from it. The honest stream also shows how many updates are rejected without a cause, and what the
+limits cost.
 """
 
 import shutil
@@ -43,7 +43,7 @@ UNCLEANED = CleaningRules(flood_events=1_000_000, rate_events=0, repeat_events=0
 
 
 def run(world: World, base: Path, attack: str | None, guarded: bool) -> tuple[Outcome, float]:
-    """One stream on a copy of the base version, and the seconds of CPU that it took."""
+    """Run one stream on a copy of the base version; return its outcome and the seconds of CPU that it took."""
     config, rules = (LearnerConfig(), CleaningRules()) if guarded else (UNGUARDED, UNCLEANED)
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(base, folder, dirs_exist_ok=True)
@@ -58,7 +58,7 @@ def attacks_command(
     epochs: Annotated[int, typer.Option(min=1, help="Of pretraining.")] = 20,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
 ) -> None:
-    """Print what each attack does, unguarded and guarded."""
+    """Measure what each attack does, unguarded and guarded."""
     torch.set_num_threads(1)
     machine = describe_machine()
     stream = split_by_time(read_events(data), 0.6)

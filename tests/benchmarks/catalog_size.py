@@ -1,10 +1,10 @@
-"""What one training step costs as the catalog grows: item rows are gathered and updated sparsely.
+"""The cost of a training step as the catalog grows: item rows are gathered and updated sparsely.
 
     python -m tests.benchmarks.catalog_size [--items 10000 --items 100000 ...] [--json FILE]
 
-Batches of 2,048 events of random items in histories of 20, 512 shared negatives, width 64: every row is as likely, so
-the number of distinct rows a step touches, and with it the cost, is at its largest. The median of the timed steps
-counts. `full softmax` is what a batch-by-catalog matrix of logits alone would take in memory.
+Batches of 2,048 events of random items in histories of 20, 512 shared negatives, width 64. All rows are equally likely,
+so that a step touches as many distinct rows as it can, and costs the most. Times are medians. `full softmax` is the
+memory of a batch-by-catalog matrix of logits alone.
 """
 
 import gc
@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jobs.command_line import run_command
 from jobs.configuration import write_json
 from lib.data.histories import Histories
 from lib.model.batches import Batch, SequenceBatches
@@ -32,7 +33,7 @@ WARM_UP_STEPS, STEPS = 10, 60
 
 
 def random_batches(config: BehaviourEncoderConfig, items: int, count: int) -> list[Batch]:
-    """Batches of histories of random items, a minute apart."""
+    """Make batches of histories of random items, a minute apart."""
     users = count * EVENTS_PER_BATCH // HISTORY
     events = users * (HISTORY + 1)
     generator = np.random.default_rng(0)
@@ -48,7 +49,7 @@ def random_batches(config: BehaviourEncoderConfig, items: int, count: int) -> li
 
 
 def measure(items: int) -> dict[str, Any]:
-    """Step times of one catalog size."""
+    """Measure the steps of one catalog size."""
     config = BehaviourEncoderConfig(item_rows=items + 1, event_kinds=["click"])
     trainer = Trainer(BehaviourEncoder(config), items, TrainingConfig())
     batches = random_batches(config, items, WARM_UP_STEPS + STEPS)
@@ -95,4 +96,4 @@ def benchmark(
 
 
 if __name__ == "__main__":
-    typer.run(benchmark)
+    run_command(benchmark)

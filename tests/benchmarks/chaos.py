@@ -3,9 +3,9 @@
     python -m tests.benchmarks.chaos --minutes 10 --kills 60 [--json FILE] [--data DATA --model MODEL]
 
 Starts `afterclick serve` on a copy of the model (without one, on a synthetic shop with a quickly pretrained model),
-puts 200 events and 100 questions a second on it, and kills -9 at random its aggregator, learner, replicas, HAProxy, its
-manager, the Serve controller, and now and then every process of it at once, which it then starts again. An event is
-sent again until it is acknowledged. Exit status 1, with the proofs that failed, where one did.
+sends it 200 events and 100 questions a second, and kills at random (kill -9) its aggregator, its learner, replicas,
+HAProxy and its manager, the Serve controller, and now and then all of its processes at once, which it then starts
+again. An event is sent again until it is acknowledged. Exit status 1, with the proofs that failed, where any did.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ START_SECONDS = 300.0
 
 @dataclass
 class Server:
-    """An `afterclick serve` of its own, which can be killed whole."""
+    """An `afterclick serve` of this benchmark's own, which can be killed whole."""
 
     model: Path
     data: Path
@@ -60,7 +60,7 @@ class Server:
     options: tuple[str, ...] = ()  # of `afterclick serve`
     port: int = field(default_factory=free_port)
     process: subprocess.Popen | None = None
-    failed_starts: int = 0  # that ended by themselves, as Ray's do on a machine that is too busy
+    failed_starts: int = 0  # that ended by themselves, as Ray's do on a busy machine
     _said: int = 0  # bytes of its output before its newest start
 
     @property
@@ -73,19 +73,19 @@ class Server:
         command = [sys.executable, "-m", "jobs.serve", "--port", str(self.port)]
         command += ["--model", str(self.model), "--data", str(self.data), *self.options]
         self._said = self.output.stat().st_size if self.output.exists() else 0
-        # this process may have trained a model on a Ray of its own, and its HAProxy's files are named after it
+        # a Ray of this process, which may have trained a model, has named its HAProxy's files in the environment
         environment = {name: value for name, value in os.environ.items() if "HAPROXY" not in name}
         with self.output.open("ab") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
     @property
     def root(self) -> int:
-        """The process that the others come from."""
+        """The process that started the others."""
         assert self.process is not None
         return self.process.pid
 
     def kill(self) -> list[int]:
-        """Kill -9 every process of it; returns them."""
+        """Kill all its processes (kill -9), and return them."""
         if self.process is None:
             return []
         processes = everything_of(self.root)
@@ -96,7 +96,7 @@ class Server:
         return processes
 
     async def whole(self, load: Load) -> None:
-        """Wait until it serves, with every part; one that ends instead is started again.
+        """Wait until it serves, with all its parts; start it again where it ends instead.
 
         Raises:
             RuntimeError: it does not come up; the message holds what it said last.
@@ -125,7 +125,7 @@ class Chaos:
     waiting: list[asyncio.Task] = field(default_factory=list)
 
     async def run(self, seconds: float, count: int, say: Callable[[str], None]) -> None:
-        """Kill `count` times or more often, at random times of so many seconds."""
+        """Kill at least `count` times, at random moments within so many seconds."""
         end = time.monotonic() + seconds
         while len(self.kills) < count or time.monotonic() < end:
             remaining = max(end - time.monotonic(), 0.0)
@@ -154,7 +154,7 @@ class Chaos:
                     return self.load.faults.append(str(error))
 
     async def _strike_everything(self) -> Kill:
-        for task in self.waiting:  # who waits for a part of it would wait for ever
+        for task in self.waiting:  # the parts that they wait for are gone
             task.cancel()
         struck = Kill(EVERYTHING, self.server.kill())
         self.kills.append(struck)
@@ -166,7 +166,7 @@ class Chaos:
 
 
 def table_of(chaos: Chaos) -> list[dict[str, Any]]:
-    """A line for each part: its kills, the seconds until it was back, and what failed between them and the next."""
+    """Return a line for each part: its kills, the seconds until it was back, and what failed until the next kill."""
     lines = []
     for part in WEIGHTS:
         kills = [struck for struck in chaos.kills if struck.part == part]
@@ -189,7 +189,7 @@ def table_of(chaos: Chaos) -> list[dict[str, Any]]:
 
 
 def _cause(chaos: Chaos, at: float) -> str | None:
-    """What was killed last before a moment."""
+    """Return what was killed last before a moment."""
     return next((struck.part for struck in reversed(chaos.kills) if struck.at <= at), None)
 
 
@@ -198,7 +198,7 @@ def _quantile(seconds: list[float], share: float) -> float | None:
 
 
 def synthetic(folder: Path) -> tuple[Path, Path]:
-    """(model, data) of a synthetic shop, pretrained for two epochs."""
+    """Make a synthetic shop, and a model pretrained on it for two epochs; return (model, data)."""
     from jobs.demo.shop import Shop
 
     data, model = folder / "shop", folder / "pretrained"
@@ -209,7 +209,7 @@ def synthetic(folder: Path) -> tuple[Path, Path]:
 
 
 async def measure(chaos: Chaos, seconds: float, kills: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Start the service, kill, wait until it has settled, prove."""
+    """Start the service, kill its parts, wait until it has settled, and check the proofs."""
     load = chaos.load
     chaos.server.start()
     async with load:
@@ -234,7 +234,7 @@ async def measure(chaos: Chaos, seconds: float, kills: int, say: Callable[[str],
 
 
 def show(results: dict[str, Any]) -> None:
-    """The tables."""
+    """Print the results."""
     console = Console()
     table = Table("killed", "times", "answered p50, max s", "whole p50, max s", "failed requests", title="kills")
     for line in results["by_part"]:

@@ -3,15 +3,15 @@
     python -m tests.benchmarks.compare_rectools --data DIR [--json FILE] [--peer-python PYTHON]
 
 Notable features:
-- Afterclick pretrains with its defaults; `jobs.evaluate` refuses a model that was trained on its targets
-- the peer trains for as long as Afterclick did, at the same width, depth and length (or for `--seconds`), on all cores,
-  with the settings that were found to serve it best and with a memory allocator setting that makes it faster
-- the peer lives in a virtual environment of its own in the user's cache; nothing is installed beside Afterclick
+- Afterclick pretrains with its defaults; `jobs.evaluate` refuses a model that was trained on the targets
+- the peer trains for as long as Afterclick did (or for `--seconds`), at the same width, depth and length, on all cores,
+  with the best settings found for it and with a setting of the memory allocator that makes it faster
+- the peer has a virtual environment of its own in the user's cache; nothing is installed beside Afterclick
 
-Protocol: leave-one-out. Each user with two events or more gives the last one as target; what came before is both
-training data and input. All items are ranked, the user's seen items removed, and metrics are means over all users.
-"Sequences" are what each trains on: Afterclick cuts a long history into windows of at most the length and trains on
-all of them, RecTools takes each user's newest events once an epoch. Run it on a machine with nothing else to do.
+Protocol: leave-one-out. The last event of each user with two events or more is the target; the events before it are
+both training data and input. All items are ranked but those that the user has seen, and metrics are means over all
+users. "Sequences" are what each trains on: Afterclick cuts a long history into windows of at most the length and trains
+on all of them, RecTools takes each user's newest events once an epoch. Run it on a machine that does nothing else.
 """
 
 import json
@@ -27,6 +27,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jobs.command_line import run_command
+from jobs.configuration import write_json
 from lib.data.dataset import EVENTS_FILE
 from lib.errors import InputError
 from tests.benchmarks.machine import describe_machine
@@ -35,32 +37,36 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PEER_PROGRAM = Path(__file__).with_name("rectools_peer.py")
 RECTOOLS = "0.19.0"
 PEER_REQUIREMENTS = (f"rectools[torch]=={RECTOOLS}", "pyarrow==21.0.0")  # newer ones need a newer NumPy than RecTools'
-# glibc returns each large tensor to the system and faults it in again: a third of the peer's step without these.
+# without these glibc returns each large tensor to the system and faults it in again: a third of the peer's step
 PEER_ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "100000000",
 }
-BUSY_LOAD = 0.5  # above this, something else is at work and both sides' timings suffer, not to the same extent
+BUSY_LOAD = 0.5  # above it something else is running, and the timings of both sides suffer, not equally
 METRICS = ("recall@10", "ndcg@10")
 PEER_SHAPE = {"factors": "hidden_size", "blocks": "num_hidden_layers", "length": "max_length"}
 TRAINING_KEYS = ("seconds", "sequences_per_second", *PEER_SHAPE.values())
 
 
 def available_cores() -> int:
-    """Cores that this process may run on."""
+    """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(name: str, command: list[str], environment: dict[str, str] | None = None) -> None:
-    """Run a command in the repository, its output passed through; a failure ends the comparison with status 1."""
+    """Run a command in the repository and pass its output through.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     finished = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **(environment or {})}, check=False)
     if finished.returncode != 0:
         raise RuntimeError(f"{name} failed with exit status {finished.returncode}: {' '.join(command)}")
 
 
 def read_object(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    """Read a JSON object that must hold `keys`."""
+    """Read a JSON object that must have `keys`."""
     if not path.is_file():
         raise RuntimeError(f"{path} was not written")
     content = json.loads(path.read_text())
@@ -71,7 +77,7 @@ def read_object(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def run_afterclick(data: Path, folder: Path) -> dict[str, Any]:
-    """Pretrain with the defaults and evaluate; metrics with `training`, what the manifest says of the training."""
+    """Pretrain with the defaults and evaluate; return metrics, and as `training` what the manifest says of it."""
     model, evaluation = folder / "model", folder / "afterclick.json"
     module = [sys.executable, "-m"]
     run("pretraining", [*module, "jobs.pretrain", "--data", str(data), "--out", str(model)])
@@ -85,7 +91,7 @@ def run_afterclick(data: Path, folder: Path) -> dict[str, Any]:
 
 
 def has_peer(python: Path) -> bool:
-    """Whether this interpreter can run the peer: RecTools of the right version, with torch and pyarrow."""
+    """Say whether this interpreter can run the peer: RecTools of the right version, with torch and pyarrow."""
     check = f"import rectools, rectools.models, pyarrow, torch; assert rectools.__version__ == '{RECTOOLS}'"
     if not python.is_file():
         return False
@@ -93,14 +99,14 @@ def has_peer(python: Path) -> bool:
 
 
 def peer_environment() -> Path:
-    """The interpreter of the peer's own environment in the user's cache, made first where it is not there."""
+    """Return the interpreter of the peer's own environment in the user's cache; make it where it is missing."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "afterclick" / f"rectools-{RECTOOLS}"
     python = folder / "bin" / "python"
     if has_peer(python):
         return python
     print(f"Making the peer's environment in {folder}", flush=True)
-    # The same torch for both, so that none is faster by its version.
+    # the same torch for both, so that neither is faster by its version
     requirements = [*PEER_REQUIREMENTS, f"torch=={version('torch').partition('+')[0]}"]
     run("making the peer's environment", [sys.executable, "-m", "venv", "--clear", str(folder)])
     run("installing the peer", [str(python), "-m", "pip", "install", "--quiet", *requirements])
@@ -110,7 +116,7 @@ def peer_environment() -> Path:
 
 
 def peer_settings(assignments: list[str]) -> list[str]:
-    """Turn `name=value` settings into options of the peer's program."""
+    """Turn settings, name=value, into options of the peer's program."""
     options: list[str] = []
     for assignment in assignments:
         name, separator, value = assignment.partition("=")
@@ -121,7 +127,7 @@ def peer_settings(assignments: list[str]) -> list[str]:
 
 
 def run_peer(python: Path, data: Path, folder: Path, training: dict[str, Any], options: list[str]) -> dict[str, Any]:
-    """Train and evaluate the peer at Afterclick's width, depth and length; `options` name the budget and the rest."""
+    """Train and evaluate the peer at Afterclick's width, depth and length; `options` are its budget and settings."""
     result = folder / "rectools.json"
     shape = {option: training[key] for option, key in PEER_SHAPE.items()}
     command = [str(python), str(PEER_PROGRAM), "--data", str(data / EVENTS_FILE), "--json", str(result)]
@@ -132,7 +138,7 @@ def run_peer(python: Path, data: Path, folder: Path, training: dict[str, Any], o
 
 
 def compare(afterclick: dict[str, Any], peer: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Both values and their ratio (Afterclick / RecTools) by quantity; a ratio by zero is left out."""
+    """Return both values and their ratio (Afterclick / RecTools) by quantity, without ratios by zero."""
     if afterclick["cases"] != peer["users"]:
         raise RuntimeError(f"Afterclick was evaluated on {afterclick['cases']} users, RecTools on {peer['users']}")
     ours = {name: afterclick[name] for name in METRICS} | afterclick["training"]
@@ -182,11 +188,11 @@ def benchmark(
     machine = describe_machine()
     if machine["load_before"] > BUSY_LOAD:
         Console(stderr=True).print(
-            f"The machine is busy (load {machine['load_average']:.1f}): do not trust the timings."
+            f"The machine is busy (load {machine['load_before']:.1f}): do not trust the timings."
         )
     with tempfile.TemporaryDirectory(prefix="compare-rectools-") as name:
         folder = Path(name)
-        # Not resolved: the link is what makes an interpreter that of its virtual environment.
+        # not resolved: only by its link is an interpreter that of its virtual environment
         python = peer_python.absolute() if peer_python else peer_environment()
         afterclick = run_afterclick(data, folder)
         training = afterclick["training"]
@@ -198,20 +204,8 @@ def benchmark(
     print_comparison(rows, machine)
     result = {"machine": machine, "data": data.name, "comparison": rows, "afterclick": afterclick, "rectools": peer}
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def main() -> None:
-    """Run the command: exit status 0, 1 (something failed) or 2 (bad input), with one line that says why."""
-    try:
-        typer.run(benchmark)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        print(error, file=sys.stderr)
-        sys.exit(1)
+        write_json(json_file, result)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(benchmark)

@@ -1,14 +1,13 @@
-"""Durable events per second and the wait for the acknowledgement, beside plain SQLite commits in a loop.
+"""Durable events a second and the wait for their acknowledgement, beside plain SQLite commits in a loop.
 
     python -m tests.benchmarks.feedback_log --seconds 5 --json FILE
 
 Callers are tasks of one event loop, as in the service: each appends a batch, awaits its acknowledgement and goes on.
-The log is filled first, so that the indexes are of a realistic size; every row starts from a copy of the same file and
-warms up until the WAL has its full size, as a WAL that grows is slower than one that is overwritten.
+The log is filled first, so that its indexes have a realistic size. Every row starts from a copy of the same file and
+warms up until the WAL has its full size, because a WAL that grows is slower than one that is overwritten.
 """
 
 import asyncio
-import json
 import random
 import shutil
 import sqlite3
@@ -23,16 +22,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jobs.command_line import run_command
+from jobs.configuration import write_json
 from lib.data.events import Event
 from lib.log.feedback import FeedbackLog
 from lib.log.log_file import INSERT, row_of
+from tests.benchmarks.machine import describe_machine
 
 USERS, ITEMS = 50_000, 10_000
 WARM_UP = 10_000  # events; they fill more than the 16 MB at which the WAL is used again
 
 
 def events() -> Iterator[Event]:
-    """Endless events of many users, with ids as long as real ones."""
+    """Yield events of many users without end, with ids as long as real ones."""
     generator = random.Random(1)
     start = time.time_ns() // 1_000_000
     number = 0
@@ -44,17 +46,19 @@ def events() -> Iterator[Event]:
 
 
 def take(source: Iterator[Event], count: int) -> list[Event]:
+    """Return the next events."""
     return [next(source) for _ in range(count)]
 
 
 def fill(path: Path, count: int, source: Iterator[Event]) -> None:
+    """Append so many events to a log."""
     with FeedbackLog.open(path) as log:
         for start in range(0, count, 10_000):
             log.append(take(source, min(10_000, count - start))).result()
 
 
 def summary(name: str, batch: int, waits: list[float], commits: int, elapsed: float) -> dict:
-    """One row: `waits` in seconds, one per acknowledged batch."""
+    """Return one row; `waits` are seconds, one for each acknowledged batch."""
     p50, p99, longest = np.percentile(waits, [50, 99, 100]) * 1000
     return {
         "name": name,
@@ -66,6 +70,7 @@ def summary(name: str, batch: int, waits: list[float], commits: int, elapsed: fl
 
 
 def measure_log(path: Path, callers: int, batch: int, seconds: float, source: Iterator[Event]) -> dict:
+    """Measure the log under callers that each wait for their acknowledgement."""
     waits: list[float] = []
 
     async def call(log: FeedbackLog, end: float) -> None:
@@ -89,7 +94,7 @@ def measure_log(path: Path, callers: int, batch: int, seconds: float, source: It
 
 
 def measure_plain(path: Path, batch: int, seconds: float, source: Iterator[Event]) -> dict:
-    """The peer: the same table and durability, the default checkpoints, one commit per batch."""
+    """Measure the peer: the same table and durability, default checkpoints, one commit a batch."""
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("PRAGMA synchronous = FULL")
     offset = connection.execute("SELECT MAX(offset) FROM events").fetchone()[0] or 0
@@ -116,14 +121,14 @@ def measure_plain(path: Path, batch: int, seconds: float, source: Iterator[Event
     return summary("plain SQLite", batch, waits, len(waits), elapsed)
 
 
-def main(
+def benchmark(
     seconds: Annotated[float, typer.Option(help="Time per row.")] = 5.0,
     prefill: Annotated[int, typer.Option(help="Events in the log before each row.")] = 200_000,
     folder: Annotated[Path | None, typer.Option(help="Where to write; the disk is what is measured.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
     """Measure the feedback log and its peer."""
-    source = events()
+    machine, source = describe_machine(), events()
     cases: list[Callable[[Path], dict]] = []
     for batch in (1, 10):
         cases.append(lambda path, batch=batch: measure_plain(path, batch, seconds, source))
@@ -137,24 +142,15 @@ def main(
             path = Path(shutil.copy(filled, Path(scratch, "log.db")))
             results.append(case(path))
             path.unlink()
-    table = Table(
-        "",
-        "batch",
-        "events/s",
-        "commits/s",
-        "ack p50 ms",
-        "p99 ms",
-        "max ms",
-        title="Durable appends",
-        caption="plain: one commit a batch",
-    )
+    headings = ("", "batch", "events/s", "commits/s", "ack p50 ms", "p99 ms", "max ms")
+    table = Table(*headings, title="Durable appends", caption="plain: one commit a batch")
     for row in results:
         figures = [row["batch"], row["events_per_second"], row["commits_per_second"], *row["ack_ms"].values()]
         table.add_row(row["name"], *[f"{figure:,}" for figure in figures])
     Console().print(table)
-    if json_file:
-        json_file.write_text(json.dumps({"prefill": prefill, "seconds": seconds, "results": results}, indent=2) + "\n")
+    if json_file is not None:
+        write_json(json_file, {"machine": machine, "prefill": prefill, "seconds": seconds, "results": results})
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(benchmark)

@@ -3,9 +3,9 @@
     python -m tests.benchmarks.freshness --model MODEL --data DATA [--seconds 60] [--json FILE]
 
 Starts a service of its own on a copy of the model. Lean clients, in processes of their own, send events and ask for
-recommendations at fixed rates (an open loop: the next request is sent on time whether or not the one before has been
-answered); an event is a click of a user on an item as they stand together in a random line of the dataset. Meanwhile
-100 more events must each be in the history behind the next answer. Delays and checksums are read from /v1/status.
+recommendations at fixed rates (an open loop: a request is sent on time whether or not the one before was answered). An
+event is a click of the user on the item of a random line of the dataset. Meanwhile 100 more events are sent, each of
+which must be in the user's history right after. Delays and checksums are read from /v1/status.
 """
 
 import json
@@ -40,7 +40,7 @@ WINDOW_SECONDS = 5.0  # between two looks at the status
 
 
 def clicks(data: Path, seed: int) -> Iterator[dict[str, Any]]:
-    """Events without end."""
+    """Yield clicks without end."""
     table = read_events(data)
     users, items = table["user_id"].to_pylist(), table["item_id"].to_pylist()
     generator = np.random.default_rng(seed)
@@ -50,7 +50,7 @@ def clicks(data: Path, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def read_your_writes(client: httpx.Client, events: Iterator[dict[str, Any]], seconds: float) -> int:
-    """Send events one by one, and look for each behind the very next request; returns how many were there."""
+    """Send events one by one, look for each in its user's history right after, and return how many were there."""
     start, found = time.perf_counter(), 0
     for number, event in enumerate(islice(events, READ_BACKS)):
         time.sleep(max(0.0, start + number * seconds / READ_BACKS - time.perf_counter()))
@@ -64,7 +64,7 @@ def read_your_writes(client: httpx.Client, events: Iterator[dict[str, Any]], sec
 def measure(
     port: int, data: Path, events: float, batch: int, answers: float, seconds: float, seed: int
 ) -> dict[str, Any]:
-    """Put the load on a service and collect what it says."""
+    """Put load on a service and return the figures."""
     every = clicks(data, seed)
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -74,7 +74,7 @@ def measure(
         client.post("/v1/events", json={"events": [*islice(every, WARM_UP_EVENTS)]}).raise_for_status()
         settled(client)
         sent, asked = Path(folder) / "events", Path(folder) / "questions"
-        # two seconds more than are sent, as no event may be sent twice
+        # for two seconds more than they are sent, as no event may be sent twice
         requests = batched(islice(every, int(events * (seconds + 2))), batch)
         sent.write_text("".join(json.dumps({"events": request}) + "\n" for request in requests))
         asked.write_text("".join(json.dumps({"user_id": e["user_id"]}) + "\n" for e in islice(every, 5000)))
@@ -94,7 +94,7 @@ def measure(
 
 
 def statuses(port: int, seconds: float) -> list[dict[str, Any]]:
-    """What the status says every few seconds of the load."""
+    """Return the status every few seconds of the load."""
     found = []
     end = time.monotonic() + seconds
     with httpx.Client(base_url=f"http://{HOST}:{port}", timeout=30) as client:
@@ -105,21 +105,21 @@ def statuses(port: int, seconds: float) -> list[dict[str, Any]]:
 
 
 def compared(status: dict[str, Any]) -> tuple[int, int]:
-    """Replicas that are at the learner's version as it stands in the status, and those of them with its checksum."""
+    """Count the replicas at the learner's version in a status, and those of them with its checksum."""
     learner = status["learner"]
     same = [replica for replica in status["replicas"] if replica["version"] == learner.get("version")]
     return len(same), sum(replica["checksum"] == learner["checksum"] for replica in same)
 
 
 def batched(events: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    """Lists of so many events, and the rest."""
+    """Yield lists of so many events, and the rest."""
     every = iter(events)
     while some := [*islice(every, size)]:
         yield some
 
 
 def settled(client: httpx.Client) -> dict[str, Any]:
-    """The status once everything acknowledged is learned and live, or after SETTLE_SECONDS."""
+    """Return the status once all that was acknowledged is learned and live, or after SETTLE_SECONDS."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
         status = client.get("/v1/status").raise_for_status().json()
@@ -139,7 +139,7 @@ def results(
     looks: list[dict[str, Any]],
     elapsed: float,
 ) -> dict[str, Any]:
-    """One flat document of figures."""
+    """Return one flat document of figures."""
     status = looks[-1]
     learner, replicas = status["learner"], status["replicas"]
     windows = [look["freshness"] for look in looks if look["freshness"] is not None]
@@ -156,7 +156,7 @@ def results(
         "acknowledge_p99_ms": written["p99_ms"],
         "answer_p50_ms": answered["p50_ms"],
         "answer_p99_ms": answered["p99_ms"],
-        # the status speaks of the latest 2,000 events; this is the median of what it said, and the worst
+        # a status is of the latest 2,000 events; these are the median and the worst of all statuses
         "live_p50_ms": statistics.median(window["p50_ms"] for window in windows),
         "live_p99_ms": statistics.median(window["p99_ms"] for window in windows),
         "live_p50_worst_ms": max(window["p50_ms"] for window in windows),
@@ -167,7 +167,7 @@ def results(
         **{f"{cost}{which}": learner[f"{cost}{which}"] for cost in costs for which in ("", "_p99")},
         "replicas": len(replicas),
         "all_learned": learner["log_offset"] == status["aggregator"]["log_offset"],
-        "checksums_equal": f"{equal} of {pairs}",  # wherever a replica and the learner were at one version
+        "checksums_equal": f"{equal} of {pairs}",  # where a replica and the learner were at one version
         "deltas_that_came_out_wrong": sum(replica["mismatches"] for replica in replicas),
         "events_trained_or_rejected": learner["events_trained"] + learner["events_rejected"],
         "log_offset": status["aggregator"]["log_offset"],

@@ -1,11 +1,11 @@
-"""A lean HTTP client for load: one thread, one poll, requests made beforehand, keep-alive connections.
+"""A lean HTTP client for load: one thread, one selector, requests made beforehand, keep-alive connections.
 
     python -m tests.benchmarks.load_client --port 8000 --bodies FILE --connections 32 --seconds 10 [--rate 500]
 
 FILE holds one JSON body a line for POST /v1/recommendations, or another path. Each connection sends its next request as
-soon as it has the answer to the one before (a closed loop), or, with a rate, when its time has come (an open one: what
-waits for a connection waits since then). Prints one JSON object. A process of its own, so that it shares no interpreter
-with what it measures; a request costs it about 20 microseconds.
+soon as it has the answer to the one before (a closed loop), or, with a rate, when the request is due (an open loop: the
+wait for a free connection counts). Prints one JSON object. It runs as a process of its own, so that it shares no
+interpreter with what it measures; a request costs it about 20 microseconds.
 """
 
 import gc
@@ -27,7 +27,7 @@ HOST = "127.0.0.1"
 
 @dataclass
 class Connection:
-    """One connection and the answer that is under way on it."""
+    """One connection and the answer that is arriving on it."""
 
     socket: socket.socket
     sent_at: int = 0  # nanoseconds
@@ -36,13 +36,13 @@ class Connection:
 
 
 def request(body: bytes, path: str) -> bytes:
-    """One POST as bytes."""
+    """Return one POST as bytes."""
     head = [f"POST {path} HTTP/1.1", f"Host: {HOST}", "Content-Type: application/json", f"Content-Length: {len(body)}"]
     return "\r\n".join([*head, "", ""]).encode() + body
 
 
 def expected_length(received: bytes) -> int:
-    """Bytes of an answer, header included; 0 while the header is incomplete."""
+    """Return the bytes of an answer, header included; 0 while the header is incomplete."""
     end = received.find(b"\r\n\r\n")
     if end < 0:
         return 0
@@ -52,7 +52,7 @@ def expected_length(received: bytes) -> int:
 
 
 class Load:
-    """Requests under way on some connections; what came back counts from `start` on (nanoseconds)."""
+    """Requests on some connections; those due from `start` (nanoseconds) on count."""
 
     def __init__(self, port: int, requests: list[bytes], connections: int, start: int):
         self.following = cycle(requests)
@@ -67,13 +67,13 @@ class Load:
             self.idle.append(connection)
 
     def send(self, due: int) -> None:
-        """Send one request, whose time counts from when it was due."""
+        """Send one request; its latency counts from when it was due."""
         connection = self.idle.popleft()
         connection.received, connection.expected, connection.sent_at = b"", 0, due
         connection.socket.sendall(next(self.following))
 
     def receive(self, timeout: float) -> None:
-        """Take what has come, or comes within so many seconds.
+        """Receive what has arrived, or arrives within so many seconds.
 
         Raises:
             ConnectionError: an answer was cut off.
@@ -94,7 +94,7 @@ class Load:
             self.idle.append(connection)
 
     def close(self) -> None:
-        """End all connections."""
+        """Close all connections."""
         for key in list(self.selector.get_map().values()):
             key.data.socket.close()
 
@@ -102,7 +102,7 @@ class Load:
 def load(
     port: int, requests: list[bytes], connections: int, seconds: float, warm_up: float, rate: float | None = None
 ) -> dict[str, float | None]:
-    """Put load on a service; what happened to the requests that were due after the warm-up."""
+    """Put load on a service; return what happened to the requests that were due after the warm-up."""
     gc.disable()
     begin = time.perf_counter_ns()
     start, end = begin + int(warm_up * 1e9), begin + int((warm_up + seconds) * 1e9)
@@ -129,7 +129,7 @@ def load(
 
 
 def quantile(milliseconds: np.ndarray, share: int) -> float | None:
-    """A percentile, or None without values."""
+    """Return a percentile, or None without values."""
     return float(np.percentile(milliseconds, share)) if len(milliseconds) else None
 
 

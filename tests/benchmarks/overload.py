@@ -1,9 +1,9 @@
-"""More than can be answered: who is taken is answered in time, the others hear so at once, and it is over at once.
+"""Overload: admitted requests are answered in time, the others are refused at once, and afterwards all is as before.
 
     python -m tests.benchmarks.overload --model MODEL --data DATA [--times 3] [--seconds 10] [--json FILE]
 
-On two replicas, with a lean client on the same cores: how much is answered when 32 connections ask as fast as they can
-(the capacity); half of that; `times` that, an open loop; then half again, second by second.
+On two replicas, with a lean client on the same cores: the capacity is what 32 connections get answered that ask as fast
+as they can. Then, as open loops, half of it, `times` it, and half of it again, second by second.
 """
 
 import tempfile
@@ -24,7 +24,7 @@ RECOVERY_SECONDS = 6
 
 
 def measure(port: int, bodies: Path, times: float, seconds: float) -> dict[str, dict[str, float]]:
-    """The figures of each phase."""
+    """Return the figures of each phase."""
     capacity = put_load(port, bodies, connections=32, seconds=seconds)
     half, over = capacity["requests_per_second"] / 2, capacity["requests_per_second"] * times
     results = {"32 connections": capacity}
@@ -44,7 +44,7 @@ def overload_benchmark(
     seconds: Annotated[float, typer.Option(min=1, help="Of each phase.")] = 10,
     json_: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
-    """Measure what happens past capacity."""
+    """Measure what happens beyond the capacity."""
     machine = describe_machine()
     with tempfile.TemporaryDirectory() as folder, afterclick_service(model, data, 2) as port:
         write_bodies(data, Path(folder) / "bodies")

@@ -1,9 +1,9 @@
-"""The peer of the load benchmark: what an engineer writes by hand, one process of uvicorn, torch and faiss.
+"""The peer of the load benchmark: a server as one writes it by hand, one process of uvicorn, torch and FAISS.
 
     python -m tests.benchmarks.plain_server --model MODEL --data DATA --port 8001
 
-Each request is answered on its own: encode, search, take out what was seen, reply. The same weights as Afterclick's,
-histories ready in memory as tensors, the event loop of uvloop, JSON by orjson; no learning, pushes, versions or log.
+Each request is answered on its own: encode, search, remove seen items, reply. It has Afterclick's weights, histories in
+memory as tensors, uvloop and orjson; no learning, pushes, versions or log.
 """
 
 from pathlib import Path
@@ -25,14 +25,14 @@ from lib.model.folder import load_model
 
 
 class Question(BaseModel):
-    """Who asks, and for how many items."""
+    """A question: the user, and the number of items."""
 
     user_id: str
     k: int = 10
 
 
 def application(model: Path, data: Path) -> FastAPI:
-    """The whole server."""
+    """Return the whole server."""
     encoder, catalog, _ = load_model(model)
     encoder.eval().requires_grad_(False)
     config = encoder.config
@@ -81,7 +81,7 @@ def plain_server(
     port: Annotated[int, typer.Option()],
     threads: Annotated[int, typer.Option(help="Of torch and FAISS.")] = 1,
 ) -> None:
-    """Serve until it is ended."""
+    """Serve until the process is ended."""
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
     uvicorn.run(application(model, data), host="127.0.0.1", port=port, log_level="warning", access_log=False)

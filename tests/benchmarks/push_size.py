@@ -1,10 +1,10 @@
-"""How many bytes a near-line update pushes, against the snapshot, as models and catalogs grow.
+"""The bytes of a near-line push beside those of a snapshot, as models and catalogs grow.
 
     python -m tests.benchmarks.push_size [--model small,100000 --model large,20000 ...] [--json FILE]
 
-Each is a preset of pretraining with so many items, untrained: sizes do not depend on what the weights are. A
-micro-batch has 64 events of as many users with full histories, and the default replay sample; items are drawn as
-popular as those of a shop (Zipf, exponent 1). `checksums equal` compares a copy that took every delta with the learner.
+Each model is a preset of pretraining with so many items, untrained: sizes do not depend on the weights. A micro-batch
+has 64 events of users with full histories, and the default replay sample; items are as popular as those of a shop
+(Zipf, exponent 1). `equal` compares the checksum of a copy that applied every delta with the learner's.
 """
 
 import statistics
@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jobs.command_line import run_command
 from jobs.configuration import write_json
 from lib.data.catalog import Catalog
 from lib.data.events import Event
@@ -41,7 +42,7 @@ USERS, HISTORY, BATCH = 500, 60, 64
 
 
 def random_events(items: int, generator: np.random.Generator, count: int) -> list[Event]:
-    """Clicks of random users on items that are as popular as their place says."""
+    """Draw clicks of random users on items, the nth of which has a share of 1/n."""
     popularity = 1.0 / np.arange(1, items + 1)
     chosen = generator.choice(items, count, p=popularity / popularity.sum()).tolist()
     users = generator.integers(0, USERS, count).tolist()
@@ -50,7 +51,7 @@ def random_events(items: int, generator: np.random.Generator, count: int) -> lis
 
 
 def measure(preset: str, items: int, updates: int) -> dict[str, Any]:
-    """Medians over some updates."""
+    """Measure some updates; return medians."""
     config = BehaviourEncoderConfig(item_rows=items + 1, event_kinds=["click"], **PRESETS[preset].shape())
     encoder, catalog = BehaviourEncoder(config), Catalog(f"i{item}" for item in range(items))
     generator = np.random.default_rng(0)
@@ -126,4 +127,4 @@ def benchmark(
 
 
 if __name__ == "__main__":
-    typer.run(benchmark)
+    run_command(benchmark)

@@ -2,15 +2,15 @@
 """RecTools' SASRec on an event table: the peer's half of `compare_rectools`, run by the peer's own interpreter.
 
 Notable features:
-- imports nothing of Afterclick, so it runs in an environment that has RecTools and not the project
-- a training budget in wall seconds, kept to the step; loading, preparation and evaluation do not count against it
-- settings that serve the peer within minutes on a CPU: smaller batches and a higher learning rate than its defaults
-  (128 and 1e-3), which take too few steps in that time; its default loss, the softmax over the whole catalog
-- RecTools keeps repeats (a user and an item more than once) in the order of time, and so does this file
+- imports nothing of Afterclick, so that it runs in an environment that has RecTools and not the project
+- a training budget in wall seconds, kept to the step; loading, preparation and evaluation do not count
+- settings that are best for the peer within minutes on a CPU: smaller batches and a higher learning rate than its
+  defaults (128 and 1e-3), which take too few steps in that time; its default loss, the softmax over the whole catalog
+- RecTools keeps repeats (a user and an item more than once) in the order of time, and so does this module
 
-The protocol is leave-one-out: each user with two events or more gives the last one as target, all before it is what
-the peer trains on and reads. All items are ranked, the user's seen items removed; a target that the peer never saw in
-training, or that its user had seen before, counts as a miss.
+The protocol is leave-one-out: the last event of each user with two events or more is the target, and the peer trains on
+the events before it and reads them. All items are ranked but those that the user has seen; a target that the peer never
+saw in training, or that its user had seen before, counts as a miss.
 """
 
 import argparse
@@ -38,7 +38,7 @@ MANY_EPOCHS = 1_000_000  # more than any budget holds: the clock stops the train
 
 @dataclass(frozen=True)
 class PeerSettings:
-    """What the peer's model and its training are made of."""
+    """Settings of the peer's model and of its training."""
 
     factors: int = 64
     blocks: int = 1
@@ -54,7 +54,7 @@ class PeerSettings:
 
 
 class TrainingClock(Callback):
-    """Counts what was trained and stops at the first step past the budget (seconds; None: never)."""
+    """A counter of what was trained, which stops at the first step past the budget (seconds; None: never)."""
 
     def __init__(self, budget_seconds: float | None) -> None:
         self.budget_seconds = budget_seconds
@@ -69,10 +69,12 @@ class TrainingClock(Callback):
         self.warm_up_sequences = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start the clock."""
         self.started = time.perf_counter()
         self.started_processor = time.process_time()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count a step, and stop where the budget is spent."""
         self.steps += 1
         self.sequences += len(batch["x"])
         self.targets += int((batch["y"] != 0).sum())
@@ -85,14 +87,14 @@ class TrainingClock(Callback):
             trainer.should_stop = True
 
     def sequences_per_second(self) -> float:
-        """Training sequences a second once the first steps are done; over all steps when there were no more."""
+        """Return training sequences a second after the first steps, or of all steps where there are no more."""
         if self.steps <= WARM_UP_STEPS:
             return self.sequences / max(self.seconds, 1e-9)
         return (self.sequences - self.warm_up_sequences) / (self.seconds - self.warm_up_seconds)
 
 
 def read_interactions(path: Path) -> pd.DataFrame:
-    """Events (timestamps in milliseconds) as RecTools' columns, in order of time, ties in the order of the file."""
+    """Read events (timestamps in milliseconds) as RecTools' columns, by time, ties in the order of the file."""
     events = pd.read_parquet(path, columns=["user_id", "item_id", "timestamp"])
     interactions = pd.DataFrame(
         {
@@ -106,7 +108,7 @@ def read_interactions(path: Path) -> pd.DataFrame:
 
 
 def leave_one_out(interactions: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
-    """Split into what came before each user's last event, and the last item by user; one-event users are left out."""
+    """Split into the events before each user's last one, and the last items by user, without users of one event."""
     by_user = interactions.groupby(Columns.User, sort=False)
     events_before = by_user.cumcount().to_numpy()
     is_last = by_user.cumcount(ascending=False).to_numpy() == 0
@@ -116,7 +118,7 @@ def leave_one_out(interactions: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
 
 
 def build_model(settings: PeerSettings, clock: TrainingClock, epochs: int) -> SASRecModel:
-    """The peer's SASRec, its trainer silent and stopped by `clock` or after `epochs`."""
+    """Return the peer's SASRec, whose silent trainer stops by `clock` or after `epochs`."""
 
     def make_trainer() -> Trainer:
         return Trainer(
@@ -144,7 +146,7 @@ def build_model(settings: PeerSettings, clock: TrainingClock, epochs: int) -> SA
 
 
 def target_ranks(model: SASRecModel, dataset: Dataset, targets: pd.Series) -> np.ndarray:
-    """The target's rank (from 1) in each user's best `CUTOFF` unseen items, shape [users]; 0 where it is not there."""
+    """Return (users,) the target's rank, from 1, in each user's best CUTOFF unseen items; 0 where it is not there."""
     recommended = model.recommend(
         users=targets.index.to_numpy(), dataset=dataset, k=CUTOFF, filter_viewed=True, on_unsupported_targets="ignore"
     )
@@ -153,7 +155,7 @@ def target_ranks(model: SASRecModel, dataset: Dataset, targets: pd.Series) -> np
 
 
 def metrics_of(ranks: np.ndarray) -> dict[str, float]:
-    """Recall, NDCG and MRR at `CUTOFF` over all users, from `target_ranks`."""
+    """Return recall, NDCG and MRR at CUTOFF over all users from what `target_ranks` returned."""
     ranks_of_hits = ranks[ranks > 0].astype(float)
     return {
         f"recall@{CUTOFF}": len(ranks_of_hits) / len(ranks),
@@ -163,7 +165,7 @@ def metrics_of(ranks: np.ndarray) -> dict[str, float]:
 
 
 def silence() -> None:
-    """Leave out the advice that Lightning and RecTools print about workers, devices and cold users."""
+    """Suppress the advice that Lightning and RecTools print about workers, devices and cold users."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
     for module in ("pytorch_lightning", "lightning_fabric", "rectools"):
@@ -172,7 +174,7 @@ def silence() -> None:
 
 
 def run(data: Path, settings: PeerSettings, seconds: float | None, epochs: int | None) -> dict[str, Any]:
-    """Train within the budget and evaluate; the result holds metrics, speed, settings and versions."""
+    """Train within the budget and evaluate; return metrics, speed, settings and versions."""
     torch.set_num_threads(settings.threads)
     seed_everything(settings.seed, verbose=False)
     training, targets = leave_one_out(read_interactions(data))
@@ -185,7 +187,7 @@ def run(data: Path, settings: PeerSettings, seconds: float | None, epochs: int |
     model.fit(dataset)
     trainer = model.fit_trainer
     assert trainer is not None
-    # RecTools trains with a copy of the trainer, so the clock that ran is the copy's.
+    # RecTools trains with a copy of the trainer, so the clock that ran is the copy's
     clock = next(callback for callback in trainer.callbacks if isinstance(callback, TrainingClock))
     trained_users = len(model.data_preparator.train_dataset.user_id_map.external_ids)
     print(f"RecTools: trained {clock.seconds:.1f} s, {clock.sequences_per_second():.0f} sequences/s", flush=True)
@@ -201,7 +203,7 @@ def run(data: Path, settings: PeerSettings, seconds: float | None, epochs: int |
         "epochs": clock.sequences / trained_users,
         "steps": clock.steps,
         "sequences_per_second": clock.sequences_per_second(),
-        # Well below the number of threads on a CPU: something else was at work, so the timings are not to be trusted.
+        # where it is well below the number of threads, something else was running: do not trust the timings
         "cores_used": clock.processor_seconds / max(clock.seconds, 1e-9),
         "targets_per_second": clock.targets / max(clock.seconds, 1e-9),
         "evaluation_seconds": evaluation_seconds,
@@ -217,7 +219,7 @@ def run(data: Path, settings: PeerSettings, seconds: float | None, epochs: int |
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line; the defaults of the model are those of `PeerSettings`."""
+    """Read the command line; defaults of the model are those of PeerSettings."""
     defaults = PeerSettings()
     parser = argparse.ArgumentParser(description="Train and evaluate RecTools' SASRec (leave-one-out).")
     parser.add_argument("--data", type=Path, required=True, help="events.parquet")

@@ -1,11 +1,11 @@
-"""What live learning gets of what there is to get: beside a model trained from scratch on everything up to the moment.
+"""Live learning beside retraining: a model trained from scratch on all events up to the moment.
 
     python -m tests.benchmarks.retrained --data DATA [--at 0.7 --at 0.8 --at 0.9] [--events 4000] [--json FILE]
 
 The replay (lib/live/prequential.py) pretrains on the oldest 60% of the events and learns the rest live. At each cut a
-rival is pretrained anew on all events before it, and both answer the events that follow, with growing histories: the
-live weights as they learn, the rival's and those of the first pretraining as they are. So it is what a shop would have
-that trained from scratch a moment ago.
+rival is pretrained on all events before it, as in a shop that has just trained from scratch. Then the events that
+follow are answered with growing histories: by the live weights as they learn, and by those of the rival and of the
+first pretraining as they are.
 """
 
 import tempfile
@@ -29,11 +29,11 @@ from lib.live.settings import LearnerConfig
 from lib.model.trainer import keep_freed_memory
 from tests.benchmarks.machine import describe_machine
 
-SHARE = 0.6  # of the events, the oldest: what the weights that go live are pretrained on
+SHARE = 0.6  # of the events, the oldest, on which the first weights are pretrained
 
 
 def pretrained(data: Path, stream: Stream, folder: Path) -> tuple[Path, float]:
-    """A model of the stream's oldest events by `afterclick pretrain` as it comes, and the seconds of its training."""
+    """Pretrain on a stream's oldest events with the defaults; return the model's folder and the seconds it took."""
     write_dataset(folder / "data", stream.oldest, read_items(data))
     begin = time.perf_counter()
     pretrain(folder / "data", folder / "model", PretrainSettings(holdout="none"))
@@ -41,7 +41,7 @@ def pretrained(data: Path, stream: Stream, folder: Path) -> tuple[Path, float]:
 
 
 def part_of(outcome: Outcome, first: int, count: int) -> Outcome:
-    """The outcome of some consecutive events."""
+    """Return the outcome of some consecutive events."""
     return Outcome(outcome.ranks[first : first + count])
 
 
@@ -51,7 +51,7 @@ def retrained_command(
     events: Annotated[int, typer.Option(min=100, help="Answered after each cut.")] = 4000,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
 ) -> None:
-    """Print NDCG@10 of frozen, live and retrained weights on the events after each cut."""
+    """Measure NDCG@10 of frozen, live and retrained weights on the events after each cut."""
     machine = describe_machine()
     torch.set_num_threads(1)
     keep_freed_memory()

@@ -1,18 +1,18 @@
-"""Retrieval as the catalog grows: exact beside approximate, then a fifth of the rows changed, and filters.
+"""Retrieval as the catalog grows: exact beside approximate search, then filters, then a fifth of the rows changed.
 
     python -m tests.benchmarks.retrieval [--items 10000 --items 100000 ...] [--threads N] [--gaussian] [--json FILE]
 
-Queries a second, for the 100 best of each: `FAISS exact` is IndexFlatIP at its best batch size (16, 64, 256); `product`
-a matrix product with torch.topk (on a GPU the limit) and `lists` the approximate index, both in batches of 64 and one
-by one. All on the same threads. Recall is the share of the exact 100 best.
+Queries a second for the 100 best rows: `FAISS exact` is IndexFlatIP at its best batch size (16, 64 or 256), `product` a
+matrix product with torch.topk (the limit on a GPU), `lists` the approximate index; the last two in batches of 64 and
+one by one. All use the same threads. Recall is the share of the exact 100 best rows.
 
 The vectors are synthetic and look like trained ones (tests/benchmarks/vectors.py). `--gaussian` draws plain Gaussian
 directions instead, which have no neighbourhoods to find and are the worst case.
 
-Changed: a fifth of the rows (at most 200,000) get new vectors of the same kind, a thousand rows each tenth of a second
-and searches of 8 queries without a pause in between; recall at the end, before the last merge, and after it. The
-longest update and search are those that began while another thread merged; `longest_computing` in the JSON is processor
-time, without the waiting for a core on a busy machine.
+Changed: a fifth of the rows (at most 200,000) gets new vectors of the same kind, a thousand rows each tenth of a
+second, with searches of 8 queries in between without a pause; recall is taken before the last merge and after it. The
+longest update and search are those that began while another thread merged; `longest_computing` in the JSON is CPU time,
+without the wait for a core on a busy machine.
 """
 
 import ctypes
@@ -29,6 +29,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jobs.command_line import run_command
 from jobs.configuration import write_json
 from lib.retrieval.faiss_lists import copy_to, search_device
 from lib.retrieval.index import ItemIndex, use_threads
@@ -42,21 +43,21 @@ BATCHES = (16, 64, 256)
 
 
 def resident_bytes() -> int:
-    """Memory that this process holds; what is free is given back first, so that a difference counts all of it."""
+    """Return the memory that this process holds, after giving back what is free, so that differences are exact."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def faiss_exact(vectors: np.ndarray) -> Search:
-    """The exact peer, on the card where there is one."""
+    """Return the search of the exact peer, on the GPU where FAISS sees one."""
     index = copy_to(search_device(), faiss.IndexFlatIP(WIDTH))
     index.add(vectors)
     return lambda queries: index.search(queries, K)[1]
 
 
 def measure_exact(vectors: np.ndarray, queries: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
-    """FAISS's exact index and the matrix product; also the exact rows."""
+    """Measure FAISS's exact index and the matrix product; return also the exact rows."""
     search, few = faiss_exact(vectors), 1 if len(vectors) > 100_000 else REPEATS
     exact = in_batches(search, queries, BATCH)
     speeds = {batch: speed(search, queries, batch, few) for batch in BATCHES}
@@ -72,7 +73,7 @@ def measure_exact(vectors: np.ndarray, queries: np.ndarray) -> tuple[dict[str, A
 
 
 def measure_filters(index: ItemIndex, queries: np.ndarray) -> dict[str, Any]:
-    """Masks that leave half, a tenth and a thousandth of the rows."""
+    """Measure masks that leave half, a tenth and a thousandth of the rows."""
     results = {}
     for share in (0.5, 0.1, 0.001):
         mask = np.random.default_rng(3).random(len(index)) < share
@@ -88,14 +89,14 @@ def measure_filters(index: ItemIndex, queries: np.ndarray) -> dict[str, Any]:
 
 
 def faiss_exact_masked(vectors: np.ndarray, queries: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The exact best rows of those that pass."""
+    """Return the exact best rows of those that pass a mask."""
     passing = np.flatnonzero(mask)
     places = faiss.knn(queries, vectors[passing], min(K, len(passing)), faiss.METRIC_INNER_PRODUCT)[1]
     return passing[places]
 
 
 def measure_change(index: ItemIndex, vectors: np.ndarray, queries: np.ndarray) -> dict[str, Any]:
-    """Rows changed to the vectors, piece by piece, while searches go on."""
+    """Change rows to the vectors, piece by piece, while searches go on; return recall and times."""
     rows = np.random.default_rng(4).permutation(len(index))[: len(vectors)]
     calls: dict[tuple[str, bool], list[tuple[float, float]]] = {}
 
@@ -109,7 +110,7 @@ def measure_change(index: ItemIndex, vectors: np.ndarray, queries: np.ndarray) -
 
     def searched_all() -> bool:
         was_merging = index.merging
-        search_some()  # takes the merged lists, and has what changed meanwhile merged
+        search_some()  # it takes the merged lists, and starts a merge of what changed meanwhile
         return not was_merging and not index.merging
 
     started = time.perf_counter()
@@ -138,7 +139,7 @@ def measure_change(index: ItemIndex, vectors: np.ndarray, queries: np.ndarray) -
 
 
 def measure(items: int, draw: Callable[[int, np.random.Generator], np.ndarray]) -> dict[str, Any]:
-    """All results of one catalog size."""
+    """Measure one catalog size."""
     vectors = draw(items, np.random.default_rng(1))
     queries = draw(256 if items <= 1_000_000 else 64, np.random.default_rng(2))
     result, exact = measure_exact(vectors, queries)
@@ -157,7 +158,7 @@ def measure(items: int, draw: Callable[[int, np.random.Generator], np.ndarray]) 
 
 
 def tables(results: list[dict[str, Any]], title: str) -> list[Table]:
-    """What was measured, for reading."""
+    """Return the tables of the results."""
     speeds = Table("items", "FAISS exact", "product", "one", "lists", "one", "recall", "build, s", "bytes an item")
     speeds.title = f"Queries a second, k = {K}; {title}"
     changes = Table("items", "recall at once", "merged", "longest update, ms", "search, ms", "filter: recall, full")
@@ -203,4 +204,4 @@ def benchmark(
 
 
 if __name__ == "__main__":
-    typer.run(benchmark)
+    run_command(benchmark)

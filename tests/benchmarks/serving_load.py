@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.serving_load --model MODEL --data DATA [--seconds 8] [--json FILE]
 
-Over loopback, with a lean client on the same cores (tests/benchmarks/load_client.py), 10 items for a random user of the
-dataset in each request, 1, 8, 32 and 128 connections, all in one run: Afterclick with one and with two replicas; a
-deployment that answers at once, behind the same ingress, which is the limit; and tests/benchmarks/plain_server.py, one
-process of uvicorn, torch and faiss with the same model, with one thread and with as many as there are cores.
+Over loopback, with a lean client on the same cores (tests/benchmarks/load_client.py). Each request asks for 10 items
+for a random user of the dataset, on 1, 8, 32 and 128 connections. One run measures Afterclick with one and with two
+replicas; a deployment behind the same ingress that answers at once, which is the limit; and one process of uvicorn,
+torch and FAISS with the same model (tests/benchmarks/plain_server.py), with one thread and with one for each core.
 """
 
 import json
@@ -38,7 +38,7 @@ from serving.app import ServeArguments
 from tests.benchmarks.machine import describe_machine
 
 CONNECTIONS = (1, 8, 32, 128)
-REQUESTS = 5000  # that differ, before the first comes again
+REQUESTS = 5000  # that differ, before the first one is sent again
 START_SECONDS = 120.0
 
 nothing = FastAPI()
@@ -46,18 +46,18 @@ nothing = FastAPI()
 
 @nothing.post("/v1/recommendations")
 async def answer_nothing() -> Response:
-    """What any answer costs behind this ingress."""
+    """Answer nothing, at the cost of any answer behind this ingress."""
     return Response(b'{"items":[]}', media_type="application/json")
 
 
 @serve.ingress(nothing)
 class Nothing:
-    """A deployment that does nothing."""
+    """A deployment that computes nothing."""
 
 
 @contextmanager
 def no_op_service(replicas: int) -> Iterator[int]:
-    """The limit: its port."""
+    """Start the limit; yield its port."""
     port = free_port()
     with running_ray():
         try:
@@ -72,7 +72,7 @@ def no_op_service(replicas: int) -> Iterator[int]:
 
 @contextmanager
 def plain_service(model: Path, data: Path, threads: int) -> Iterator[int]:
-    """The peer: its port."""
+    """Start the peer; yield its port."""
     port = free_port()
     command = [sys.executable, "-m", "tests.benchmarks.plain_server", "--model", str(model), "--data", str(data)]
     process = subprocess.Popen([*command, "--port", str(port), "--threads", str(threads)])
@@ -86,7 +86,7 @@ def plain_service(model: Path, data: Path, threads: int) -> Iterator[int]:
 
 @contextmanager
 def afterclick_service(model: Path, data: Path, replicas: int) -> Iterator[int]:
-    """Afterclick: its port."""
+    """Start Afterclick; yield its port."""
     port = free_port()
     folder = Path(tempfile.mkdtemp(prefix="afterclick-load-"))
     try:
@@ -99,7 +99,7 @@ def afterclick_service(model: Path, data: Path, replicas: int) -> Iterator[int]:
 
 
 def wait_until_answering(port: int) -> None:
-    """Any answer will do.
+    """Wait for any answer but a failure.
 
     Raises:
         httpx.TransportError: there is none for START_SECONDS.
@@ -119,19 +119,19 @@ def wait_until_answering(port: int) -> None:
 
 
 def measure(port: int, bodies: Path, seconds: float) -> dict[str, dict[str, float]]:
-    """The figures by number of connections."""
+    """Return the figures by number of connections."""
     return {str(count): put_load(port, bodies, connections=count, seconds=seconds) for count in CONNECTIONS}
 
 
 def put_load(port: int, bodies: Path, **options: float | str) -> dict[str, Any]:
-    """What the load client, in a process of its own, says."""
+    """Run the load client, in a process of its own; return its figures."""
     command = [sys.executable, "-m", "tests.benchmarks.load_client", "--port", str(port), "--bodies", str(bodies)]
     command += [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
 
 def write_bodies(data: Path, path: Path) -> None:
-    """Questions of random users, one a line."""
+    """Write questions of random users, one a line."""
     users = sorted(set(read_events(data)["user_id"].to_pylist()))
     chosen = np.random.default_rng(0).choice(users, REQUESTS)
     path.write_text("".join(json.dumps({"user_id": user, "k": 10}) + "\n" for user in chosen))

@@ -2,13 +2,13 @@
 
     python -m tests.benchmarks.training_speed --data DIR [--data DIR ...] [--seconds 30] [--json FILE]
 
-Both train on each user's events but the newest, with 256 negatives, on all cores; the peer in batches of 128 users (its
-default) in a virtual environment of its own (see compare_rectools), where nothing is installed beside Afterclick. Both
-get a memory allocator that keeps what it is given. The first steps do not count.
+Both train on each user's events but the newest, with 256 negatives, on all cores, and with a memory allocator that
+keeps freed memory. The peer trains in batches of 128 users, its default, in a virtual environment of its own (see
+compare_rectools). The first steps do not count.
 
-A sequence is what each trains on in one go: Afterclick cuts a history that is longer than the length into windows and
-trains on all of them, RecTools takes each user's newest events. So targets a second are shown as well: events that were
-predicted, without padding.
+A sequence is not the same to both: Afterclick cuts a history that is longer than the length into windows and trains on
+all of them, RecTools takes each user's newest events. So targets a second are shown as well: predicted events, without
+padding.
 """
 
 import itertools
@@ -23,6 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jobs.command_line import run_command
 from jobs.configuration import write_json
 from jobs.pretrain import PretrainSettings
 from jobs.training_loop import new_encoder, preset_of, read_training_data
@@ -37,7 +38,7 @@ PEER_OPTIONS = ["--loss", "sampled_softmax", "--negatives", str(NEGATIVES), "--b
 
 
 def measure_afterclick(data: Path, seconds: float) -> dict[str, Any]:
-    """Train with the defaults, but for the number of negatives, and count."""
+    """Train with the defaults, but for the number of negatives; return the speed."""
     training_data = read_training_data(str(data), LEAVE_ONE_OUT)
     preset = preset_of(PretrainSettings(), training_data.histories)
     encoder = new_encoder(training_data, preset, seed=0)
@@ -64,7 +65,7 @@ def measure_afterclick(data: Path, seconds: float) -> dict[str, Any]:
 
 
 def compare(data: Path, python: Path, seconds: float) -> dict[str, Any]:
-    """Both speeds on one dataset, and their ratios."""
+    """Return both speeds on one dataset, and their ratios."""
     afterclick = measure_afterclick(data, seconds)
     with tempfile.TemporaryDirectory(prefix="training-speed-") as folder:
         peer = run_peer(python, data, Path(folder), afterclick, ["--seconds", str(seconds), *PEER_OPTIONS])
@@ -103,4 +104,4 @@ def benchmark(
 
 
 if __name__ == "__main__":
-    typer.run(benchmark)
+    run_command(benchmark)
