@@ -154,7 +154,7 @@ def small_model(ray_session: RaySession, shop_dataset: Path, tmp_path_factory: p
 @contextmanager
 def started_service(model: Path, data: Path, folder: Path) -> Iterator[LiveService]:
     """Start a service with two replicas on a fresh copy of the model, in place of the one that runs on this Ray."""
-    from jobs.serve import stop_service
+    from jobs.service import stop_service
     from serving.app import ServeArguments
 
     stop_service()

@@ -29,7 +29,7 @@ from jobs.demo.live_view import LiveView, summary
 from jobs.demo.shop import Shop
 from jobs.demo.visitors import Frozen, PastEvent, ReplaySource, ShopSource, Source, Tally, histories_of, run_visitors
 from jobs.pretrain import PretrainSettings, pretrain
-from jobs.serve import running_service
+from jobs.service import running_service
 from lib.data.dataset import read_events, read_items, write_dataset
 from lib.data.history import History
 from lib.data.holdout import NONE
@@ -144,13 +144,13 @@ def demo_command(
             pretrain(world.data, folder / "model", world.settings)
             console.print(f"pretrained in {time.monotonic() - begin:.0f} s; starting {replicas} replicas")
             arguments = ServeArguments(model=str(folder / "model"), data=str(world.data), replicas=replicas)
-            with running_service(arguments, port or free_port()) as service:
-                console.print(f"serving at {service.url} (open it to click along)  Ctrl-C stops")
+            with running_service(arguments, port or free_port()) as url:
+                console.print(f"serving at {url} (open it to click along)  Ctrl-C stops")
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, lambda *_: stop.set())
                 with LiveView(world.titles, console) as view:
                     frozen = frozen_model(folder / "model")
-                    tally, status = asyncio.run(run_live(service.url, world, frozen, seconds, view, stop.is_set))
+                    tally, status = asyncio.run(run_live(url, world, frozen, seconds, view, stop.is_set))
                 console.print(summary(tally, status))
     finally:
         shutil.rmtree(folder)

@@ -32,7 +32,7 @@ from rich.table import Table
 from cluster.local import HOST, free_port, running_ray
 from jobs.command_line import run_command
 from jobs.configuration import write_json
-from jobs.serve import running_service
+from jobs.service import running_service
 from lib.data.dataset import read_events
 from serving.app import ServeArguments
 from tests.benchmarks.machine import describe_machine

@@ -72,13 +72,13 @@ class LiveService:
 
     def start(self, **arguments: Any) -> None:
         """Start everything, on whatever the state folder holds, with other arguments for this time."""
-        from jobs.serve import start_service
+        from jobs.service import start_service
 
         start_service(self.arguments.model_copy(update=arguments), self.port, learner_config())
 
     def stop(self) -> None:
         """Stop everything, cleanly."""
-        from jobs.serve import stop_service
+        from jobs.service import stop_service
 
         stop_service()
 
