@@ -15,7 +15,6 @@ Nothing in it is measured from a real shop. What is synthetic, exactly:
   did, on purpose: so that a minute shows what learning live is worth where a real shop would take weeks.
 - Reactions: a visitor looks at a list from the top, less and less likely with the position, and clicks at most one
   item, the likelier the better it suits the taste, the item before and the trends.
-
 - Newcomers: who has met 120 items leaves, and somebody new with another taste takes the place.
 
 One `Shop` is the world after its 30 days of history; time goes on from there by `advance`, `next_choice` and `react`.
@@ -23,12 +22,14 @@ The same seed and the same calls give the same shop, event for event.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from jobs.demo.assortment import CATEGORIES, STYLES, Assortment, draw
+from jobs.demo.behaviour import Behaviour
+from jobs.demo.fashion import HOUR, Fashion
 from lib.data.dataset import write_dataset
 from lib.data.events import EVENT_SCHEMA
 from lib.errors import InputError
@@ -37,78 +38,7 @@ HISTORY_START = 1_577_836_800_000  # 2020-01-01: far enough back that simulated 
 HISTORY_DAYS = 30
 HISTORY_EVENTS_PER_VISITOR = 30
 SECONDS_PER_DAY = 86_400
-HOUR = 3_600_000  # milliseconds
 SMALLEST_SHOP = 100  # visitors, and items
-
-STYLES = ("Classic", "Nordic", "Vintage", "Compact", "Eco", "Bold", "Premium", "Everyday")
-# category: typical price, the two categories that go with it, its products
-CATEGORIES = {
-    "Tents": (190, ("Sleeping Bags", "Camp Kitchen"), "Dome Tent,Family Tent,Tarp,Hammock,Bivy,Awning,Beach Shelter"),
-    "Sleeping Bags": (90, ("Tents", "Backpacks"), "Down Bag,Summer Bag,Quilt,Sleeping Mat,Air Pillow,Liner,Bag Duo"),
-    "Camp Kitchen": (45, ("Tents", "Coffee"), "Gas Stove,Camp Pot,Mess Kit,Cool Box,Spork Set,Water Filter,Fire Bowl"),
-    "Backpacks": (85, ("Hiking Shoes", "Sleeping Bags"), "Daypack,Trekking Pack,Roll Top,Duffel,Sling,Dry Bag,Tote"),
-    "Hiking Shoes": (120, ("Backpacks", "Jackets"), "Trail Shoe,Boot,Sandal,Approach Shoe,Gaiters,Wool Socks,Insoles"),
-    "Jackets": (150, ("Hiking Shoes", "Running"), "Rain Jacket,Parka,Fleece,Down Vest,Windbreaker,Softshell,Poncho"),
-    "Running": (70, ("Fitness", "Headphones"), "Road Shoe,Running Tee,Shorts,Running Belt,Headlamp,Cap,Arm Sleeves"),
-    "Fitness": (40, ("Running", "Tea"), "Yoga Mat,Kettlebell,Foam Roller,Jump Rope,Resistance Band,Dumbbell,Gym Towel"),
-    "Cycling": (110, ("Jackets", "Backpacks"), "Helmet,Pannier,Bike Light,Saddle,Floor Pump,Lock,Handlebar Bag"),
-    "Coffee": (60, ("Tableware", "Tea"), "Grinder,Moka Pot,Pour-Over Set,French Press,Espresso Beans,Scale,Kettle"),
-    "Tea": (25, ("Tableware", "Coffee"), "Green Tea,Black Tea,Teapot,Infuser,Matcha Set,Herbal Blend,Tea Caddy"),
-    "Tableware": (30, ("Cookware", "Tea"), "Mug,Dinner Plate,Bowl,Carafe,Cutlery Set,Serving Board,Tumbler"),
-    "Cookware": (75, ("Kitchen Tools", "Tableware"), "Skillet,Saucepan,Dutch Oven,Wok,Roasting Tin,Casserole,Griddle"),
-    "Kitchen Tools": (28, ("Cookware", "Tableware"), "Chef Knife,Peeler,Whisk,Cutting Board,Grater,Mortar,Colander"),
-    "Desks": (240, ("Lamps", "Keyboards"), "Standing Desk,Writing Desk,Office Chair,Stool,Monitor Arm,Footrest,Mat"),
-    "Lamps": (65, ("Desks", "Shelves"), "Desk Lamp,Floor Lamp,Pendant,Reading Light,Lantern,Light Strip,Bedside Lamp"),
-    "Shelves": (80, ("Lamps", "Plants"), "Bookcase,Wall Shelf,Storage Box,Coat Rack,Cube Shelf,Bookend,Wire Basket"),
-    "Plants": (24, ("Shelves", "Lamps"), "Monstera,Fern,Cactus,Plant Pot,Watering Can,Hanging Planter,Plant Stand"),
-    "Keyboards": (70, ("Headphones", "Desks"), "Keyboard,Mouse,Trackball,Wrist Rest,Keycap Set,Number Pad,USB Hub"),
-    "Headphones": (110, ("Keyboards", "Running"), "Earbuds,Headset,Over-Ears,Sport Buds,Amplifier,Ear Pads,Stand"),
-}
-
-
-@dataclass(frozen=True)
-class Behaviour:
-    """How the shop's visitors behave; probabilities unless a unit is named."""
-
-    session_events: float = 6.0  # mean length of a session
-    visitors_inside: int = 24  # how many sessions go on at the same time
-    follow_pair: float = 0.65  # of the new items that are not on trend
-    partner_weights: tuple[float, ...] = (0.5, 0.3, 0.2)
-    choose_trend: float = 0.2
-    cart_after_view: float = 0.10
-    purchase_after_cart: float = 0.45
-    dislike: float = 0.04  # of the items met while browsing
-    category_spread: float = 1.5  # standard deviation of the liking for a category
-    style_spread: float = 1.0
-    drift: float = 0.03  # the part of a taste that is renewed in a day
-    change_hours: int = 12  # simulated hours between new trends, and between shifts
-    trend_items: int = 4
-    trend_half_life_hours: float = 24.0
-    shifts: int = 1  # popular items with a new best partner at each change
-    live_shifts: int = 30  # what it is after the history, as the three below
-    live_choose_trend: float = 0.4
-    live_trend_items: int = 2
-    live_trend_half_life_hours: float = 12.0
-    click_ease: float = -3.5  # log odds of a click on an item of neutral appeal that is looked at
-    leave_after_items: int = 120  # a visitor who has met so many items leaves; a newcomer takes the place
-
-    def live(self) -> "Behaviour":
-        """How they behave after the history."""
-        return replace(
-            self,
-            shifts=self.live_shifts,
-            choose_trend=self.live_choose_trend,
-            trend_items=self.live_trend_items,
-            trend_half_life_hours=self.live_trend_half_life_hours,
-        )
-
-
-@dataclass(frozen=True)
-class Trend:
-    """Items that many want for a while; `start` in milliseconds of simulated time."""
-
-    items: np.ndarray
-    start: int
 
 
 class Shop:
@@ -134,12 +64,39 @@ class Shop:
         self.random = np.random.default_rng(seed)
         self.now = HISTORY_START
         self.seconds_per_event = HISTORY_DAYS * SECONDS_PER_DAY / (visitors * HISTORY_EVENTS_PER_VISITOR)
-        self._stock(items)
+        self.assortment = Assortment(items, self.random)
+        self.fashion = Fashion(self.assortment, self.behaviour, self.random)
         self._open(visitors)
         self.history = self._visit(visitors * HISTORY_EVENTS_PER_VISITOR)
         self.behaviour = self.behaviour.live()
-        self._change()
-        self._fade_trends()
+        self.fashion.change(self.now, self.behaviour)
+        self.fashion.fade(self.now, self.behaviour)
+
+    @property
+    def items(self) -> pa.Table:
+        """The items with their titles, categories and prices."""
+        return self.assortment.table
+
+    @property
+    def item_ids(self) -> list[str]:
+        """The id of each item."""
+        return self.assortment.item_ids
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """Item id -> title."""
+        return dict(zip(self.item_ids, self.items["title"].to_pylist(), strict=True))
+
+    @property
+    def trending(self) -> list[str]:
+        """The items on trend now, the strongest first."""
+        pull = self.fashion.pull
+        return [self.item_ids[row] for row in np.argsort(-pull, kind="stable") if pull[row] > 0]
+
+    @property
+    def pairs(self) -> np.ndarray:
+        """What goes well with what: item rows, int (items, partners), the likeliest partner first."""
+        return self.fashion.partners.copy()
 
     def write_dataset(self, out: Path) -> None:
         """Write the history as an ingested dataset: out/events.parquet and out/items.parquet."""
@@ -154,7 +111,7 @@ class Shop:
                 self._strike(self.now // HOUR)
 
     def next_visitor(self, busy: Collection[str] = ()) -> str:
-        """Who acts next: one of those inside who is not `busy`, or an arrival when a session is over.
+        """Return who acts next: one of those inside who is not `busy`, or an arrival when a session is over.
 
         Raises:
             InputError: every visitor of the shop is busy.
@@ -170,7 +127,7 @@ class Shop:
         return self.visitor_ids[self._arrive(busy)]
 
     def next_choice(self, visitor_id: str) -> tuple[str, str]:
-        """The item the visitor turns to next of their own accord, and the kind of the event."""
+        """Return the item the visitor turns to next of their own accord, and the kind of the event."""
         visitor = self._visitor_rows[visitor_id]
         if self._events_left[visitor] <= 0:
             self._start_session(visitor)
@@ -180,10 +137,10 @@ class Shop:
         return self.item_ids[item], kind
 
     def react(self, visitor_id: str, recommended_item_ids: list[str]) -> list[tuple[str, str]]:
-        """The visitor's reaction to a list, best first: nothing, a click, or a click and a cart of one item."""
-        visitor = self._visitor_rows[visitor_id]
+        """Return the visitor's reaction to a list, best first: nothing, a click, or a click and a cart of one item."""
+        visitor, row_of = self._visitor_rows[visitor_id], self.assortment.row_of
         # an item that the shop does not sell is not clicked, and takes its place in the list all the same
-        shown = [(place, self._item_rows[i]) for place, i in enumerate(recommended_item_ids) if i in self._item_rows]
+        shown = [(place, row_of[item]) for place, item in enumerate(recommended_item_ids) if item in row_of]
         if not shown:
             return []
         places, items = (np.array(column) for column in zip(*shown, strict=True))
@@ -199,51 +156,10 @@ class Shop:
             reaction.append((self.item_ids[item], "cart"))
         return reaction
 
-    @property
-    def trending(self) -> list[str]:
-        """The items on trend now, the strongest first."""
-        return [self.item_ids[row] for row in np.argsort(-self._pull, kind="stable") if self._pull[row] > 0]
-
-    @property
-    def pairs(self) -> np.ndarray:
-        """What goes well with what: item rows, int (items, partners), the likeliest partner first."""
-        return self._partners.copy()
-
-    def _stock(self, count: int) -> None:
-        names = list(CATEGORIES)
-        self._category = np.arange(count) % len(names)
-        self._members = [np.flatnonzero(self._category == category) for category in range(len(names))]
-        titles, styles = [""] * count, np.zeros(count, dtype=np.int64)
-        for name, members in zip(names, self._members, strict=True):
-            products = CATEGORIES[name][2].split(",")
-            for place, row in enumerate(members):
-                series, kind = divmod(place, len(STYLES) * len(products))
-                styles[row] = kind % len(STYLES)
-                titles[row] = f"{STYLES[styles[row]]} {products[kind // len(STYLES)]}"
-                if series:
-                    titles[row] += f" Mk {series + 1}"
-        self._style = styles
-        typical = np.array([CATEGORIES[name][0] for name in names])[self._category]
-        dearer = np.where(styles == STYLES.index("Premium"), 1.6, 1.0)
-        price = np.floor(typical * dearer * np.exp(self.random.normal(0, 0.35, count))) + 0.99
-        self._popularity = 1.0 / (self.random.permutation(count) + 10.0)
-        self.item_ids = [f"item-{row:04d}" for row in range(count)]
-        self._item_rows = {item_id: row for row, item_id in enumerate(self.item_ids)}
-        self.titles = dict(zip(self.item_ids, titles, strict=True))
-        self.items = pa.table(
-            {
-                "item_id": self.item_ids,
-                "title": titles,
-                "category": [names[category] for category in self._category],
-                "price": pa.array(price, pa.float64()),
-            }
-        )
-        self._complements = [[names.index(other) for other in CATEGORIES[name][1]] for name in names]
-        self._partners = np.array([self._draw_partners(row) for row in range(count)])
-        self._trends: list[Trend] = []
-        self._pull = np.zeros(count)
+    # ----------------------------------------------------------------------------------------- visitors come and leave
 
     def _open(self, visitors: int) -> None:
+        """Let the first visitors in."""
         behaviour = self.behaviour
         self.category_taste = self.random.normal(0, behaviour.category_spread, (visitors, len(CATEGORIES)))
         self._style_taste = self.random.normal(0, behaviour.style_spread, (visitors, len(STYLES)))
@@ -260,6 +176,7 @@ class Shop:
             self._inside.append(self._arrive(()))
 
     def _visit(self, events: int) -> pa.Table:
+        """Return so many events, by user and time, and the shop after them."""
         rows = []
         for _ in range(events):
             self.advance(self.seconds_per_event * (0.5 + self.random.random()))
@@ -275,18 +192,20 @@ class Shop:
         return table.sort_by([("user_id", "ascending"), ("timestamp", "ascending")])
 
     def _arrive(self, busy: Collection[str]) -> int:
+        """Draw somebody who is neither inside nor busy, and start their session."""
         weights = self._activity.copy()
         weights[self._inside] = 0.0
         weights[[self._visitor_rows[visitor_id] for visitor_id in busy if visitor_id in self._visitor_rows]] = 0.0
         if not weights.any():
             raise InputError(f"visitors: all {len(weights)} are busy; take a larger shop or fewer connections")
-        visitor = self._draw(weights)
+        visitor = draw(weights, self.random)
         if len(self._met[visitor]) >= self.behaviour.leave_after_items:
             self._replace(visitor)
         self._start_session(visitor)
         return visitor
 
     def _replace(self, visitor: int) -> None:
+        """Have a newcomer take the place of a visitor who leaves."""
         del self._visitor_rows[self.visitor_ids[visitor]]
         self.visitor_ids[visitor] = f"visitor-{self._next_number:05d}"
         self._visitor_rows[self.visitor_ids[visitor]] = visitor
@@ -297,9 +216,11 @@ class Shop:
 
     def _start_session(self, visitor: int) -> None:
         self._events_left[visitor] = int(self.random.geometric(1.0 / self.behaviour.session_events))
-        category = self._draw(np.exp(self.category_taste[visitor]))
-        self._interest[visitor] = (category, self._draw(np.exp(self._style_taste[visitor])))
+        category = draw(np.exp(self.category_taste[visitor]), self.random)
+        self._interest[visitor] = (category, draw(np.exp(self._style_taste[visitor]), self.random))
         self._last[visitor] = None
+
+    # ---------------------------------------------------------------------------------------------- what they turn to
 
     def _choose(self, visitor: int) -> tuple[int, str]:
         behaviour, last = self.behaviour, self._last[visitor]
@@ -319,27 +240,28 @@ class Shop:
         return self._browse(visitor), kind
 
     def _choose_trend(self, visitor: int) -> int | None:
-        trending = [row for row in self._pull.nonzero()[0].tolist() if row not in self._met[visitor]]
+        pull = self.fashion.pull
+        trending = [row for row in pull.nonzero()[0].tolist() if row not in self._met[visitor]]
         if not trending:
             return None
-        liking = np.exp(0.5 * self.category_taste[visitor, self._category[trending]])
-        return trending[self._draw(self._pull[trending] * liking)]
+        liking = np.exp(0.5 * self.category_taste[visitor, self.assortment.category[trending]])
+        return trending[draw(pull[trending] * liking, self.random)]
 
     def _choose_partner(self, visitor: int, item: int) -> int | None:
         met = self._met[visitor]
-        partners = self._partners[item].tolist()
+        partners = self.fashion.partners[item].tolist()
         weights = [
             0.0 if partner in met else weight
             for partner, weight in zip(partners, self.behaviour.partner_weights, strict=True)
         ]
-        return partners[self._draw(np.array(weights))] if any(weights) else None
+        return partners[draw(np.array(weights), self.random)] if any(weights) else None
 
     def _browse(self, visitor: int) -> int:
         category, style = self._interest[visitor]
-        members = self._members[category]
-        styles = self._style[members]
+        members = self.assortment.members[category]
+        styles = self.assortment.style[members]
         liking = np.exp(self._style_taste[visitor, styles] + 1.5 * (styles == style))
-        return int(members[self._draw(self._popularity[members] * liking)])
+        return int(members[draw(self.assortment.popularity[members] * liking, self.random)])
 
     def _remember(self, visitor: int, item: int, kind: str) -> None:
         self._met[visitor].add(item)
@@ -347,24 +269,26 @@ class Shop:
             self._last[visitor] = (item, kind)
 
     def _appeal(self, visitor: int, items: np.ndarray) -> np.ndarray:
+        """Return the log odds (items,) that a visitor clicks each item, if they look at it."""
         last = self._last[visitor]
-        goes_with_last = np.isin(items, self._partners[last[0]]) if last else np.zeros(len(items), dtype=bool)
-        taste = 0.5 * self.category_taste[visitor, self._category[items]]
-        taste = taste + 0.5 * self._style_taste[visitor, self._style[items]]
-        return self.behaviour.click_ease + taste + 2.0 * goes_with_last + self._pull[items]
+        partners = self.fashion.partners
+        goes_with_last = np.isin(items, partners[last[0]]) if last else np.zeros(len(items), dtype=bool)
+        taste = 0.5 * self.category_taste[visitor, self.assortment.category[items]]
+        taste = taste + 0.5 * self._style_taste[visitor, self.assortment.style[items]]
+        return self.behaviour.click_ease + taste + 2.0 * goes_with_last + self.fashion.pull[items]
+
+    # ----------------------------------------------------------------------------------------------------- time passes
 
     def _strike(self, hour: int) -> None:
+        """Let a full hour change what it changes."""
         if hour % 24 == 0:
             self._drift()
         if hour % self.behaviour.change_hours == 0:
-            self._change()
-        self._fade_trends()
-
-    def _change(self) -> None:
-        self._start_trend()
-        self._shift_pairs(self.behaviour.shifts)
+            self.fashion.change(self.now, self.behaviour)
+        self.fashion.fade(self.now, self.behaviour)
 
     def _drift(self) -> None:
+        """Renew a part of every taste."""
         keep = 1.0 - self.behaviour.drift
         renew = np.sqrt(1.0 - keep**2)  # keeps the spread of the tastes as it is
         for taste, spread in (
@@ -373,47 +297,3 @@ class Shop:
         ):
             taste *= keep
             taste += self.random.normal(0, spread * renew, taste.shape)
-
-    def _start_trend(self) -> None:
-        unpopular = np.flatnonzero((self._popularity < np.median(self._popularity)) & (self._pull == 0))
-        items = self.random.choice(unpopular, self.behaviour.trend_items, replace=False)
-        self._trends.append(Trend(items, self.now))
-
-    def _fade_trends(self) -> None:
-        self._pull[:] = 0.0
-        going_on = []
-        for trend in self._trends:
-            hours = (self.now - trend.start) / HOUR
-            pull = 0.5 ** (hours / self.behaviour.trend_half_life_hours)
-            if pull > 0.1:
-                self._pull[trend.items] = pull
-                going_on.append(trend)
-        self._trends = going_on
-
-    def _shift_pairs(self, count: int) -> None:
-        chances = self._popularity / self._popularity.sum()
-        for row in self.random.choice(len(chances), count, replace=False, p=chances):
-            partner = self._draw_partner(row)
-            while partner in self._partners[row]:
-                partner = self._draw_partner(row)
-            self._partners[row, 0] = partner
-
-    def _draw_partners(self, row: int) -> list[int]:
-        partners: list[int] = []
-        while len(partners) < len(self.behaviour.partner_weights):
-            # the last partner is a similar item, those before it go with the item
-            similar = len(partners) == len(self.behaviour.partner_weights) - 1
-            partner = self._draw_partner(row, [int(self._category[row])] if similar else None)
-            if partner not in partners:
-                partners.append(partner)
-        return partners
-
-    def _draw_partner(self, row: int, categories: list[int] | None = None) -> int:
-        categories = categories or self._complements[self._category[row]]
-        members = self._members[categories[int(self.random.integers(len(categories)))]]
-        weights = self._popularity[members] * np.where(self._style[members] == self._style[row], 4.0, 1.0)
-        return int(members[self._draw(weights * (members != row))])
-
-    def _draw(self, weights: np.ndarray) -> int:
-        cumulative = weights.cumsum()
-        return int(cumulative.searchsorted(self.random.random() * cumulative[-1], side="right"))

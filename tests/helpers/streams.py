@@ -61,7 +61,8 @@ class Arrival(NamedTuple):
 
 def shop_world(visitors: int, items: int, live: int, seed: int = 1) -> World:
     """The synthetic shop, with what its visitors do of their own accord as the stream."""
-    from jobs.demo.shop import Behaviour, Shop
+    from jobs.demo.behaviour import Behaviour
+    from jobs.demo.shop import Shop
 
     usual = Behaviour()
     calm = Behaviour(  # trends as in the history: an update that is held back costs what it holds, and little else

@@ -4,7 +4,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.demo.shop import Behaviour, Shop
+from jobs.demo.behaviour import Behaviour
+from jobs.demo.shop import Shop
 from lib.data.events import EVENT_SCHEMA
 from lib.errors import InputError
 
