@@ -33,7 +33,7 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "demo": Verb("demo.demo", "demo_command", "a synthetic shop that learns from its visitors, on this machine"),
+    "demo": Verb("demo.command", "demo_command", "a synthetic shop that learns from its visitors, on this machine"),
     "ingest": Verb("ingest", "ingest_command", "event files of any common format -> a dataset folder"),
     "pretrain": Verb("pretrain", "pretrain_command", "a dataset folder -> a model folder, on Ray Train"),
     "finetune": Verb("finetune", "finetune_command", "the feedback of a served model -> its next base, on Ray Train"),

@@ -1,6 +1,6 @@
 """`python -m jobs.demo`."""
 
 from jobs.command_line import run_command
-from jobs.demo.demo import demo_command
+from jobs.demo.command import demo_command
 
 run_command(demo_command)

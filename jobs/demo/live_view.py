@@ -18,7 +18,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from jobs.demo.visitors import WINDOW, Tally
+from jobs.demo.tally import WINDOW, Tally
 
 LINE_EVERY_SECONDS = 5.0
 RATE_OVER_SECONDS = 5.0
@@ -139,10 +139,10 @@ class LiveView:
         table = Table.grid(padding=(0, 2))
         table.title, table.title_justify, table.title_style = "Latest events", "left", "bold"
         rows = max(3, self.console.height - ROWS_ABOVE_LATEST)  # a view taller than the terminal would be cut off
-        for step, live_hit in list(reversed(tally.latest))[:rows]:
+        for event, live_hit in list(reversed(tally.latest))[:rows]:
             mark = "[green]was recommended[/]" if live_hit else ""
-            title = self.titles.get(step.item_id, step.item_id)
-            table.add_row(f"[dim]{escape(step.user_id)}[/]", escape(step.kind), escape(title), mark)
+            title = self.titles.get(event.item_id, event.item_id)
+            table.add_row(f"[dim]{escape(event.user_id)}[/]", escape(event.event), escape(title), mark)
         return table
 
 

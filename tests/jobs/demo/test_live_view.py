@@ -5,7 +5,8 @@ import pytest
 from rich.console import Console
 
 from jobs.demo.live_view import LiveView, sparkline, summary
-from jobs.demo.visitors import Step, Tally
+from jobs.demo.tally import Tally
+from lib.data.events import Event
 
 STATUS = {
     "model_version": 42,
@@ -25,8 +26,8 @@ def tally():
     for trial in range(500):
         tally.count_trial(trial % 2 == 0, trial % 4 == 0)
     tally.latencies_ms.extend([4.0, 5.0, 6.0])
-    tally.latest.append((Step("visitor-00007", "item-0001", "click", None, 5), True))
-    tally.latest.append((Step("visitor-[b]", "item-9999", "view", None, 6), None))
+    tally.latest.append((Event("visitor-00007", "item-0001", "click", None, 5), True))
+    tally.latest.append((Event("visitor-[b]", "item-9999", "view", None, 6), None))
     return tally
 
 
@@ -131,7 +132,7 @@ def test_on_a_terminal_the_view_is_redrawn_in_place(tally):
 
 def test_the_latest_events_give_way_on_a_low_terminal(tally):
     for number in range(12):
-        tally.latest.append((Step(f"visitor-{number:05d}", "item-0001", "view", None, number), None))
+        tally.latest.append((Event(f"visitor-{number:05d}", "item-0001", "view", None, number), None))
     heights = {}
     for height in (24, 60):
         view, _ = view_on(terminal=True, height=height)

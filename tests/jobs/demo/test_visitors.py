@@ -13,9 +13,13 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Response
 
 from jobs.demo.shop import Shop
-from jobs.demo.visitors import PastEvent, ReplaySource, ShopSource, Step, Tally, histories_of, run_visitors
-from lib.data.events import EVENT_SCHEMA
+from jobs.demo.tally import Tally
+from jobs.demo.visitors import histories_of, run_visitors
+from jobs.demo.worlds import ReplaySource, ShopSource
+from lib.data.events import EVENT_SCHEMA, Event
+from lib.data.history import History
 from lib.errors import InputError
+from lib.live.prequential import events_of
 
 ITEMS = [f"item-{row:04d}" for row in range(100)]
 
@@ -29,7 +33,11 @@ def rank(history, k):
 
 
 def rank_all(histories, k):
-    return [rank(history, k) for history in histories]
+    return [rank(rows_of(history), k) for history in histories]
+
+
+def rows_of(history):
+    return list(zip(history.item_ids, history.events, history.values, history.timestamps, strict=True))
 
 
 class Service:
@@ -102,7 +110,13 @@ def service():
 
 @pytest.fixture(scope="module")
 def shop_start():
-    return histories_of(Shop(seed=7, visitors=100, items=100).history)
+    return events_of(Shop(seed=7, visitors=100, items=100).history)
+
+
+def known_to(service, past):
+    """Give the service the events that it knows at the start."""
+    histories = histories_of(past)
+    service.histories.update({user: rows_of(histories.get(user)) for user in histories.users(len(histories))})
 
 
 @pytest.fixture
@@ -135,8 +149,8 @@ def drive(url, source, frozen=rank_all, steps=None, **options):
 
 
 def test_shop_visitors_are_compared_under_the_histories_the_service_has(service, shop, shop_start):
-    service.histories.update({user: [tuple(event) for event in events] for user, events in shop_start.items()})
-    tally = drive(service.url, ShopSource(shop), steps=600, histories=shop_start)
+    known_to(service, shop_start)
+    tally = drive(service.url, ShopSource(shop), steps=600, past=shop_start)
     # both sides rank by the whole history: one event more or less, or in another order, and they would disagree
     assert tally.trials > 200
     assert tally.only_live == tally.only_frozen == 0
@@ -166,9 +180,9 @@ def test_the_live_answer_is_asked_for_before_the_choice_is_sent(service):
 
 
 def test_every_failed_request_is_counted_and_none_is_repeated(service, shop, shop_start):
-    service.histories.update({user: [tuple(event) for event in events] for user, events in shop_start.items()})
+    known_to(service, shop_start)
     service.fail = lambda call: call % 7 == 0
-    tally = drive(service.url, ShopSource(shop), steps=500, histories=shop_start)
+    tally = drive(service.url, ShopSource(shop), steps=500, past=shop_start)
     assert tally.failed_requests == service.failed > 50
     assert tally.requests == len(service.calls)
     assert tally.requests == tally.answers + tally.events_acknowledged + tally.failed_requests
@@ -232,12 +246,12 @@ def test_only_choices_that_both_models_could_hit_are_trials(service):
         ("user", ITEMS[3], "rating", 50, 4.0),
         ("user", ITEMS[9], "view", 60),  # had it before the run
     )
-    start = {"user": [PastEvent(ITEMS[9], "view", None, 5)]}
-    service.histories["user"] = [tuple(start["user"][0])]
-    tally = drive(service.url, ReplaySource(events), histories=start)
+    start = [Event("user", ITEMS[9], "view", None, 5)]
+    known_to(service, start)
+    tally = drive(service.url, ReplaySource(events), past=start)
     assert tally.trials == 2
     assert tally.events_acknowledged == 6
-    assert len(start["user"]) == 1  # copied, not grown
+    assert len(start) == 1  # copied, not grown
 
 
 def test_the_two_models_are_counted_apart(service):
@@ -287,11 +301,10 @@ def test_versions_are_noted_when_they_are_new():
 
 def test_a_replay_goes_through_the_table_in_time_order():
     source = ReplaySource(table(("b", "y", "view", 20), ("a", "x", "rating", 10, 3.5), ("c", "z", "view", 20)))
-    steps = [source.next_step(()) for _ in range(4)]
-    assert steps == [
-        Step("a", "x", "rating", 3.5, 10),
-        Step("b", "y", "view", None, 20),
-        Step("c", "z", "view", None, 20),
+    assert [source.next_event(()) for _ in range(4)] == [
+        Event("a", "x", "rating", 3.5, 10),
+        Event("b", "y", "view", None, 20),
+        Event("c", "z", "view", None, 20),
         None,
     ]
     assert source.react("a", ["x"]) == []
@@ -300,18 +313,19 @@ def test_a_replay_goes_through_the_table_in_time_order():
 def test_the_shop_s_time_never_stands_still(shop):
     source, times = ShopSource(shop), [shop.now]
     for _ in range(300):
-        step = source.next_step(())
-        assert step is not None
-        times += [step.timestamp, *(event.timestamp for event in source.react(step.user_id, ITEMS[:10]))]
+        choice = source.next_event(())
+        assert choice is not None
+        times += [choice.timestamp, *(event.timestamp for event in source.react(choice.user_id, ITEMS[:10]))]
     assert len(times) > 310
     assert all(before < after for before, after in pairwise(times))
 
 
 def test_histories_are_in_time_order():
     events = table(("a", "y", "view", 20), ("a", "x", "rating", 10, 4.0), ("b", "z", "click", 5))
-    assert histories_of(events) == {
-        "a": [PastEvent("x", "rating", 4.0, 10), PastEvent("y", "view", None, 20)],
-        "b": [PastEvent("z", "click", None, 5)],
+    histories = histories_of(events_of(events))
+    assert {user: histories.get(user) for user in histories.users(9)} == {
+        "a": History.of([Event("a", "x", "rating", 4.0, 10), Event("a", "y", "view", None, 20)]),
+        "b": History.of([Event("b", "z", "click", None, 5)]),
     }
 
 
