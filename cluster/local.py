@@ -35,16 +35,17 @@ def prepare_environment() -> None:
     settings = {} if "RAY_ADDRESS" in os.environ else _settings_of_one_machine()
     settings |= {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        # an answer that a killed replica never gave is asked of another one
+        # a request that a killed replica did not answer goes to another one
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-        # A dead replica is known by refused connections. A live one that is late with two checks, on a busy machine,
+        # A dead replica is known by refused connections. A live one on a busy machine may be late with some checks and
         # must not be given up: with the other one dead, HAProxy would answer 500 by itself.
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "10",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         # a dead HAProxy is replaced after three checks; at Ray's 10 s nobody would be answered for half a minute
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # Ray's 5 s give up a start on a busy machine
-        # what takes long has a thread of its own; between two event loops each request would cross twice
+        # What takes long has a thread of its own already. With user code in another one, each request would cross
+        # between two event loops twice.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
@@ -69,7 +70,7 @@ def prepare_environment() -> None:
 
 
 def _settings_of_one_machine() -> dict[str, str]:
-    """What a cluster of several machines must not have."""
+    """Return the settings that a cluster of several machines must not have."""
     first = REPLICA_PORTS[0] + PORTS_PER_CLUSTER * secrets.randbelow(len(REPLICA_PORTS) // PORTS_PER_CLUSTER)
     return {
         # by this name, on any system: Ray stays on 127.0.0.1 instead of taking the machine's outward address
@@ -85,7 +86,7 @@ def _settings_of_one_machine() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that nothing listens on now, and that no outgoing connection is given."""
+    """Return a port that nothing listens on now, and that no outgoing connection is given."""
     while True:
         port = secrets.choice(OTHER_PORTS)
         with socket.socket() as probe, suppress(OSError):
@@ -108,7 +109,7 @@ def require_free_port(port: int) -> None:
 
 
 def connect() -> bool:
-    """Join the cluster that RAY_ADDRESS names (as a submitted job does) or start Ray here; True when it was started.
+    """Join the cluster that RAY_ADDRESS names (as a submitted job does) or start Ray here; return whether it started.
 
     Raises:
         InputError: no cluster answers at RAY_ADDRESS.
@@ -137,7 +138,7 @@ def connect() -> bool:
 
 @contextmanager
 def running_ray() -> Iterator[None]:
-    """Ray for the length of a job; what was started here is stopped here."""
+    """Have Ray for the length of a job; stop it if it was started here."""
     started = connect()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Ask a running service over HTTP, for the commands that do."""
+"""Requests to a running service over HTTP."""
 
 from typing import Any
 
@@ -10,18 +10,23 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_SECONDS = 30
 
 
-def get_json(url: str, path: str, **parameters: Any) -> Any:
+def get_json(url: str, path: str) -> Any:
     """GET from a running service.
 
     Raises:
         InputError: no service answers at this address, or it refuses the request.
         RuntimeError: the service failed.
     """
-    return _request("GET", url, path, params=parameters)
+    return _request("GET", url, path)
 
 
 def post_json(url: str, path: str, body: Any) -> Any:
-    """POST to a running service; raises what `get_json` does."""
+    """POST to a running service.
+
+    Raises:
+        InputError: no service answers at this address, or it refuses the request.
+        RuntimeError: the service failed.
+    """
     return _request("POST", url, path, json=body)
 
 

@@ -80,6 +80,7 @@ class VerbGroup(TyperGroup):
 
 app = typer.Typer(
     cls=VerbGroup,
+    help="A recommender that learns from the click you just made.",
     invoke_without_command=True,
     options_metavar="",
     subcommand_metavar="VERB [OPTIONS]",
@@ -94,9 +95,9 @@ app = typer.Typer(
 def _start(
     ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False
 ) -> None:
-    """A recommender that learns from the click you just made."""
+    """Print the version if it is asked for, and the help where no verb is called."""
     if version:
-        from importlib.metadata import version as installed_version  # what --help need not wait for
+        from importlib.metadata import version as installed_version  # --help need not wait for it
 
         print(f"afterclick {installed_version('afterclick')}")
         ctx.exit()

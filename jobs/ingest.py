@@ -1,6 +1,8 @@
-"""Make a dataset folder of event files: `afterclick ingest --source PATH --out DIR`, or `python -m jobs.ingest`."""
+"""Make a dataset folder of event files.
 
-import json
+python -m jobs.ingest --source PATH --out DIR
+"""
+
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from jobs.configuration import write_json
 from lib.data.events import EVENT_KINDS, EVENT_SCHEMA
 from lib.data.formats.files import FORMATS
 from lib.data.ingest import IngestReport, ingest
@@ -74,12 +77,16 @@ def ingest_command(
             progress=progress,
         )
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(asdict(report), indent=2) + "\n")
+        write_json(json_file, asdict(report))
     _print_report(console, report, out)
 
 
 def _pairs(option: str, pairs: Sequence[str]) -> dict[str, str]:
+    """Return left -> right of a repeated option such as `--column user_id=visitor`.
+
+    Raises:
+        InputError: one is no pair, or a left side is given twice.
+    """
     split = {}
     for pair in pairs:
         # Their word for a kind may hold an equals sign; ours, and the fields, never do.
@@ -95,6 +102,11 @@ def _pairs(option: str, pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _delimiter(text: str | None) -> str | None:
+    """Return the characters that a delimiter's name stands for.
+
+    Raises:
+        InputError: it is neither a name nor a delimiter.
+    """
     if text is None:
         return None
     text = _DELIMITERS.get(text, text)
@@ -105,7 +117,7 @@ def _delimiter(text: str | None) -> str | None:
 
 @contextmanager
 def _progress(console: Console) -> Iterator[ProgressFunction]:
-    # A bar on a terminal, a line for each tenth elsewhere.
+    """Yield what shows the progress: a bar on a terminal, a line for each tenth elsewhere."""
     if not console.is_terminal:
         tenths: dict[str, int] = {}
 

@@ -1,4 +1,4 @@
-"""What a running service is doing, on the terminal: versions, pushes, delays, traffic, and what learning live gains.
+"""The demo on the terminal: versions, pushes, delays, traffic, and what learning live gains.
 
 - Drawn from two values only: the visitors' `Tally` and the JSON of GET /v1/status, of which any part may be missing.
 - On a terminal a layout that stays in place; anywhere else one plain line every five seconds.
@@ -30,7 +30,7 @@ Status = Mapping[str, Any] | None
 
 
 class LiveView:
-    """Shows a run while it goes on; use it as a context manager and call `update` a few times a second.
+    """A run while it goes on; use it as a context manager and call `update` a few times a second.
 
     Args:
         titles: item id -> title, for the latest events; an item without one is shown by its id.
@@ -66,7 +66,7 @@ class LiveView:
             self.console.print(self.line(tally, status), markup=False, highlight=False, soft_wrap=True)
 
     def render(self, tally: Tally, status: Status) -> RenderableType:
-        """The whole view, for a terminal of any width from 80 columns."""
+        """Return the whole view, for a terminal of any width from 80 columns."""
         top = Table.grid(expand=True, padding=(0, 2))
         top.add_column(ratio=1)
         top.add_column(ratio=1)
@@ -77,7 +77,7 @@ class LiveView:
         return Panel(body, title=title, border_style="cyan", padding=(1, 2))
 
     def line(self, tally: Tally, status: Status) -> str:
-        """The same in one line of plain text."""
+        """Return the most important numbers in one line of plain text."""
         events, answers = self._rates()
         live, frozen, count = tally.window_rates()
         return (
@@ -147,7 +147,7 @@ class LiveView:
 
 
 def summary(tally: Tally, status: Status) -> RenderableType:
-    """The end of a run: hit rates with their number of trials, the paired difference, delays and failures."""
+    """Return the end of a run: hit rates with their number of trials, the paired difference, delays and failures."""
     table = _pairs("Summary")
     live, frozen = tally.rates()
     table.add_row(f"hit rate@{tally.k}, live", f"{_rate(live)}  ({tally.hits_live:,} of {tally.trials:,} trials)")
@@ -173,7 +173,7 @@ def summary(tally: Tally, status: Status) -> RenderableType:
 
 
 def sparkline(numbers: list[float]) -> str:
-    """One bar a number, the lowest and the highest of the numbers and zero as the two ends; empty for no numbers."""
+    """Return one bar a number, scaled so that the range holds all numbers and zero; empty for no numbers."""
     if not numbers:
         return ""
     low, high = min(0.0, *numbers), max(0.0, *numbers)
@@ -208,7 +208,7 @@ def _pairs(title: str) -> Table:
 
 
 def _part(status: Status, *names: str) -> Any:
-    """What lies under the names, or None where a part is missing, as while it restarts."""
+    """Return what lies under the names, or None where a part is missing, as while it restarts."""
     value: Any = status
     for name in names:
         if not isinstance(value, Mapping):
