@@ -36,11 +36,11 @@ def serve_command(
         int, typer.Option(min=1, help="Processes that learn together.", rich_help_panel=SCALE)
     ] = 1,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file of learner settings.", rich_help_panel=SETTINGS)
+        Path | None, typer.Option(help="YAML file of settings of learner and trigger.", rich_help_panel=SETTINGS)
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Learner setting key=value; repeatable.", rich_help_panel=SETTINGS),
+        typer.Option("--set", help="One of them, such as trigger.events=32; repeatable.", rich_help_panel=SETTINGS),
     ] = None,
     ranking: Annotated[Path | None, typer.Option(help="YAML file of ranking rules.", rich_help_panel=SETTINGS)] = None,
     cleaning: Annotated[
@@ -62,13 +62,12 @@ def serve_command(
 ) -> None:
     """Serve a model, learn from feedback, push the weights; Ctrl-C stops it cleanly."""
     from jobs.configuration import settings_from, values_of, yaml_of
-    from jobs.service import check_service, running_service, stop_on_signal
+    from jobs.service import LiveSettings, check_service, running_service, stop_on_signal
     from lib.data.guard import CleaningRules
-    from lib.live.settings import LearnerConfig
     from lib.ranking.rules import RankingRules
     from serving.app import ServeArguments
 
-    learner = settings_from(LearnerConfig, config, set_ or [])
+    live = settings_from(LiveSettings, config, set_ or [])
     arguments = ServeArguments(
         model=str(model.absolute()),
         data=str(data.absolute()) if data is not None else None,
@@ -77,6 +76,7 @@ def serve_command(
         aggregators=aggregators,
         log=log,
         state=str(state.absolute()) if state is not None else None,
+        trigger=live.trigger,
         cleaning=settings_from(CleaningRules, cleaning, []),
         ranking=RankingRules(**yaml_of(ranking, "ranking")) if ranking is not None else RankingRules(),
         challenger=_challenger(challenger, challenger_share, shadow, values_of(challenger_set or [])),
@@ -85,7 +85,7 @@ def serve_command(
     stop = stop_on_signal()
     counted = "the aggregator" if aggregators == 1 else f"{aggregators} aggregators"
     print(f"starting Ray, {replicas} replicas, {counted} and the learner", flush=True)
-    with running_service(arguments, port, learner, learner_workers) as url:
+    with running_service(arguments, port, live.learner, learner_workers) as url:
         print(f"serving at {url}  (page: {url}/, API: {url}/docs)  Ctrl-C stops it", flush=True)
         stop.wait()
         print("stopping", flush=True)

@@ -14,6 +14,7 @@ from typing import cast
 
 import httpx
 import ray
+from pydantic import Field
 from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
@@ -26,7 +27,7 @@ from lib.errors import InputError
 from lib.live.settings import LearnerConfig
 from lib.model.folder import load_model
 from lib.ranking.rules import BoundRules
-from serving.aggregator import NAMESPACE, start_aggregator
+from serving.aggregator import NAMESPACE, Trigger, start_aggregator
 from serving.aggregators import running_aggregators, statuses_of
 from serving.app import ServeArguments, build, check_state
 from serving.experiment import EXPERIMENTS, check_challenger
@@ -36,6 +37,17 @@ from serving.status import LearnerStatus
 
 START_SECONDS = 60.0  # for HAProxy to know the replicas
 STOP_SECONDS = 30.0
+
+
+class LiveSettings(LearnerConfig):
+    """How the service learns: the settings of the learner, and when pending events are released to it."""
+
+    trigger: Trigger = Field(default=Trigger(), description="when pending events are released to the learner")
+
+    @property
+    def learner(self) -> LearnerConfig:
+        """The settings of the learner alone."""
+        return LearnerConfig(**{name: getattr(self, name) for name in LearnerConfig.model_fields})
 
 
 def check_service(arguments: ServeArguments, port: int) -> None:
@@ -119,13 +131,14 @@ def _refuse_second_service(state: str) -> None:
 
 
 def _start_aggregators(arguments: ServeArguments) -> None:
-    layout = arguments.layout
-    statuses = statuses_of(
-        [start_aggregator(arguments.state_location, arguments.data, config, shard, layout) for shard in layout.shards()]
-    )
+    state, layout = arguments.state_location, arguments.layout
+    aggregators = [
+        start_aggregator(state, arguments.data, arguments.aggregator, shard, layout) for shard in layout.shards()
+    ]
+    statuses = statuses_of(aggregators)
     for status in statuses:
         _warn_of(status.damage)
-    check_logs(arguments.state_location, statuses)
+    check_logs(state, statuses)
 
 
 def _status_of(learner: ActorHandle) -> LearnerStatus:
