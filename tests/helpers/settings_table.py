@@ -6,7 +6,7 @@
 for the settings of a class. Settings within settings have dotted names; a class with a table of its own is left to it.
 """
 
-import importlib
+import pkgutil
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,8 +38,7 @@ def with_tables(text: str) -> str:
 
 def settings_class(name: str) -> type[BaseModel]:
     """Return the class of a dotted name."""
-    module, _, own = name.rpartition(".")
-    return getattr(importlib.import_module(module), own)
+    return pkgutil.resolve_name(name)
 
 
 def name_of(kind: type) -> str:
@@ -107,7 +106,7 @@ def options_of(verb: str) -> Sequence[Any]:
     """Return the options of a verb, as Typer has them."""
     module, function, _ = VERBS[verb]
     application = typer.Typer(add_completion=False)
-    application.command()(getattr(importlib.import_module(f"jobs.{module}"), function))
+    application.command()(pkgutil.resolve_name(f"jobs.{module}:{function}"))
     return [option for option in get_command(application).params if option.name != "help"]
 
 
