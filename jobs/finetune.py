@@ -32,6 +32,7 @@ from jobs.pretrain import (
     keep_or_start_afresh,
     run_workers,
 )
+from lib.durable import write_durably
 from lib.errors import InputError
 from lib.settings import Settings
 
@@ -256,9 +257,7 @@ def _plan(
             "events_rejected": learner.events_rejected + passed_by,
         },
     }
-    temporary = storage / f".{PLAN_FILE}"
-    temporary.write_text(json.dumps(plan, indent=2) + "\n")
-    temporary.rename(storage / PLAN_FILE)
+    write_durably(storage / PLAN_FILE, f"{json.dumps(plan, indent=2)}\n".encode())
     print(
         f"fine-tuning version {cut.since} with {learned} events and {len(older)} older ones; "
         f"{plan['held_out_events']} are held out",

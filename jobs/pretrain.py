@@ -28,6 +28,7 @@ from cluster.local import running_ray
 from jobs.configuration import settings_from, write_json
 from jobs.progress import shown_progress
 from lib.data.dataset import EVENTS_FILE, ITEMS_FILE
+from lib.durable import rename_durably
 from lib.errors import InputError
 
 if TYPE_CHECKING:
@@ -340,13 +341,13 @@ def _ray_version() -> str:
 def _install(result: Path, out: Path) -> None:
     """Put the finished folder in its place, whole."""
     if not out.exists():
-        result.rename(out)
+        rename_durably(result, out)
         return
     replaced = out.with_name(f".{out.name}.replaced")
     if replaced.exists():
         shutil.rmtree(replaced)
     out.rename(replaced)
-    result.rename(out)
+    rename_durably(result, out)
     shutil.rmtree(replaced)
 
 
