@@ -203,8 +203,8 @@ class Experiment:
             name=self.challenger.name,
             state=self.state,
             version=self.results.fact(VERSION),
-            **config.model_dump(),
-            **self.results.summary(config),
+            **dict(config),
+            **dict(self.results.summary(config)),
         )
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ Whoever knows a part makes its model, which is checked once, there.
 from pydantic import BaseModel, ConfigDict, Field
 
 from lib.experiments.results import ChallengerConfig
+from lib.experiments.summary import Comparison, ShadowComparison
 
 
 class Unavailable(BaseModel):
@@ -136,58 +137,20 @@ class AggregatorsUnavailable(Unavailable):
     shards: list[AggregatorStatus] = Field(description="those that answer")
 
 
-class RateStatus(BaseModel):
-    """The share of an arm's answers that were rewarded."""
-
-    rate: float
-    interval: tuple[float, float] | None = Field(description="confidence interval; null while nothing is known")
-
-
-class ArmStatus(BaseModel):
-    """The users of one model of two."""
-
-    users: int
-    answers: int
-    rewards: dict[str, int] = Field(description="answers with such an event, by its kind")
-    click_through: RateStatus = Field(description="answers with a positive event")
-    conversion: RateStatus = Field(description="answers with a purchase")
-
-
-class DifferenceStatus(BaseModel):
-    """The challenger's rate less that of the live model."""
-
-    value: float
-    interval: tuple[float, float] | None = Field(description="confidence interval; null while nothing is known")
-    evidence: float = Field(description="of a difference; 1 / alpha decides")
-
-
-class ExperimentStatus(ChallengerConfig):
+class ExperimentStatus(ChallengerConfig, Comparison):
     """Two models side by side, each for its users."""
 
     name: str
     state: str = Field(description="running, promoting, promoted, refused or rolled back")
     version: int | None = Field(description="the challenger's, once it is promoted")
-    arms: dict[str, ArmStatus] = Field(description="live and challenger")
-    difference: dict[str, DifferenceStatus] = Field(description="by reward")
 
 
-class ShadowArmStatus(BaseModel):
-    """How well one model's answers held what people chose."""
-
-    found: float = Field(description="share of the choices that its answer held")
-    mrr: float = Field(description="mean reciprocal rank of the choices")
-
-
-class ShadowStatus(ChallengerConfig):
+class ShadowStatus(ChallengerConfig, ShadowComparison):
     """A challenger that is asked and compared, and never shown."""
 
     name: str
     state: str = Field(description="running")
     version: int | None
-    compared: int = Field(description="answers of both models to the same question")
-    overlap: float = Field(description="mean share of the live answer that the challenger's holds, too")
-    choices: int = Field(description="reactions to answers that were compared")
-    arms: dict[str, ShadowArmStatus] = Field(description="live and challenger")
 
 
 class Status(BaseModel):

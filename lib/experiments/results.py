@@ -19,6 +19,15 @@ from lib.data.events import EVENT_WEIGHTS
 from lib.errors import InputError
 from lib.experiments.sequential_test import ArmTotals, difference, evidence, interval, verdict
 from lib.experiments.split import place_of
+from lib.experiments.summary import (
+    ArmSummary,
+    Comparison,
+    Difference,
+    Interval,
+    Rate,
+    ShadowArmSummary,
+    ShadowComparison,
+)
 from lib.settings import Settings
 from lib.sqlite import Database
 
@@ -227,41 +236,45 @@ class ExperimentResults:
         live, challenger = (self.totals[arm, config.reward] for arm in ARMS)
         return verdict(live, challenger, config.alpha, config.effect)
 
-    def summary(self, config: ChallengerConfig) -> dict[str, Any]:
-        """Results of each arm and of their difference, or of the comparison in shadow mode."""
-        return self._shadow_summary() if config.shadow else self._arm_summary(config.alpha, config.effect)
+    def summary(self, config: ChallengerConfig) -> Comparison | ShadowComparison:
+        """Return the results of each arm and of their difference, or of the comparison in shadow mode."""
+        return self._shadow_comparison() if config.shadow else self._comparison(config.alpha, config.effect)
 
-    def _arm_summary(self, alpha: float, effect: float) -> dict[str, Any]:
-        arms = {}
-        for arm in ARMS:
-            totals = {reward: self.totals[arm, reward] for reward in REWARDS}
-            arms[arm] = {
-                "users": int(totals[CLICK_THROUGH].users),
-                "answers": int(totals[CLICK_THROUGH].answers),
-                "rewards": {kind: self.kinds[arm, kind] for kind in EVENT_WEIGHTS if self.kinds[arm, kind]},
-                **{reward: _rate(totals[reward], alpha, effect) for reward in REWARDS},
-            }
-        compared = {}
-        for reward in REWARDS:
-            live, challenger = (self.totals[arm, reward] for arm in ARMS)
-            distance, information = (float(value) for value in difference(live, challenger))
-            compared[reward] = {
-                "value": distance,
-                "interval": _bounds(interval(distance, information, alpha, effect)),
-                "evidence": float(evidence(live, challenger, effect)),
-            }
-        return {"arms": arms, "difference": compared}
+    def _comparison(self, alpha: float, effect: float) -> Comparison:
+        arms = {arm: self._arm_summary(arm, alpha, effect) for arm in ARMS}
+        return Comparison(arms=arms, difference={reward: self._difference(reward, alpha, effect) for reward in REWARDS})
 
-    def _shadow_summary(self) -> dict[str, Any]:
-        names = [f"{arm}_{what}" for arm in ARMS for what in ("found", "reciprocal_rank")]
-        sums = {name: self.fact(name) or 0 for name in ("compared", "overlap", "choices", *names)}
-        choices = max(sums["choices"], 1)
-        found = {
-            arm: {"found": sums[f"{arm}_found"] / choices, "mrr": sums[f"{arm}_reciprocal_rank"] / choices}
-            for arm in ARMS
-        }
-        overlap = sums["overlap"] / max(sums["compared"], 1)
-        return {"compared": sums["compared"], "overlap": overlap, "choices": sums["choices"], "arms": found}
+    def _arm_summary(self, arm: str, alpha: float, effect: float) -> ArmSummary:
+        totals = {reward: self.totals[arm, reward] for reward in REWARDS}
+        return ArmSummary(
+            users=int(totals[CLICK_THROUGH].users),
+            answers=int(totals[CLICK_THROUGH].answers),
+            rewards={kind: self.kinds[arm, kind] for kind in EVENT_WEIGHTS if self.kinds[arm, kind]},
+            click_through=_rate(totals[CLICK_THROUGH], alpha, effect),
+            conversion=_rate(totals[CONVERSION], alpha, effect),
+        )
+
+    def _difference(self, reward: str, alpha: float, effect: float) -> Difference:
+        live, challenger = (self.totals[arm, reward] for arm in ARMS)
+        distance, information = (float(value) for value in difference(live, challenger))
+        return Difference(
+            value=distance,
+            interval=_bounds(interval(distance, information, alpha, effect)),
+            evidence=float(evidence(live, challenger, effect)),
+        )
+
+    def _shadow_comparison(self) -> ShadowComparison:
+        compared, overlap, choices = (self.fact(name) or 0 for name in ("compared", "overlap", "choices"))
+        return ShadowComparison(
+            compared=compared,
+            overlap=overlap / max(compared, 1),
+            choices=choices,
+            arms={arm: self._shadow_arm(arm, max(choices, 1)) for arm in ARMS},
+        )
+
+    def _shadow_arm(self, arm: str, choices: int) -> ShadowArmSummary:
+        found, ranks = (self.fact(f"{arm}_{sum_of}") or 0 for sum_of in ("found", "reciprocal_rank"))
+        return ShadowArmSummary(found=found / choices, mrr=ranks / choices)
 
     def close(self) -> None:
         """Close the file."""
@@ -273,12 +286,12 @@ class ExperimentResults:
         )
 
 
-def _rate(totals: ArmTotals, alpha: float, effect: float) -> dict[str, Any]:
+def _rate(totals: ArmTotals, alpha: float, effect: float) -> Rate:
     rate = float(totals.rate)
     information = 1 / float(totals.variance) if totals.is_enough(rate) and totals.variance > 0 else 0.0
-    return {"rate": rate, "interval": _bounds(interval(rate, information, alpha, effect))}
+    return Rate(rate=rate, interval=_bounds(interval(rate, information, alpha, effect)))
 
 
-def _bounds(bounds: tuple[float, float]) -> list[float] | None:
-    """Bounds for JSON, which knows no infinity: None while nothing is known."""
-    return None if bounds[0] == float("-inf") else list(bounds)
+def _bounds(bounds: tuple[float, float]) -> Interval:
+    """Return bounds for JSON, which knows no infinity: None while nothing is known."""
+    return None if bounds[0] == float("-inf") else bounds

@@ -145,7 +145,7 @@ def test_each_answer_counts_and_each_kind_of_reward_once_an_answer(results):
     counted.record(Records(impressions, reactions[:2], []))
     counted.record(Records([], reactions[2:], []))
     for again in (counted, results()):  # and a restarted one has it from its file
-        live, challenger = (again.summary(HALF)["arms"][arm] for arm in (LIVE, CHALLENGER))
+        live, challenger = (again.summary(HALF).model_dump()["arms"][arm] for arm in (LIVE, CHALLENGER))
         assert (live["users"], live["answers"], live["rewards"]) == (2, 4, {"click": 1, "purchase": 1})
         assert (live["click_through"]["rate"], live["conversion"]["rate"]) == (0.25, 0.25)
         assert live["click_through"]["interval"] is None, "so little says nothing"
@@ -185,7 +185,7 @@ def test_the_verdict_follows_the_rewards(results, live, challenger, verdict):
     assert counted.verdict(HALF) == verdict
     again = results()
     assert again.totals == counted.totals
-    compared = again.summary(HALF)["difference"]["click_through"]
+    compared = again.summary(HALF).model_dump()["difference"]["click_through"]
     low, high = compared["interval"] or (-1.0, 1.0)
     assert compared["value"] == pytest.approx((challenger - live) / 1000)
     assert low < compared["value"] < high
@@ -198,7 +198,7 @@ def test_a_purchase_decides_where_conversions_are_asked_for(results):
     counted, config = results(), HALF.model_copy(update={"reward": "conversion"})
     outcomes(counted, LIVE, 1000, 200, "purchase")
     outcomes(counted, CHALLENGER, 1000, 400, "click")
-    assert counted.summary(config)["difference"]["conversion"]["value"] == -0.2
+    assert counted.summary(config).model_dump()["difference"]["conversion"]["value"] == -0.2
     assert counted.verdict(config) == "rollback", "of the challenger there is no purchase yet"
     reactions = [reaction(CHALLENGER, f"{CHALLENGER}-{number}", 2, "purchase") for number in range(400)]
     counted.record(Records([], reactions, []))
@@ -211,7 +211,7 @@ def test_shadows_are_compared_with_what_was_shown_and_chosen(results):
     chosen = [Reaction("u", SHADOW, "r1", "click", "b"), Reaction("u", SHADOW, "r2", "click", "a")]
     counted.record(Records([], [], [*shadows, shadows[0]]))
     counted.record(Records([], [*chosen, chosen[0], Reaction("u", SHADOW, "unknown", "click", "a")], []))
-    assert results().summary(HALF.model_copy(update={"shadow": True})) == {
+    assert results().summary(HALF.model_copy(update={"shadow": True})).model_dump() == {
         "compared": 2,
         "overlap": pytest.approx(0.25),
         "choices": 2,
