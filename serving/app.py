@@ -36,7 +36,7 @@ class ServeArguments(Settings):
     model: str = Field(description="model folder that serving starts from")
     state: str | None = Field(default=None, description="where log and versions live; MODEL/live if absent")
     data: str | None = Field(default=None, description="ingested dataset whose users' histories serving starts with")
-    replicas: int = Field(default=2, ge=1, le=1000, description="that answer")
+    replicas: int = Field(default=2, ge=1, le=1000, description="processes that answer; the fewest, with most_replicas")
     most_replicas: int | None = Field(
         default=None, ge=1, le=1000, description="with it, between `replicas` and so many run, as the load asks for"
     )
