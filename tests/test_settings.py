@@ -39,7 +39,8 @@ def all_settings() -> set[type[Settings]]:
 def parts_of(kind: type[BaseModel]) -> set[str]:
     """Return the names of the classes that a table of this class has rows of."""
     inner = [model_in(field.annotation) for field in kind.model_fields.values()]
-    return {name_of(kind)}.union(*(parts_of(each) for each in inner if each is not None))
+    bases = {name_of(base) for base in kind.__mro__ if issubclass(base, BaseModel)}
+    return bases.union(*(parts_of(each) for each in inner if each is not None))
 
 
 def test_the_tables_are_what_the_code_says():
@@ -49,7 +50,7 @@ def test_the_tables_are_what_the_code_says():
 def test_every_class_of_settings_has_a_table():
     shown = set().union(*(parts_of(settings_class(name)) for name in WITH_TABLES))
     known = {name_of(kind) for kind in all_settings()}
-    assert known - shown == set(NOT_REACHED)
+    assert known - shown == NOT_REACHED.keys()
 
 
 @pytest.mark.parametrize("name", sorted(WITH_TABLES))
