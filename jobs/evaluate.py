@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from jobs.configuration import write_json
-from jobs.pretrain import PretrainSettings
+from jobs.pretrain_settings import PretrainSettings
 from jobs.reports import check_plot, plot_comparison, print_comparison
 from lib.data.dataset import read_events
 from lib.data.events import EVENT_KINDS
@@ -211,7 +211,7 @@ def _contenders(
         )
     if not baselines:
         return
-    half_life = PretrainSettings.popularity_half_life_days
+    half_life = PretrainSettings().popularity_half_life_days
     popularity = Popularity.count(training, len(items), half_life * DAY)
     yield (
         baseline_contender(BASELINES[0], popularity.scores, items),

@@ -18,22 +18,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import Field
 
 from cluster.local import running_ray
 from jobs.configuration import settings_from, write_json
-from jobs.pretrain import (
-    LIVE_FOLDER,
-    PretrainSettings,
-    checksums,
-    keep_or_start_afresh,
-    run_workers,
-)
-from lib.durable import write_durably
+from jobs.pretrain import LIVE_FOLDER
+from jobs.pretrain_settings import PretrainSettings
+from jobs.run_folder import RESULT, checksums, resume_or_restart
 from lib.errors import InputError
+from lib.model.presets import Precision
 from lib.settings import Settings
 
 if TYPE_CHECKING:
@@ -72,9 +68,7 @@ class FinetuneSettings(Settings):
     popularity_half_life: float | None = Field(
         default=None, gt=0, description="in events, as the learner's; default: as many as the catalog has items"
     )
-    precision: Literal["float32", "bfloat16"] | None = Field(
-        default=None, description="of the blocks; default: float32"
-    )
+    precision: Precision | None = Field(default=None, description="of the blocks; default: float32")
     accumulation: int = Field(default=1, ge=1, description="parts that a worker processes a batch in")
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="of all that is drawn")
 
@@ -135,13 +129,15 @@ def _finetune(
     workers: int,
     gpu: bool | None,
 ) -> Outcome:
+    from jobs.training_workers import run_workers  # torch and Ray
+
     start, storage = time.monotonic(), state / FOLDER
     run = {
         "settings": settings.model_dump(),
         "since": since,
         "data": checksums(Path(data)) if data is not None else None,
     }
-    keep_or_start_afresh(storage, run)
+    resume_or_restart(storage, run)
     if not (storage / PLAN_FILE).exists():
         try:
             _plan(registry, state, storage, data, since, settings)
@@ -150,11 +146,16 @@ def _finetune(
             raise
     plan = json.loads((storage / PLAN_FILE).read_text())
     with running_ray():
-        trained = storage / TRAINED_FILE
         run_workers(
-            trained, storage, storage, _pretrain_settings(storage, settings), workers, gpu,
-            start=storage / START, older_weight=settings.older_weight,
-        )  # fmt: skip
+            data=storage / TRAINED_FILE,
+            storage=storage,
+            tensorboard=storage.with_name(f"{storage.name}.runs"),
+            settings=_pretrain_settings(storage, settings),
+            workers=workers,
+            gpu=gpu,
+            start=storage / START,
+            older_weight=settings.older_weight,
+        )
     try:
         metrics = _judge(storage)
     except InputError:
@@ -257,7 +258,9 @@ def _plan(
             "events_rejected": learner.events_rejected + passed_by,
         },
     }
-    write_durably(storage / PLAN_FILE, f"{json.dumps(plan, indent=2)}\n".encode())
+    temporary = storage / f".{PLAN_FILE}"
+    temporary.write_text(json.dumps(plan, indent=2) + "\n")
+    temporary.rename(storage / PLAN_FILE)
     print(
         f"fine-tuning version {cut.since} with {learned} events and {len(older)} older ones; "
         f"{plan['held_out_events']} are held out",
@@ -317,7 +320,7 @@ def _judge(storage: Path) -> dict[str, dict[str, dict[str, float]]]:
     from lib.live.finetuning import MarkedHistories, judge
     from lib.versions.folder import load_folder
 
-    result, rival = load_folder(storage / "result"), load_folder(storage / RIVAL)
+    result, rival = load_folder(storage / RESULT), load_folder(storage / RIVAL)
     held_out = MarkedHistories.load(storage / HELD_OUT_FILE)
     return _metrics(judge((result.encoder, result.catalog), (rival.encoder, rival.catalog), held_out))
 
@@ -336,7 +339,7 @@ def _offer(registry: "Registry", storage: Path, plan: Mapping[str, Any], metrics
 
     if registry.version_of_offer(plan["name"]) is not None:
         return
-    folder, cut = storage / "result", plan["cut"]
+    folder, cut = storage / RESULT, plan["cut"]
     facts = VersionFacts(
         kind="finetune", since=cut["since"], rival=cut["rival"], events=plan["events"], **plan["ledger"]
     )

@@ -22,7 +22,8 @@ import typer
 
 from cluster.local import running_ray
 from jobs.configuration import settings_from, write_json
-from jobs.pretrain import PretrainSettings, pretrain
+from jobs.pretrain import pretrain
+from jobs.pretrain_settings import PretrainSettings
 from jobs.replay_service import through_service
 from jobs.reports import check_plot, plot_replay, print_replay
 from lib.data.dataset import read_events, read_items, write_dataset

@@ -1,4 +1,4 @@
-"""The one way to make a file durable: it is written beside its name, synced, renamed, and its folder is synced."""
+"""One way to make a file durable: written beside its name, synced, renamed, and the folder synced."""
 
 import os
 import uuid
@@ -37,14 +37,12 @@ def make_durably(path: Path, make: Callable[[Path], object], replace: bool = Tru
 
 
 def rename_durably(unfinished: Path, path: Path, replace: bool = True) -> None:
-    """Give a file, or a folder with all that is in it, its name once it is on disk, and have the name there, too.
+    """Give a file, or a folder of files that are synced, its name once it is on disk, and have the name there, too.
 
     Raises:
-        FileExistsError: there is one already, and `replace` is False (for a file alone).
+        FileExistsError: a file is there already, and `replace` is False; of two writers at once, one alone succeeds.
         OSError: it could not be renamed.
     """
-    for path_inside in unfinished.rglob("*"):
-        sync(path_inside)
     sync(unfinished)
     if replace:
         unfinished.rename(path)
@@ -54,7 +52,7 @@ def rename_durably(unfinished: Path, path: Path, replace: bool = True) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush to disk what a file holds, or which files a folder has."""
+    """Flush a file, or a folder's list of files, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

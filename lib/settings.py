@@ -1,10 +1,12 @@
 """What all settings have in common: each component's are a small model beside it, with bounds on its fields."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lib.errors import SettingsError, objection
+
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 class Settings(BaseModel):

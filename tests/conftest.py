@@ -144,7 +144,8 @@ def shop_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_model(ray_session: RaySession, shop_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pretrain a small model on `shop_dataset`; tests must not change its folder."""
-    from jobs.pretrain import PretrainSettings, pretrain
+    from jobs.pretrain import pretrain
+    from jobs.pretrain_settings import PretrainSettings
 
     model = tmp_path_factory.mktemp("pretrained") / "model"
     pretrain(shop_dataset, model, PretrainSettings(epochs=2, max_length=20, hidden_size=32), gpu=False)

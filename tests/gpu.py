@@ -37,7 +37,7 @@ from torch import Tensor
 from lib.model.batches import Batch
 from lib.model.encoder import BehaviourEncoder, Packing
 from lib.model.inference import InferenceEncoder
-from lib.model.presets import PRESETS, Preset
+from lib.model.presets import PRESETS, Precision, Preset
 from lib.model.trainer import Trainer, TrainingConfig, train_top_layers
 from lib.retrieval.exact import exact_search
 from tests.benchmarks.machine import describe_gpu, describe_machine
@@ -153,10 +153,11 @@ def encoder(run: Run) -> Iterator[Row]:
     preset, items = replace(run.preset("base"), dropout=0.0), run.size(10_000, 500)
     batch = synthetic_batches(encoder_config(preset, items), items, run.size(2048, 256), 1, seed=0)[0]
     expected = _trained_once(preset, items, batch, torch.device("cpu"), "float32")
-    for precision, logits, gradients in (
+    tolerances: tuple[tuple[Precision, float, float], ...] = (
         ("float32", FULL_PRECISION, FULL_PRECISION),
         ("bfloat16", HALF_PRECISION, HALF_PRECISION_GRADIENTS),
-    ):
+    )
+    for precision, logits, gradients in tolerances:
         found = _trained_once(preset, items, batch, run.device, precision)
         yield _check(
             precision,
@@ -184,7 +185,7 @@ def _new_encoder(preset: Preset, items: int, device: torch.device) -> BehaviourE
 
 
 def _trained_once(
-    preset: Preset, items: int, batch: Batch, device: torch.device, precision: str
+    preset: Preset, items: int, batch: Batch, device: torch.device, precision: Precision
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits of a thousand items at the real events, and the loss and dense gradients of a first step."""
     encoder, batch = _new_encoder(preset, items, device).eval(), batch.to(device)

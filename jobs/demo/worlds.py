@@ -8,7 +8,7 @@ from typing import Protocol
 import pyarrow as pa
 
 from jobs.demo.shop import Shop
-from jobs.pretrain import PretrainSettings
+from jobs.pretrain_settings import PretrainSettings
 from lib.data.dataset import read_events, read_items, write_dataset
 from lib.data.events import Event
 from lib.data.holdout import NONE

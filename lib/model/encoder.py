@@ -28,11 +28,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.configuration_utils import PreTrainedConfig
 
 from lib.errors import InputError
+from lib.model.presets import DEFAULT_INPUTS, INPUTS
 
 WEIGHTS = "model.safetensors"
 PADDING_ROW = 0  # row 0 of the item table belongs to no item
-INPUTS = ("kind", "gap", "value", "attributes")  # what can be read of an event beside its item and its place
-DEFAULT_INPUTS = ("kind", "value", "attributes")  # the gap gained nothing on any data set (tests/benchmarks/results)
 
 
 class BehaviourEncoderConfig(PreTrainedConfig):

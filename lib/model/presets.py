@@ -1,16 +1,26 @@
-"""The model's size, length and number of epochs: three presets, of which the smallest is fitted to the data."""
+"""What can be chosen of a model without loading torch: what it reads of an event, its precision, and three presets.
+
+The smallest preset is fitted to the data.
+"""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from lib.data.histories import Histories
+from lib.errors import InputError
+
+EventInput = Literal["kind", "gap", "value", "attributes"]  # what can be read of an event beside its item and its place
+INPUTS: tuple[EventInput, ...] = get_args(EventInput)
+# the gap improved ranking on none of the data sets (tests/benchmarks/results)
+DEFAULT_INPUTS: tuple[EventInput, ...] = ("kind", "value", "attributes")
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What `pretrain` uses where the user says nothing."""
+    """What `pretrain` uses where the user sets nothing; jobs/pretrain_settings.py has the bounds of each value."""
 
     hidden_size: int = 64
     num_hidden_layers: int = 1
@@ -20,20 +30,20 @@ class Preset:
     epochs: int = 60
     events_per_batch: int = 2048
     learning_rate: float = 2e-3
-    gpu_precision: str = "float32"  # on a CPU it is float32 always, unless asked for
+    gpu_precision: Precision = "float32"  # on a CPU it is float32, unless set otherwise
     activation_checkpointing: bool = False
     accumulation: int = 1
 
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads != 0:
+            raise InputError(
+                f"hidden_size: {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+
     def shape(self) -> dict[str, Any]:
-        """What it says of the encoder, as settings of BehaviourEncoderConfig."""
-        return {
-            "hidden_size": self.hidden_size,
-            "intermediate_size": 2 * self.hidden_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "max_length": self.max_length,
-            "dropout": self.dropout,
-        }
+        """Return the settings of BehaviourEncoderConfig that it decides."""
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_length", "dropout")
+        return {name: getattr(self, name) for name in names} | {"intermediate_size": 2 * self.hidden_size}
 
 
 # A block of width C has 12 C^2 weights. Heads are 64 wide, what attention kernels are made for.
@@ -66,7 +76,7 @@ PRESETS = {
 
 
 def preset_for(histories: Histories, name: str = "small") -> Preset:
-    """A preset; `small` with length from the users' activity, and epochs from the number of events per item.
+    """Return a preset; of `small` the length follows from the users' activity, and epochs from the events per item.
 
     Measured on the second-newest event (ml-100k, amazon-beauty): see tests/benchmarks. The larger ones are not
     measured: their sizes and rates are those that language models of their width are trained with.
@@ -76,7 +86,6 @@ def preset_for(histories: Histories, name: str = "small") -> Preset:
         return preset
     lengths = histories.lengths[histories.lengths > 0]
     typical = int(np.quantile(lengths, 0.95)) if len(lengths) else 1
-    max_length = 50 if typical <= 50 else 100
     items = max(len(np.unique(histories.rows)), 1)
     dense = len(histories.rows) / items > 40  # many events an item: learned in fewer passes
-    return replace(preset, max_length=max_length, epochs=30 if dense else 60)
+    return replace(preset, max_length=50 if typical <= 50 else 100, epochs=30 if dense else 60)

@@ -29,13 +29,14 @@ from lib.model.distributed import (
 )
 from lib.model.encoder import BehaviourEncoder
 from lib.model.loss import SequenceLoss, uniform_negatives
+from lib.model.presets import Precision
 
 FADING_UPDATES = 20  # after so many the boost of a new row is half of what it was
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The optimiser and the objective."""
+    """The optimiser and the objective; what users may set of it has its bounds in jobs/pretrain_settings.py."""
 
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
@@ -43,13 +44,13 @@ class TrainingConfig:
     epsilon: float = 1e-8
     clip_norm: float = 5.0
     new_row_boost: float = 0.0  # an item's row moves (1 + boost / (1 + n / 20)) times as fast at its nth update
-    negatives: int = 512
+    negatives: int = 512  # sampled items that all targets of a batch share
     dislike_weight: float = 0.1  # of pushing away what was disliked, relative to drawing near what was liked
-    accumulation: int = 1  # parts that a batch is worked off in, one after another, where memory is short
-    precision: str = "float32"  # or "bfloat16", of the blocks' activations
+    accumulation: int = 1  # parts of a batch, one after another, to save memory
+    precision: Precision = "float32"  # of the blocks' activations
     activation_checkpointing: bool = False  # activations of the blocks are computed anew in the backward pass
     compile: bool = False  # the blocks, by torch.compile
-    sharded: bool = False  # workers share the dense weights and their optimiser state out among them
+    sharded: bool = False  # dense weights and their optimiser state, over the workers
     seed: int = 0
 
 

@@ -20,8 +20,9 @@ from rich.table import Table
 
 from jobs.command_line import run_command
 from jobs.configuration import write_json
-from jobs.pretrain import DEFAULT_INPUTS, INPUTS, PretrainSettings
-from jobs.training_loop import TrainingData, learning_rate_at, new_encoder, preset_of, read_training_data
+from jobs.pretrain_settings import PretrainSettings, preset_of
+from jobs.training_data import TrainingData, read_training_data
+from jobs.training_loop import learning_rate_at, new_encoder
 from lib.data.attributes import attribute_values
 from lib.data.dataset import read_events
 from lib.data.events import EVENT_KINDS
@@ -31,6 +32,7 @@ from lib.evaluation.metrics import ndcg_at, recall_at
 from lib.evaluation.protocols import Cases, cases_of, model_contender, rank
 from lib.model.batches import target_weights
 from lib.model.encoder import BehaviourEncoder
+from lib.model.presets import DEFAULT_INPUTS, INPUTS
 from lib.model.trainer import Trainer, TrainingConfig, keep_freed_memory
 from tests.benchmarks.machine import describe_machine
 

@@ -21,7 +21,8 @@ from rich.table import Table
 from cluster.local import running_ray
 from jobs.command_line import run_command
 from jobs.configuration import write_json
-from jobs.pretrain import PretrainSettings, pretrain
+from jobs.pretrain import pretrain
+from jobs.pretrain_settings import PretrainSettings
 from lib.data.dataset import read_events, read_items, write_dataset
 from lib.live.prequential import Frozen, Live, Outcome, Stream, replay, split_by_time
 from lib.live.prequential_comparison import compare_arms

@@ -25,8 +25,9 @@ from rich.table import Table
 
 from jobs.command_line import run_command
 from jobs.configuration import write_json
-from jobs.pretrain import PretrainSettings
-from jobs.training_loop import new_encoder, preset_of, read_training_data
+from jobs.pretrain_settings import PretrainSettings, preset_of
+from jobs.training_data import read_training_data
+from jobs.training_loop import new_encoder
 from lib.data.holdout import LEAVE_ONE_OUT
 from lib.model.trainer import Trainer, TrainingConfig, keep_freed_memory
 from tests.benchmarks.compare_rectools import RECTOOLS, available_cores, peer_environment, run_peer

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from jobs.training_loop import TrainingData, count_popularity
+from jobs.training_data import TrainingData
+from jobs.training_loop import count_popularity
 from lib.data.attributes import attribute_codes, attribute_values
 from lib.data.catalog import Catalog
 from lib.data.events import EVENT_KINDS, Event

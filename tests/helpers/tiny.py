@@ -11,8 +11,9 @@ from lib.data.histories import Histories
 from lib.data.history import History
 from lib.live.micro_batch import MicroBatch
 from lib.model.delta import state_of
-from lib.model.encoder import INPUTS, BehaviourEncoder, BehaviourEncoderConfig
+from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
 from lib.model.folder import Manifest
+from lib.model.presets import INPUTS
 from lib.versions.registry import Registry
 
 NOW = 1_700_000_000_000

@@ -17,8 +17,9 @@ from ray.util.placement_group import placement_group, remove_placement_group
 import lib.model.buckets
 from jobs import event_stream
 from jobs.event_stream import StreamedData, must_stream, prepare_stream, read_stream
-from jobs.pretrain import PretrainSettings, pretrain
-from jobs.training_loop import read_training_data
+from jobs.pretrain import pretrain
+from jobs.pretrain_settings import PretrainSettings
+from jobs.training_data import read_training_data
 from lib.data.catalog import Catalog
 from lib.data.dataset import Piece, first_uses, merged, pieces_of, read_events, read_piece, survey
 from lib.data.histories import Histories

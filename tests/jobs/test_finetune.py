@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 import jobs.finetune
+from jobs import training_workers
 from jobs.command_line import run_command
 from jobs.finetune import FOLDER, FinetuneSettings, Outcome, _alone, finetune, finetune_command
+from jobs.pretrain_settings import PretrainSettings
 from lib.data.events import Event
 from lib.data.history import History
 from lib.errors import InputError
@@ -102,16 +104,16 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The runs of the workers that there were: where each of them started."""
     runs: list[Path] = []
 
-    def run(data: Path, out: Path, storage: Path, *arguments: Any, start: Path, older_weight: float) -> None:
+    def run(*, settings: PretrainSettings, storage: Path, start: Path, **_: Any) -> None:
         runs.append(start)
         loaded = load_folder(start)
-        if len(runs) == 1 and arguments[0].seed == 13:
+        if len(runs) == 1 and settings.seed == 13:
             raise RuntimeError("the power fails")
-        if arguments[0].seed == 7:
+        if settings.seed == 7:
             loaded.encoder.item_embeddings.weight.data[1:] = 1.0  # all items are alike, and none is found
         save_with_optimizer(storage / "result", loaded.encoder, loaded.catalog, Manifest(), loaded.optimizer)
 
-    monkeypatch.setattr(jobs.finetune, "run_workers", run)
+    monkeypatch.setattr(training_workers, "run_workers", run)
     monkeypatch.setattr(jobs.finetune, "running_ray", nullcontext)
     monkeypatch.setattr(jobs.finetune, "TAKE_OVER_SECONDS", 0.0)
     return runs
@@ -168,14 +170,14 @@ def test_without_a_learner_the_result_waits_for_one_that_takes_it_over_once(comm
 
 
 def test_the_live_version_may_be_pruned_while_the_workers_train(state, trained, monkeypatch):
-    train = jobs.finetune.run_workers
+    train = training_workers.run_workers
 
-    def run(*arguments: Any, **named: Any) -> None:
-        train(*arguments, **named)
+    def run(**arguments: Any) -> None:
+        train(**arguments)
         for delta in (state / "deltas").iterdir():
             delta.unlink()
 
-    monkeypatch.setattr(jobs.finetune, "run_workers", run)
+    monkeypatch.setattr(training_workers, "run_workers", run)
     outcome = finetune(state, settings=FinetuneSettings(tolerance=1.0))
     assert (outcome.accepted, outcome.rival) == (True, 10)
 

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -27,11 +26,14 @@ from ray.util.queue import Queue
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import jobs.pretrain
-from jobs.pretrain import HOLDOUTS, PretrainSettings, _install, _prepare, _refuse_loss, pretrain
-from jobs.progress import TrainingProgress, shown_progress
-from jobs.training_loop import preset_of, read_training_data
+from jobs import training_workers
+from jobs.pretrain import _description, _install, _refuse_loss, pretrain
+from jobs.pretrain_settings import PretrainSettings, preset_of
+from jobs.progress import Report, TrainingProgress, shown_progress
+from jobs.run_folder import resume_or_restart
+from jobs.training_data import read_training_data
 from lib.data.events import EVENT_SCHEMA
+from lib.data.holdout import HOLDOUTS
 from lib.errors import InputError
 from lib.model.folder import Manifest, load_model, read_manifest
 from lib.versions.folder import OPTIMIZER_FILE
@@ -123,7 +125,7 @@ def test_a_model_with_its_optimiser_and_what_it_was_made_of(undisturbed, shop_da
     assert set(events["item_id"].to_pylist()) <= set(catalog.item_ids)
     assert manifest.version == 1
     training = manifest.training.model_dump()
-    assert asdict(SETTINGS) | training == training | {"holdout": "leave-one-out"}
+    assert SETTINGS.model_dump() | training == training | {"holdout": "leave-one-out"}
     assert manifest.training.events < len(events)  # the newest of each user is held out
     assert manifest.training.seconds > 0
     assert float(encoder.item_popularity.sum()) > 0
@@ -171,7 +173,7 @@ def test_whatever_is_killed_goes_on_from_the_newest_checkpoint(
 ):
     """Kill -9 of the job, then kill -9 of its worker: the weights are those of an undisturbed run."""
     out = tmp_path / "model"
-    given = [f"--set={name}={value}" for name, value in asdict(SETTINGS).items() if value is not None]
+    given = [f"--set={name}={value}" for name, value in SETTINGS.model_dump().items() if value is not None]
     command = [sys.executable, "-m", "jobs.pretrain", "--data", shop_dataset, "--out", out, "--no-gpu", *given]
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -211,14 +213,14 @@ def test_an_error_in_a_worker_leaves_everything_as_it_was(
     out.mkdir()
     for path in undisturbed.iterdir():
         (out / path.name).write_bytes(path.read_bytes())
-    train = jobs.pretrain.run_workers
+    train = training_workers.run_workers
 
-    def train_without_data(*arguments: Any) -> None:
+    def train_without_data(**arguments: Any) -> None:
         events.unlink()
-        train(*arguments)
+        train(**arguments)
 
-    monkeypatch.setattr(jobs.pretrain, "run_workers", train_without_data)
-    monkeypatch.setattr(jobs.pretrain, "RESTARTS", 0)
+    monkeypatch.setattr(training_workers, "run_workers", train_without_data)
+    monkeypatch.setattr(training_workers, "RESTARTS", 0)
     interrupt = signal.getsignal(signal.SIGINT)
     with pytest.raises(InputError, match=r"^data '.*' holds no events\.parquet; make it with 'afterclick ingest"):
         pretrain(data, out, SETTINGS, gpu=False, overwrite=True)
@@ -231,7 +233,7 @@ def test_what_a_failed_worker_says():
     from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
     failure = UserExceptionWithTraceback(ValueError("no more memory"), "Traceback of many lines")
-    reason = jobs.pretrain._reason(WorkerGroupError("many lines", {1: failure}))
+    reason = training_workers._reason(WorkerGroupError("many lines", {1: failure}))
     assert str(reason) == (
         "worker 1 and its 3 restarts failed: ValueError: no more memory; "
         "the same command goes on from the newest checkpoint"
@@ -252,13 +254,13 @@ def test_more_workers_than_places_are_refused(shop_dataset, tmp_path, ray_sessio
 def interrupted(tmp_path, shop_dataset) -> Path:
     """What a run leaves that was killed before its first checkpoint."""
     storage = tmp_path / ".model.training"
-    _prepare(storage, shop_dataset, SETTINGS)
+    resume_or_restart(storage, _description(shop_dataset, SETTINGS))
     (storage / "kept").touch()
     return storage
 
 
 def test_the_same_run_is_resumed(interrupted, shop_dataset, capsys):
-    _prepare(interrupted, shop_dataset, SETTINGS)
+    resume_or_restart(interrupted, _description(shop_dataset, SETTINGS))
     assert (interrupted / "kept").exists()
     assert capsys.readouterr().err == f"going on with the interrupted run in {interrupted}\n"
 
@@ -267,7 +269,7 @@ def test_the_same_run_is_resumed(interrupted, shop_dataset, capsys):
 def test_another_run_starts_afresh(interrupted, shop_dataset, tmp_path, capsys, what):
     settings, data = SETTINGS, shop_dataset
     if what == "settings":
-        settings = replace(SETTINGS, seed=7)
+        settings = SETTINGS.model_copy(update={"seed": 7})
     elif what == "data":
         data = tmp_path / "data"
         data.mkdir()
@@ -275,11 +277,11 @@ def test_another_run_starts_afresh(interrupted, shop_dataset, tmp_path, capsys, 
     else:
         (interrupted / "run").mkdir()
         (interrupted / "run" / "checkpoint_manager_snapshot.json").write_text('{"checkpoint_res')
-    _prepare(interrupted, data, settings)
+    resume_or_restart(interrupted, _description(data, settings))
     assert not (interrupted / "kept").exists()
     said = "is damaged" if what == "damaged" else f"had other {what}"
     assert capsys.readouterr().err == f"starting afresh: the interrupted run in {interrupted} {said}\n"
-    _prepare(interrupted, data, settings)
+    resume_or_restart(interrupted, _description(data, settings))
     assert capsys.readouterr().err.startswith("going on")
 
 
@@ -384,15 +386,15 @@ def test_what_is_not_set_is_chosen_from_the_data(small_data):
 def test_lines_where_there_is_no_terminal(capsys):
     progress = TrainingProgress(Console(stderr=True, force_terminal=False))
     for epoch in (1, 2):
-        progress.show({"epoch": epoch, "epochs": 2, "share": epoch / 2 - 0.25})
-        progress.show({"epoch": epoch, "epochs": 2, "share": epoch / 2, "loss": 3.0 - epoch, "seconds": 4.2 * epoch})
+        progress.show(Report(epoch, epochs=2, share=epoch / 2 - 0.25))
+        progress.show(Report(epoch, epochs=2, share=epoch / 2, loss=3.0 - epoch, seconds=4.2 * epoch))
     assert capsys.readouterr().err == "epoch 1/2  loss 2.000  4 s\nepoch 2/2  loss 1.000  8 s\n"
 
 
 def test_a_bar_on_a_terminal(capsys):
     progress = TrainingProgress(Console(stderr=True, force_terminal=True, width=80))
     with progress.bar:
-        progress.show({"epoch": 2, "epochs": 4, "share": 0.375})
+        progress.show(Report(epoch=2, epochs=4, share=0.375))
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
     assert "38%" in shown
     assert "epoch 2/4" in shown
@@ -400,18 +402,18 @@ def test_a_bar_on_a_terminal(capsys):
 
 @pytest.mark.parametrize("end", ["returns", "raises", "has lost its queue"])
 def test_the_queue_and_its_thread_end_with_the_block(capsys, nothing_left, end):
-    def block(board: Queue) -> None:
-        board.put({"epoch": 1, "epochs": 1, "share": 1.0, "loss": 1.0, "seconds": 1.0})
+    def block(reports: Queue) -> None:
+        reports.put(Report(epoch=1, epochs=1, share=1.0, loss=1.0, seconds=1.0))
         if end == "raises":
             raise ValueError("training went wrong")
         if end == "has lost its queue":
-            ray.kill(cast(ActorHandle, board.actor))
+            ray.kill(cast(ActorHandle, reports.actor))
 
     if end == "raises":
-        with pytest.raises(ValueError, match="training went wrong"), shown_progress() as board:
-            block(board)
+        with pytest.raises(ValueError, match="training went wrong"), shown_progress() as reports:
+            block(reports)
     else:
-        with shown_progress() as board:
-            block(board)
+        with shown_progress() as reports:
+            block(reports)
     if end != "has lost its queue":  # its last news may be lost with it
         assert capsys.readouterr().err == "epoch 1/1  loss 1.000  1 s\n"

@@ -52,7 +52,7 @@ def test_arms_side_by_side(ray_session: RaySession, folder: Path, shop_dataset: 
             low, high = arm["all"][metric]["interval"]
             assert low <= arm["all"][metric]["value"] <= high
     assert batch["all"]["ndcg@10"]["value"] < history["all"]["ndcg@10"]["value"]
-    assert live["version"] + live["rejected_updates"] == 1 + -(-len(stream.newest) // ReplaySettings.batch_events)
+    assert live["version"] + live["rejected_updates"] == 1 + -(-len(stream.newest) // ReplaySettings().batch_events)
     assert "lift_over_history" in live
     assert daily["fine_tunes"] > 0 < daily["events_read"]
     assert {len(points) for points in live["over_time"].values()} == {len(replay["times"])}

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lib.model.encoder import INPUTS
 from lib.model.inference import InferenceEncoder
+from lib.model.presets import INPUTS
 from tests.helpers.tiny import tiny_encoder
 
 

@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor
 
 import lib.model.trainer
 from jobs.configuration import settings_from
-from jobs.pretrain import PRESETS as PRESET_NAMES
-from jobs.pretrain import PretrainSettings, pretrain
-from jobs.training_loop import _training_config, preset_of
+from jobs.pretrain import pretrain
+from jobs.pretrain_settings import PretrainSettings, preset_of
+from jobs.training_loop import training_config
 from lib.errors import InputError
 from lib.model.batches import Batch, SequenceBatches
 from lib.model.encoder import BehaviourEncoder, Block, Packing
@@ -31,6 +31,7 @@ from tests.benchmarks.training_step import encoder_config
 from tests.helpers.tiny import assert_same_state, copied_state, random_histories, tiny_config, tiny_encoder
 
 CONFIG = TrainingConfig(negatives=12, learning_rate=3e-3)
+
 BLOCKS = {"num_hidden_layers": 2, "attribute_values": ["genres=Comedy", "genres=Drama"]}
 
 
@@ -259,7 +260,7 @@ def trunk_parameters(name: str) -> int:
 
 
 def test_presets_grow_and_the_largest_has_more_than_a_hundred_million_weights_in_its_blocks():
-    sizes = [trunk_parameters(name) for name in PRESET_NAMES]
+    sizes = [trunk_parameters(name) for name in PRESETS]
     assert sizes == sorted(sizes)
     assert sizes[1] > 100 * sizes[0]
     assert sizes[2] > 100_000_000
@@ -270,14 +271,14 @@ def test_presets_grow_and_the_largest_has_more_than_a_hundred_million_weights_in
 
 
 def test_every_preset_is_accepted_with_its_own_values():
-    assert tuple(PRESETS) == PRESET_NAMES
     histories = random_histories(5, 24, np.random.default_rng(0))
     for name, preset in PRESETS.items():
         chosen = preset_of(PretrainSettings(preset=name), histories)
         assert chosen == (preset_for(histories) if name == "small" else preset)
         values = {key: value for key, value in asdict(preset).items() if key != "gpu_precision"}
         settings = settings_from(PretrainSettings, None, [f"{key}={value}" for key, value in values.items()])
-        assert preset_of(settings, histories) == replace(preset, gpu_precision="float32")  # as if by hand on small
+        as_on_small = replace(preset, gpu_precision="float32")  # the one value that was not set
+        assert preset_of(settings, histories) == as_on_small
 
 
 def test_what_is_set_wins_over_the_preset():
@@ -300,7 +301,7 @@ def test_what_is_set_wins_over_the_preset():
 def test_precision_follows_preset_and_device_unless_set(preset, precision, device, expected):
     settings = PretrainSettings(preset=preset, precision=precision, accumulation=3, sharded=True, compile=True)
     chosen = preset_of(settings, random_histories(5, 24, np.random.default_rng(0)))
-    config = _training_config(settings, chosen, torch.device(device))
+    config = training_config(settings, chosen, torch.device(device))
     assert config.precision == expected
     assert (config.accumulation, config.sharded, config.compile) == (3, True, True)
     assert config.activation_checkpointing == (preset == "large")
@@ -310,8 +311,8 @@ def test_precision_follows_preset_and_device_unless_set(preset, precision, devic
     ("assignment", "objection"),
     [
         ("preset=huge", "preset: 'huge' is not one of small, base, large"),
-        ("precision=float16", "precision: 'float16' is not one of float32, bfloat16"),
-        ("accumulation=0", "accumulation: 0 is too small; give 1 or more"),
+        ("precision=float16", "precision: input should be 'float32' or 'bfloat16', got 'float16'"),
+        ("accumulation=0", "accumulation: input should be greater than 0, got 0"),
         ("sharded=perhaps", "sharded: input should be a valid boolean, unable to interpret input, got 'perhaps'"),
     ],
 )

@@ -1,0 +1,77 @@
+"""What training workers read: a dataset in memory, or a fine-tune's histories; jobs/event_stream.py streams others."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from lib.data.catalog import Catalog
+from lib.data.dataset import read_events, read_items
+from lib.data.events import EVENT_KINDS
+from lib.data.histories import Histories, histories_of
+from lib.data.holdout import training_part
+from lib.errors import InputError
+from lib.live.finetuning import WeightedBatches
+from lib.model.batches import SequenceBatches
+from lib.model.buckets import Figures, figures_of, figures_of_all
+from lib.model.encoder import BehaviourEncoderConfig
+
+
+@dataclass
+class TrainingData:
+    """The catalog of all items, and the part of the histories that is trained on."""
+
+    catalog: Catalog
+    histories: Histories
+
+    @cached_property
+    def figures(self) -> Figures:
+        """What must be known of the histories before training."""
+        return figures_of_all([figures_of(0, self.histories)])
+
+    def parts(self) -> Iterator[Histories]:
+        """Yield all histories, at once."""
+        yield self.histories
+
+    def batches(self, config: BehaviourEncoderConfig) -> SequenceBatches:
+        """Return training batches for an encoder."""
+        return SequenceBatches(self.histories, config)
+
+
+@dataclass
+class WeightedData(TrainingData):
+    """The data of a fine-tune, in which each event has a weight of its own as a target."""
+
+    weights: np.ndarray  # (E,)
+
+    def batches(self, config: BehaviourEncoderConfig) -> SequenceBatches:
+        """Return training batches for an encoder."""
+        return WeightedBatches(self.histories, config, self.weights)
+
+
+def read_training_data(data: str | Path, holdout: str) -> TrainingData:
+    """Read an ingested dataset into memory.
+
+    Raises:
+        InputError: it is missing, or too small to learn from.
+    """
+    events = read_events(data)
+    catalog = Catalog.of_dataset(events["item_id"].unique().to_pylist(), read_items(data))
+    histories = training_part(histories_of(events, catalog.row_of, EVENT_KINDS), holdout)
+    training_data = TrainingData(catalog, histories)
+    refuse_too_small(data, holdout, training_data.figures)
+    return training_data
+
+
+def refuse_too_small(data: str | Path, holdout: str, figures: Figures) -> None:
+    """Refuse data that has nothing to learn from.
+
+    Raises:
+        InputError: no user has two events.
+    """
+    if figures.users_to_learn_from == 0:
+        raise InputError(
+            f"data: {data} leaves no user with two events to learn from (holdout {holdout}); ingest more events"
+        )
