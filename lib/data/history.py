@@ -48,8 +48,11 @@ class History:
 
     def extend(self, newer: "History") -> None:
         """Add newer events."""
-        for name in ("item_ids", "events", "values", "timestamps", "offsets"):
-            getattr(self, name).extend(getattr(newer, name))
+        self.item_ids.extend(newer.item_ids)
+        self.events.extend(newer.events)
+        self.values.extend(newer.values)
+        self.timestamps.extend(newer.timestamps)
+        self.offsets.extend(newer.offsets)
         self.encoded = None
 
     @property
@@ -58,7 +61,7 @@ class History:
         return self.offsets[-1] if self.offsets else 0
 
     def slice(self, start: int, stop: int) -> "History":
-        """Events start..stop as a history of their own."""
+        """Return the events [start, stop) as a history of their own."""
         return History(
             self.item_ids[start:stop],
             self.events[start:stop],
@@ -69,17 +72,16 @@ class History:
         )
 
     def newest(self, count: int) -> "History":
-        """The newest `count` events."""
+        """Return the newest `count` events."""
         return self.slice(max(len(self) - count, 0), len(self))
 
-    def up_to(self, last: int, after: int) -> tuple["History", int]:
-        """The history up to log offset `last`, and how many of its newest events came after offset `after`."""
-        stop = bisect_right(self.offsets, last)
-        return self.slice(0, stop), stop - bisect_right(self.offsets, after, hi=stop)
+    def up_to(self, last_offset: int) -> "History":
+        """Return the events up to a log offset, and those that are in no log."""
+        return self.slice(0, bisect_right(self.offsets, last_offset))
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> "History":
-        """A history of events that are in no log."""
+        """Return a history of events that are in no log."""
         history = cls()
         for event in events:
             history.append(event)
@@ -87,7 +89,7 @@ class History:
 
 
 def to_histories(histories: Sequence[History], catalog: Catalog, kind_codes: dict[str, int]) -> Histories:
-    """Flat columns for the encoder; events of items or kinds that it does not know are left out."""
+    """Return flat columns for the encoder, without events of items or kinds that it does not know."""
     row_of = catalog.row_of
     rows: list[int] = []
     kinds: list[int] = []

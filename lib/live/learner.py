@@ -17,7 +17,7 @@ from lib.data.catalog import Catalog
 from lib.data.histories import Histories
 from lib.data.history import History, to_histories
 from lib.data.popularity import event_counts, moved_reference, start_weights
-from lib.data.user_histories import ReplaySample
+from lib.data.replay import ReplaySample
 from lib.errors import InputError
 from lib.live.gate import Gate
 from lib.live.influence import Influence, Targets, is_newcomer, last_opinions

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib.data.history import History
-from lib.data.user_histories import ReplaySample, UserHistories
+from lib.data.replay import ReplaySample
+from lib.data.user_histories import UserHistories
 from lib.log.log_file import LoggedEvent
 
 
@@ -65,7 +66,7 @@ def _with_context(history: History, new: Sequence[LoggedEvent], after: int, leng
 
     The new ones are the log's, so that each is learned once also where more wait than are kept in memory.
     """
-    context = history.up_to(after, after)[0].newest(length)
+    context = history.up_to(after).newest(length)
     for logged in new:
         context.append(logged.event, logged.offset)
     return context

@@ -18,7 +18,7 @@ from jobs.command_line import run_command
 from jobs.serve import serve_command
 from lib.data.catalog import Catalog
 from lib.data.guard import CleaningRules
-from lib.data.user_histories import ReplaySample
+from lib.data.replay import ReplaySample
 from lib.errors import InputError
 from lib.live.gate import GateConfig
 from lib.live.learner import NearlineLearner
