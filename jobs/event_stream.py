@@ -29,6 +29,7 @@ from lib.data.events import EVENT_KINDS
 from lib.data.formats.files import parquet_file
 from lib.data.histories import Histories, histories_of
 from lib.data.tables import order_events
+from lib.durable import make_durably, write_durably
 from lib.model.buckets import (
     SAMPLED_VALUES,
     BucketBatches,
@@ -108,9 +109,8 @@ def prepare_stream(
     if held != whole.events:
         raise RuntimeError(f"{folder}: the buckets hold {held} of {whole.events} events; start again")
     figures = figures_of_all(found)
-    partial_file = folder / f"{FIGURES_FILE}.partial"
-    partial_file.write_text(json.dumps(asdict(figures), indent=2) + "\n")
-    partial_file.rename(folder / FIGURES_FILE)  # the last step: where it is, everything is
+    # the last step: where it is, everything is
+    write_durably(folder / FIGURES_FILE, f"{json.dumps(asdict(figures), indent=2)}\n".encode())
     return figures
 
 
@@ -224,10 +224,8 @@ def _finish_bucket(
     items = pq.read_table(folder / ITEMS_FILE)["item_id"].to_pylist()
     histories = histories_of(events, Catalog(items).row_of, EVENT_KINDS)
     trained = part_to_train(histories, holdout, *span)
-    path = _bucket_file(folder, bucket)
-    partial_file = path.with_suffix(f".{os.getpid()}")  # a task may be started again while its first try still runs
-    pq.write_table(table_of(trained), partial_file)
-    partial_file.rename(path)
+    # a task may be started again while its first try still runs
+    make_durably(_bucket_file(folder, bucket), lambda unfinished: pq.write_table(table_of(trained), unfinished))
     return figures_of(bucket, trained, value_share, seed), len(events)
 
 

@@ -28,6 +28,7 @@ from jobs.configuration import settings_from, write_json
 from jobs.pretrain import LIVE_FOLDER
 from jobs.pretrain_settings import PretrainSettings
 from jobs.run_folder import RESULT, checksums, resume_or_restart
+from lib.durable import write_durably
 from lib.errors import InputError
 from lib.model.presets import Precision
 from lib.settings import Settings
@@ -258,9 +259,7 @@ def _plan(
             "events_rejected": learner.events_rejected + passed_by,
         },
     }
-    temporary = storage / f".{PLAN_FILE}"
-    temporary.write_text(json.dumps(plan, indent=2) + "\n")
-    temporary.rename(storage / PLAN_FILE)
+    write_durably(storage / PLAN_FILE, f"{json.dumps(plan, indent=2)}\n".encode())
     print(
         f"fine-tuning version {cut.since} with {learned} events and {len(older)} older ones; "
         f"{plan['held_out_events']} are held out",

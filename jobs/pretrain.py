@@ -20,6 +20,7 @@ from jobs.configuration import settings_from, write_json
 from jobs.pretrain_settings import PretrainSettings, preset_of
 from jobs.run_folder import RESULT, STREAM, checksums, resume_or_restart
 from lib.data.holdout import LEAVE_ONE_OUT, NONE, TEMPORAL
+from lib.durable import rename_durably
 from lib.errors import InputError
 
 if TYPE_CHECKING:
@@ -121,13 +122,13 @@ def _refuse_loss(out: Path, overwrite: bool) -> None:
 def _install(result: Path, out: Path) -> None:
     """Move the finished folder to its place, as a whole."""
     if not out.exists():
-        result.rename(out)
+        rename_durably(result, out)
         return
     replaced = out.with_name(f".{out.name}.replaced")
     if replaced.exists():
         shutil.rmtree(replaced)
     out.rename(replaced)
-    result.rename(out)
+    rename_durably(result, out)
     shutil.rmtree(replaced)
 
 

@@ -1,4 +1,4 @@
-"""One way to make a file durable: written beside its name, synced, renamed, and the folder synced."""
+"""The one way to make a file durable: it is written beside its name, synced, renamed, and its folder is synced."""
 
 import os
 import uuid
@@ -37,12 +37,14 @@ def make_durably(path: Path, make: Callable[[Path], object], replace: bool = Tru
 
 
 def rename_durably(unfinished: Path, path: Path, replace: bool = True) -> None:
-    """Give a file, or a folder of files that are synced, its name once it is on disk, and have the name there, too.
+    """Give a file, or a folder with all that is in it, its name once it is on disk, and have the name there, too.
 
     Raises:
-        FileExistsError: a file is there already, and `replace` is False; of two writers at once, one alone succeeds.
+        FileExistsError: there is one already, and `replace` is False (for a file alone).
         OSError: it could not be renamed.
     """
+    for path_inside in unfinished.rglob("*"):
+        sync(path_inside)
     sync(unfinished)
     if replace:
         unfinished.rename(path)
@@ -52,7 +54,7 @@ def rename_durably(unfinished: Path, path: Path, replace: bool = True) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of files, to disk."""
+    """Flush to disk what a file holds, or which files a folder has."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

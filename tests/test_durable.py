@@ -5,7 +5,7 @@ import os
 import pytest
 
 from lib import durable
-from lib.durable import make_durably, write_durably
+from lib.durable import make_durably, rename_durably, write_durably
 
 
 def test_a_file_is_written_with_the_folders_on_the_way_and_replaced(tmp_path):
@@ -24,6 +24,17 @@ def test_a_file_that_must_be_new_is_not_replaced(tmp_path):
         write_durably(tmp_path / "file", b"two", replace=False)
     assert (tmp_path / "file").read_bytes() == b"one"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_is_synced_with_all_that_is_in_it(tmp_path, monkeypatch):
+    (tmp_path / "unfinished" / "inner").mkdir(parents=True)
+    (tmp_path / "unfinished" / "inner" / "file").write_bytes(b"one")
+    synced = []
+    monkeypatch.setattr(durable, "sync", lambda path: synced.append(path.name))
+    rename_durably(tmp_path / "unfinished", tmp_path / "folder")
+    assert sorted(synced[:2]) == ["file", "inner"]
+    assert synced[2:] == ["unfinished", tmp_path.name]
+    assert (tmp_path / "folder" / "inner" / "file").read_bytes() == b"one"
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -9,7 +9,6 @@ is never spilled.
 # pyright: reportAttributeAccessIssue=false
 
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -33,6 +32,7 @@ from lib.data.formats.items import read_item_file
 from lib.data.formats.tables import memory_of, read_tables, size_of
 from lib.data.guard import CleaningRules
 from lib.data.tables import clean, partition_of
+from lib.durable import rename_durably
 from lib.errors import InputError
 
 REPORT_FILE = "ingest.json"
@@ -296,4 +296,4 @@ def _publish(work: Path, out: Path) -> None:
         (out / ITEMS_FILE).unlink(missing_ok=True)
     for name in (ITEMS_FILE, EVENTS_FILE, REPORT_FILE):
         if (work / name).exists():
-            os.replace(work / name, out / name)
+            rename_durably(work / name, out / name)

@@ -18,6 +18,7 @@ import numpy as np
 
 from lib.data.events import Event
 from lib.data.user_hash import part_of
+from lib.durable import write_durably
 
 SLOTS = 1 << 16  # a hundred changed users make one copy in six hundred ask in vain
 ITEMS = SLOTS  # the place of the counter of the catalog, behind those of the users
@@ -47,12 +48,9 @@ class ChangeBoard:
     @classmethod
     def create(cls, path: Path) -> "ChangeBoard":
         """The board at a path, to write on. All counters move on: what was changed before is not known to be marked."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         size = (WRITTEN + 1) * 8 + RING
         if not path.exists() or path.stat().st_size != size:
-            unfinished = path.with_name(f".{path.name}")
-            unfinished.write_bytes(bytes(size))
-            unfinished.rename(path)
+            write_durably(path, bytes(size))
         board = cls(path, np.memmap(path, dtype=np.uint8, mode="r+"))
         board._counters[:WRITTEN] += np.uint64(1)
         return board

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import from_json, to_json
 
 from lib.data.catalog import Catalog
+from lib.durable import write_durably
 from lib.errors import InputError
 from lib.model.encoder import WEIGHTS, BehaviourEncoder
 from lib.model.facts import TrainingFacts, VersionFacts
@@ -50,9 +51,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     checksums = {path.name: _sha256(path) for path in files if path.name != MANIFEST}
     whole = manifest.model_copy(update={"checksums": checksums})
     whole.checksums[MANIFEST] = _own_checksum(whole.model_dump_json())
-    temporary = folder / f".{MANIFEST}"
-    temporary.write_text(whole.model_dump_json(indent=2) + "\n")
-    temporary.rename(folder / MANIFEST)
+    write_durably(folder / MANIFEST, f"{whole.model_dump_json(indent=2)}\n".encode())
 
 
 def read_manifest(folder: str | Path) -> Manifest:
