@@ -30,14 +30,17 @@ async def gather_status(
     replicas, aggregator, learner, compared = await asyncio.gather(
         _replicas(describe), aggregators.status(), _learner(), _experiment(experiment)
     )
-    known = isinstance(learner, LearnerStatus)
     versions = [replica.version for replica in replicas]
+    freshness = None
+    if isinstance(learner, LearnerStatus):
+        versions.append(learner.version)
+        freshness = learner.freshness
     return Status(
-        model_version=max([*versions, learner.version if known else 0]),
+        model_version=max(versions, default=0),
         replicas=replicas,
         learner=learner,
         aggregator=aggregator,
-        freshness=learner.freshness if known else None,
+        freshness=freshness,
         experiment=compared,
     )
 

@@ -1,8 +1,8 @@
 """The models that answer in one replica: the live one, as it moves from version to version, and maybe a challenger.
 
-A batch is answered in the event loop: on a thread of its own it would ask for the interpreter some forty times, and a
-replica that is refusing a thousand requests a second would hardly answer any. Deltas and catch-ups, which may take
-long, have a thread. A lock keeps them and the batches apart, so every answer is of one version.
+A batch is answered in the event loop. On a thread of its own it would have to wait for Python's lock some forty times,
+and a replica that refuses a thousand requests a second would hardly answer any. Deltas and catch-ups may take long and
+run on a thread; a lock keeps them and the batches apart, so every answer is of one version.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ class LiveModels:
     # --------------------------------------------------------------------------------------------------------- answers
 
     async def answer(self, questions: Sequence[Question], user_ids: Sequence[str | None]) -> list[Answer]:
-        """Answer a batch; each user's id tells whose arm of an experiment it is, None that of nobody."""
+        """Answer a batch; a user's id says in which arm of an experiment they are, None in none."""
         async with self.unchanging:
             if self.challenger is not None:
                 return self.challenger.answer(self.live, questions, user_ids)
@@ -134,7 +134,7 @@ class LiveModels:
         self.counts["deltas"] += 1
 
     def _apply(self, delta: Delta) -> None:
-        """Move to a delta's version; where it comes out wrong, nothing may be answered before all is loaded again."""
+        """Move to a delta's version; if it comes out wrong, load the newest one whole before anything is answered."""
         try:
             self.live.apply(delta)
         except DeltaMismatch as error:
@@ -143,7 +143,7 @@ class LiveModels:
             self.live = self._load(self.changed_items)
 
     async def catch_up(self, version: int) -> None:
-        """Read from the registry what leads to a version, if a push was missed or the version is a new base."""
+        """Move to a version by way of the registry, if a push was missed or the version is a new base."""
         if self.live.version >= version:
             return
         async with self.loading:
