@@ -7,12 +7,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lib.data.events import EVENT_FIELDS, EVENT_KINDS
+from lib.data.events import EVENT_FIELDS, EVENT_KINDS, MAX_ID_LENGTH
 
 LARGEST_K = 1000
 LARGEST_EVENT_BATCH = 1000
 LARGEST_ITEM_BATCH = 1000
-LONGEST_ID = 256
 LARGEST_BODY = 16 * 2**20  # bytes
 
 
@@ -32,7 +31,7 @@ class RecommendationRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    user_id: str | None = Field(default=None, min_length=1, max_length=256)
+    user_id: str | None = Field(default=None, min_length=1, max_length=MAX_ID_LENGTH)
     history: list[HistoryEvent] | None = Field(default=None, max_length=10_000)
     k: int = Field(default=10, ge=1, le=LARGEST_K, description="number of items")
     filter: dict[str, Any] | None = Field(
@@ -85,7 +84,7 @@ class ItemDescription(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
     __pydantic_extra__: dict[str, Attribute]  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    item_id: str = Field(min_length=1, max_length=LONGEST_ID)
+    item_id: str = Field(min_length=1, max_length=MAX_ID_LENGTH)
 
 
 class ItemsRequest(BaseModel):
