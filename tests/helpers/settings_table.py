@@ -3,7 +3,8 @@
     python -m tests.helpers.settings_table     writes the tables of jobs/README.md anew
 
 `<!-- options of pretrain -->` asks for the options of a verb, `<!-- settings of lib.live.settings.LearnerConfig -->`
-for the settings of a class. Settings within settings have dotted names; a class with a table of its own is left to it.
+for the settings of a class, `presets of` for what is used where these are not set. Settings within settings have dotted
+names; a class with a table of its own is left to it.
 """
 
 import pkgutil
@@ -19,9 +20,11 @@ from pydantic_core import PydanticUndefined
 from typer.main import get_command
 
 from jobs.command_line import VERBS
+from lib.model.presets import PRESETS
+from lib.model.trainer import TrainingConfig
 
 README = Path(__file__).resolve().parents[2] / "jobs" / "README.md"
-REQUEST = re.compile(r"^<!-- (options|settings) of (\S+) -->\n\n?(?:\|.*\n)*", re.MULTILINE)
+REQUEST = re.compile(r"^<!-- (options|settings|presets) of (\S+) -->\n(?:\n(?:\|.*\n)+)?", re.MULTILINE)
 
 
 def with_tables(text: str) -> str:
@@ -30,7 +33,11 @@ def with_tables(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         kind, name = match.groups()
-        lines = option_table(name) if kind == "options" else settings_table(settings_class(name), own)
+        if kind == "options":
+            lines = option_table(name)
+        else:
+            settings = settings_class(name)
+            lines = settings_table(settings, own) if kind == "settings" else preset_table(settings)
         return "\n".join([f"<!-- {kind} of {name} -->", "", *lines, ""])
 
     return REQUEST.sub(table, text)
@@ -76,8 +83,10 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    if value is None or value is PydanticUndefined:
-        return ""
+    return "" if value is None or value is PydanticUndefined else _value(value)
+
+
+def _value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple | list):
@@ -87,16 +96,36 @@ def _default(field: FieldInfo) -> str:
 
 def _range(field: FieldInfo) -> str:
     """Return what values a setting takes: its choices, or the bounds of a number."""
-    choices = [
-        get_args(kind) for kind in (field.annotation, *get_args(field.annotation)) if get_origin(kind) is Literal
-    ]
+    kinds = list(_kinds(field.annotation))
+    choices = [get_args(kind) for kind in kinds if get_origin(kind) is Literal]
     if choices:
-        return ", ".join(str(choice) for choice in choices[0] if choice is not None)
+        return ", ".join(map(str, choices[0]))
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    bounds = [
-        (sign, getattr(part, name)) for part in field.metadata for name, sign in signs.items() if hasattr(part, name)
+    parts = [*field.metadata, *(part for kind in kinds for part in getattr(kind, "__metadata__", ()))]
+    parts = [inner for part in parts for inner in (part.metadata if isinstance(part, FieldInfo) else [part])]
+    return ", ".join(
+        f"{sign} {getattr(part, name)}" for part in parts for name, sign in signs.items() if hasattr(part, name)
+    )
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """Yield a type, and those that it is made of; what is in a dict or a tuple has bounds of its own."""
+    yield annotation
+    if get_origin(annotation) not in (dict, tuple):
+        for part in get_args(annotation):
+            yield from _kinds(part)
+
+
+def preset_table(kind: type[BaseModel]) -> list[str]:
+    """Return the lines of a table of what is used where settings without a default are not set."""
+    unset = [name for name, field in kind.model_fields.items() if field.default is None]
+    trainer = TrainingConfig()
+    rows = [
+        (f"`{name}`", *(_value(getattr(preset, name, getattr(trainer, name, None))) for preset in PRESETS.values()))
+        for name in unset
+        if hasattr(trainer, name) or hasattr(PRESETS["small"], name)
     ]
-    return ", ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
+    return _table(["setting", *PRESETS], [row for row in rows if row[0] != "`precision`"])
 
 
 # ----------------------------------------------------------------------------------------------------------- options
