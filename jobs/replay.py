@@ -12,13 +12,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import ray
 import torch
 import typer
+from pydantic import Field
 
 from cluster.local import running_ray
 from jobs.configuration import settings_from, write_json
@@ -33,28 +33,27 @@ from lib.live.prequential import Daily, Frozen, Live, Outcome, Stream, replay, s
 from lib.live.prequential_comparison import ReplayComparison, compare_arms
 from lib.live.settings import LearnerConfig
 from lib.model.trainer import keep_freed_memory
+from lib.settings import Seed, Settings
 
 ARMS = ("batch", "history", "live", "daily")
 SERVICE = "service"
 
 
-@dataclass(frozen=True)
-class ReplaySettings:
+class ReplaySettings(Settings):
     """What is replayed, and how."""
 
-    share: float = 0.6  # of the events, the oldest: what the model is pretrained on
-    batch_events: int = 64  # of a micro-batch: the trigger by number, as the stream's clock runs faster than ours
-    daily_epochs: int = 5  # of a daily fine-tune, over all events so far
-    daily_learning_rate: float = 1e-3
-    seed: int = 0
-    learner: LearnerConfig = field(default_factory=LearnerConfig)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise InputError(f"share: {self.share} is not between 0 and 1")
-        for name in ("batch_events", "daily_epochs"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: {getattr(self, name)} is too small; give 1 or more")
+    share: float = Field(
+        default=0.6, gt=0, lt=1, description="of the events, the oldest: what the model is pretrained on"
+    )
+    batch_events: int = Field(
+        default=64,
+        ge=1,
+        description="of a micro-batch: a trigger by number, as the stream's clock runs faster than ours",
+    )
+    daily_epochs: int = Field(default=5, ge=1, description="of a daily fine-tune, over all events so far")
+    daily_learning_rate: float = Field(default=1e-3, gt=0, description="of a daily fine-tune")
+    seed: Seed = Field(default=0, description="of the arm `live`, and of the users that are resampled for intervals")
+    learner: LearnerConfig = Field(default=LearnerConfig(), description="the learner of the arm `live`")
 
 
 def run_replay(

@@ -29,7 +29,7 @@ REQUEST = re.compile(r"^<!-- (options|settings|presets) of (\S+) -->\n(?:\n(?:\|
 
 def with_tables(text: str) -> str:
     """Return a README with each table that it asks for made anew."""
-    own = {match[2] for match in REQUEST.finditer(text) if match[1] == "settings"}
+    own = {settings_class(match[2]) for match in REQUEST.finditer(text) if match[1] == "settings"}
 
     def table(match: re.Match[str]) -> str:
         kind, name = match.groups()
@@ -55,15 +55,15 @@ def name_of(kind: type) -> str:
 # ---------------------------------------------------------------------------------------------------------- settings
 
 
-def settings_table(kind: type[BaseModel], own: set[str]) -> list[str]:
-    """Return the lines of a table of settings; classes named in `own` have tables of their own."""
-    return _table(["setting", "default", "range", ""], _settings(kind, own - {name_of(kind)}))
+def settings_table(kind: type[BaseModel], own: set[type[BaseModel]]) -> list[str]:
+    """Return the lines of a table of settings; the classes in `own` have tables of their own."""
+    return _table(["setting", "default", "range", ""], _settings(kind, own - {kind}))
 
 
-def _settings(kind: type[BaseModel], own: set[str], group: str = "") -> Iterator[tuple[str, ...]]:
+def _settings(kind: type[BaseModel], own: set[type[BaseModel]], group: str = "") -> Iterator[tuple[str, ...]]:
     for name, field in kind.model_fields.items():
         inner, many = model_in(field.annotation), get_origin(field.annotation) in (tuple, list)
-        if inner is not None and name_of(inner) in own:
+        if inner is not None and any(issubclass(each, inner) for each in own):
             about = f"{field.description}: " if field.description else ""
             yield f"`{group}{name}`", "", "", f"{about}see the table of its own"
             continue
