@@ -24,10 +24,11 @@ import ray.data
 from ray.data import Dataset, TaskPoolStrategy
 
 from lib.data.catalog import Catalog
-from lib.data.dataset import Piece, events_file, merged, pieces_of, read_items, read_piece, survey
+from lib.data.dataset import events_file, read_items
 from lib.data.events import EVENT_KINDS
 from lib.data.formats.files import parquet_file
 from lib.data.histories import Histories, histories_of
+from lib.data.pieces import Piece, merged, pieces_of, read_piece, survey
 from lib.data.tables import order_events
 from lib.durable import make_durably, write_durably
 from lib.model.buckets import (
