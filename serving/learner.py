@@ -36,7 +36,7 @@ from serving.aggregator import NAMESPACE, aggregator_handle
 from serving.batch_source import BatchSource, Released
 from serving.learner_workers import LearnerWorkers, yield_to_replicas
 from serving.rollout import LEARNER, Acknowledgements, PushCost, Rollout
-from serving.status import AggregatorStatus, FreshnessStatus, LearnerStatus
+from serving.status import AggregatorStatus, FreshnessStatus, LearnerStatus, RejectionStatus
 
 logger = logging.getLogger(__name__)
 ANNOUNCE_SECONDS = 1.0
@@ -89,14 +89,14 @@ class Live:
     events_trained: int
     events_rejected: int
     rejected_updates: int
-    last_rejection: dict[str, Any] | None
+    last_rejection: RejectionStatus | None
 
     @classmethod
     def of(cls, learner: NearlineLearner) -> "Live":
         """The present moment."""
         counts = learner.events_trained, learner.events_rejected, len(learner.rejections)
         newest = learner.rejections.newest
-        rejection = None if newest is None else newest.facts()
+        rejection = None if newest is None else RejectionStatus(**newest.facts())
         return cls(learner.version, learner.checksum, learner.base, learner.log_offset, *counts, rejection)
 
 

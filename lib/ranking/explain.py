@@ -80,12 +80,12 @@ def occluded(history: Histories, config: BehaviourEncoderConfig) -> list[np.ndar
     places = np.concatenate(kept)
     lengths = np.array([len(own) for own in kept])
     several = Histories(
-        [""] * len(kept),
-        np.concatenate([[0], np.cumsum(lengths)]),
-        history.rows[places],
-        history.kinds[places],
-        history.values[places],
-        history.timestamps[places],
+        user_ids=[""] * len(kept),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        rows=history.rows[places],
+        kinds=history.kinds[places],
+        values=history.values[places],
+        timestamps=history.timestamps[places],
     )
     codes = SequenceBatches(several, config).codes()
     stops = several.offsets[1:]

@@ -162,9 +162,15 @@ class BoundRules:
         for group in groups:
             group[list(pins)] = False
         whole = len(groups) == 1 and not pins
-        categories = _limited(rules.at_most, catalog, rows)
-        searches = (None,) if whole else tuple(groups)
-        return cls(rules, catalog.attributes, len(catalog), pins, weights, searches, categories)
+        return cls(
+            rules=rules,
+            attributes=catalog.attributes,
+            items=len(catalog),
+            pins=pins,
+            weights=weights,
+            searches=(None,) if whole else tuple(groups),
+            categories=_limited(rules.at_most, catalog, rows),
+        )
 
     def fits(self, catalog: Catalog, rows: int) -> bool:
         """Return whether the catalog and the number of rows are those that the rules were bound to."""

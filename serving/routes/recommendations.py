@@ -48,7 +48,7 @@ async def answer_request(replica: Recommendations, request: RecommendationReques
     filter = ItemFilter.of(request.filter)
     if filter is not None:
         await replica.models.check_filter(filter)
-    question = Question(history, request.k, filter, request.exclude_seen, request.explain)
+    question = Question(history, request.k, filter=filter, exclude_seen=request.exclude_seen, explain=request.explain)
     return await _recommend(replica, question, request.user_id, deadline)
 
 
