@@ -29,9 +29,9 @@ from serving.decision_log import DecisionLog
 from serving.errors import DeadlineMissed
 from serving.experiment import PreparedChallenger
 from serving.gather import gather_status
-from serving.histories import Histories
 from serving.history_cache import HistoryCache
 from serving.latency import LatencyHistogram
+from serving.live_histories import LiveHistories
 from serving.live_models import LiveModels
 from serving.rollout import Acknowledgement
 from serving.status import ReplicaStatus, Status
@@ -77,7 +77,7 @@ class Recommendations:
         self.models.challenger = None if challenger is None else load_challenger(state, challenger, rules)
         self.experiment = None if challenger is None else challenger.name
         cache = HistoryCache(config.cached_users, config.cached_events)
-        self.histories = Histories(self.aggregators, cache, self.models)
+        self.histories = LiveHistories(self.aggregators, cache, self.models)
         self.batches: Batches[Asked, Answer] = Batches(self._answer, config.largest_batch)
         self.counts: Counter[str] = Counter()  # answers, refused, events
         self.latency = LatencyHistogram()

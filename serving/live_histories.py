@@ -17,7 +17,7 @@ WARMED_TOGETHER = 32  # users whose histories are fetched in one call: no one el
 logger = logging.getLogger("ray.serve")
 
 
-class Histories:
+class LiveHistories:
     """Reads users' histories, and has the models take over what changed of the items."""
 
     def __init__(self, aggregators: Aggregators, cache: HistoryCache, models: LiveModels):
