@@ -62,7 +62,7 @@ def serve_command(
 ) -> None:
     """Serve a model, learn from feedback, push the weights; Ctrl-C stops it cleanly."""
     from jobs.configuration import settings_from, values_of, yaml_of
-    from jobs.service import LiveSettings, check_service, running_service, stop_on_signal
+    from jobs.service import LiveSettings, check_service, counted, running_service, stop_on_signal
     from lib.data.guard import CleaningRules
     from lib.ranking.rules import RankingRules
     from serving.app import ServeArguments
@@ -83,8 +83,8 @@ def serve_command(
     )
     check_service(arguments, port)
     stop = stop_on_signal()
-    counted = "the aggregator" if aggregators == 1 else f"{aggregators} aggregators"
-    print(f"starting Ray, {replicas} replicas, {counted} and the learner", flush=True)
+    parts = f"{counted(replicas, 'replica')}, {counted(aggregators, 'aggregator')} and the learner"
+    print(f"starting Ray, {parts}", flush=True)
     with running_service(arguments, port, live.learner, learner_workers) as url:
         print(f"serving at {url}  (page: {url}/, API: {url}/docs)  Ctrl-C stops it", flush=True)
         stop.wait()

@@ -122,6 +122,11 @@ def stop_on_signal() -> threading.Event:
     return stop
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a count and its noun: 1 replica, 2 replicas."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def _refuse_second_service(state: str) -> None:
     for status in statuses_of(running_aggregators()):
         if status.state != state:

@@ -65,10 +65,10 @@ def _serve(world: "World", model: Path, replicas: int, port: int, seconds: float
     """Serve the model and let visitors click, until the time is up, the source ends or Ctrl-C; print the summary."""
     from jobs.demo.frozen import frozen_model
     from jobs.demo.live_view import LiveView, summary
-    from jobs.service import running_service, stop_on_signal
+    from jobs.service import counted, running_service, stop_on_signal
     from serving.app import ServeArguments
 
-    console.print(f"starting {replicas} replicas")
+    console.print(f"starting {counted(replicas, 'replica')}")
     with running_service(ServeArguments(model=str(model), data=str(world.data), replicas=replicas), port) as url:
         console.print(f"serving at {url} (open it to click along)  Ctrl-C stops")
         stop = stop_on_signal()
