@@ -1,8 +1,8 @@
 """The feedback aggregator: events in, durable; histories out; micro-batches to the learner.
 
-One actor a cluster, or one for each shard of the users (lib/log/layout.py). An event's way: cleaning, log (fsync),
-history, acknowledgement; then it is pending until the trigger releases a micro-batch (64 events, or 200 ms after the
-first, whichever comes first). After a crash the histories are read again from the dataset and the log.
+There is one actor a cluster, or one for each shard of the users (lib/log/shard.py). The way of an event: cleaning, log
+(fsync), history, acknowledgement; then it is pending until the trigger releases a micro-batch (64 events, or 200 ms
+after the first, whichever comes first). After a crash the histories are read again from the dataset and the log.
 """
 
 import asyncio
@@ -39,12 +39,14 @@ from lib.log.shard import ONLY, Shard
 from lib.settings import Settings
 from serving.status import AggregatorStatus
 
+NAMESPACE = "afterclick"  # of the actors
+AGGREGATOR = "aggregator"
 ITEM_LOG_FILE = "items.sqlite"
 BOARD_FILE = "changes"
 DUPLICATE = "duplicate"
-MOST_ARRIVALS = 100_000
+MOST_ARRIVALS = 100_000  # pending events whose times of arrival are kept
 DATASET_ROWS = 100_000  # of a dataset that are Python objects at once
-NEWCOMER_EVENTS = 5  # with fewer in their history, somebody is new
+NEWCOMER_EVENTS = 5  # a user with fewer in the history is a newcomer
 TORN = "{}: the last commit was torn when the machine stopped, and is dropped; it was not acknowledged"
 
 
@@ -70,16 +72,16 @@ class AggregatorConfig(Settings):
 
 
 class Arrival(NamedTuple):
-    """An event that is not yet released to the learner, and when it came: seconds of a clock that nobody sets."""
+    """A pending event: one that is not yet released to the learner."""
 
     offset: int
-    at: float
+    at: float  # when it came, in seconds of a monotonic clock
 
 
 class Aggregator:
     """Owns the log and the histories of its shard; the first one owns the changes of items, too.
 
-    Elapsed time is monotonic: a clock that is set stalls and floods nobody.
+    Elapsed time is monotonic: setting the clock neither stalls the trigger nor makes anybody a flood.
     """
 
     def __init__(
@@ -107,19 +109,19 @@ class Aggregator:
         board = folder / shard.named(BOARD_FILE)  # its own, as counters have one writer
         self.changes = ChangeBoard.create(board) if on_one_machine() else None
         self.guard = FeedbackGuard(_rules_of(shard, self.config.cleaning))
-        self.quarantined: set[int] = set()  # offsets of events that the learner has yet to pass by
+        self.quarantined: set[int] = set()  # offsets of events that the learner has yet to skip
         self.rejected: Counter[str] = Counter()
         self.accepted = 0
         self.duplicates = 0
-        # not yet released to the learner; of more than that the oldest are forgotten here, and read from the log
+        # pending events; of more than that the oldest are forgotten here, and read from the log
         self.arrivals: deque[Arrival] = deque(maxlen=MOST_ARRIVALS)
-        self.forgotten = 0  # of them
-        self.learned_offset = 0  # as far as the learner has asked beyond
+        self.forgotten = 0  # of the arrivals
+        self.learned_offset = 0  # the highest that the learner has asked for events beyond
         self.arrived = asyncio.Event()
         self.generator = np.random.default_rng(self.config.seed)
 
     def _read_dataset(self, data: str) -> None:
-        """Histories that were there before the first live event, oldest first."""
+        """Begin with the histories of a dataset, which were there before the first live event."""
         table = read_events(data)
         oldest_first = table.take(pa.array(np.argsort(table["timestamp"].to_numpy(), kind="stable")))
         for batch in oldest_first.to_batches(DATASET_ROWS):
@@ -130,11 +132,19 @@ class Aggregator:
     async def append(
         self, events: Sequence[Event], named: Collection[str] = (), reject: Counter[str] | None = None
     ) -> list[str | None]:
-        """Make events durable and part of the histories; per event None, or why it was not taken.
+        """Make events durable and part of the histories.
 
-        `named` are the ids that a replica gave to events without any identity. Such an event cannot be in the log
-        before: finding it there means that this call is repeated after a crash, and that the first had succeeded.
-        `reject` counts the events that the replica rejected already.
+        Args:
+            events: of users of this shard.
+            named: the ids that a replica gave to events without any identity. Such an event is new: one that is in the
+                log already means that this call is repeated after a crash, and that the first had succeeded.
+            reject: the number of events that the replica rejected already, by reason.
+
+        Returns:
+            For each event None, or why it was not taken.
+
+        Raises:
+            LogWriteError: none of them could be written.
         """
         self.rejected.update(reject or {})
         now = time.monotonic()
@@ -174,7 +184,7 @@ class Aggregator:
         return answers
 
     def _take(self, event: Event, offset: int, now: float) -> None:
-        """Have a durable event in its user's history, and wait for the learner."""
+        """Add a durable event to its user's history and to the pending ones."""
         self.histories.append(event, offset)
         if self.changes is not None:
             self.changes.add(event, offset)
@@ -183,24 +193,30 @@ class Aggregator:
         self.last_offset = offset
 
     def _notice(self, event: Event, offset: int, now: int) -> None:
-        """Whether it is one of a crowd of newcomers, before its user's history grows."""
+        """Count an event of a newcomer, and quarantine one of a crowd, before its user's history grows."""
         newcomer = len(self.histories.get(event.user_id, NEWCOMER_EVENTS)) < NEWCOMER_EVENTS
         if newcomer and self.guard.crowded(event, now) and self.config.cleaning.quarantine:
             self.quarantined.add(offset)
 
     async def get_histories(self, user_ids: Sequence[str]) -> list[History]:
-        """The histories of many users, in one call a batch."""
+        """Return the histories of many users: one call for a batch of requests."""
         return [self.histories.get(user_id) for user_id in user_ids]
 
     async def board(self) -> str | None:
-        """Where the board is, which replicas on this machine may read; None on a cluster of several."""
+        """Return where the board is that replicas on this machine may read; None on a cluster of several machines."""
         return None if self.changes is None else str(self.changes.path.absolute())
 
     async def newer(
         self, users: Sequence[tuple[str, int | None]], item_revision: int
     ) -> tuple[list[History | None], list[ItemChange]]:
-        """What a replica lacks: for each (user, last offset that it has, or None) the events that came since, None
-        where none did; and the items that changed after a revision.
+        """Return what a replica lacks.
+
+        Args:
+            users: each with the last offset of the replica's copy of the history, None where it has no copy.
+            item_revision: the newest change of items that the replica knows.
+
+        Returns:
+            For each user the newer events, None where there are none; and the changes of items after the revision.
         """
         histories = [self.histories.newer(user_id, last_offset) for user_id, last_offset in users]
         return histories, self._item_changes(item_revision)
@@ -209,9 +225,9 @@ class Aggregator:
         return self.items.after(revision) if self.items is not None and revision < self.items.revision else []
 
     async def change_items(self, items: Sequence[tuple[str, dict[str, Any] | None]]) -> int:
-        """Make changed and deleted (None) items durable; they are in every answer that is asked for from then on.
+        """Make changed and deleted (None) items durable, and return their revision.
 
-        Returns their revision. A repeated call records the same again.
+        They are in every answer to a request that comes after this call. A repeated call records the same again.
         """
         assert self.items is not None, "items are changed at the first shard"
         revision = self.items.append(items)
@@ -221,20 +237,28 @@ class Aggregator:
         return revision
 
     async def users(self, limit: int) -> list[tuple[str, int]]:
-        """Some users with the number of their events."""
+        """Return the first `limit` users, each with the number of events."""
         return [(user_id, len(self.histories.get(user_id))) for user_id in self.histories.users(limit)]
 
     async def latest_users(self) -> list[str]:
-        """Who acted last, the latest first."""
+        """Return who acted last, the latest first."""
         return self.histories.latest_users()
 
     async def next_batch(
         self, after: int, item_revision: int, sample: SampleSizes, wait_ms: int = 500, up_to: int | None = None
     ) -> MicroBatch | list[ItemChange] | None:
-        """The next micro-batch beyond a log offset, when the trigger fires; None after `wait_ms` without it.
+        """Return the next micro-batch once the trigger fires, or at once the items that changed after a revision.
 
-        Items that changed after a revision come first, alone and at once. With `up_to` no event beyond that offset, up
-        to which the log is known to have come, is in the batch; it is empty where all of them were erased.
+        Args:
+            after: the log offset beyond which the batch begins.
+            item_revision: the newest change of items that the learner knows.
+            sample: what the learner wants with the new events.
+            wait_ms: milliseconds to wait for the trigger.
+            up_to: a log offset, known to be given, that no event of the batch may exceed; the batch is empty where all
+                events up to it were erased.
+
+        Returns:
+            The batch, or changes of items alone; None where nothing came in time.
         """
         if not await self.wait_until_due(after, item_revision, wait_ms):
             return None
@@ -250,7 +274,7 @@ class Aggregator:
         return replace(batch, received_at=self._received_at(events), quarantined=frozenset(self.quarantined))
 
     async def wait_until_due(self, after: int, item_revision: int, wait_ms: int = 500) -> bool:
-        """Whether there is something for the learner, waiting up to `wait_ms` for it."""
+        """Return whether there is something for the learner; wait up to `wait_ms` for it."""
         self.learned_offset = after
         deadline = time.monotonic() + wait_ms / 1000
         while True:
@@ -270,7 +294,7 @@ class Aggregator:
                 continue
 
     def _due(self, after: int) -> float:
-        """Seconds until the trigger fires, 0 or less when it has; infinite without pending events."""
+        """Return the seconds until the trigger fires, 0 or less when it has; infinity without pending events."""
         if self.last_offset <= after:
             return float("inf")
         if not self.arrivals or self.arrivals[0].offset > after + 1 or len(self.arrivals) >= self.config.trigger.events:
@@ -278,7 +302,7 @@ class Aggregator:
         return self.arrivals[0].at + self.config.trigger.milliseconds / 1000 - time.monotonic()
 
     def _received_at(self, events: list[LoggedEvent]) -> list[int]:
-        """When events came, in milliseconds as the clock is set now; of those before this process, as it was then."""
+        """Return when events came, in milliseconds since 1970; the log says it of those of an earlier process."""
         released = takewhile(lambda arrival: arrival.offset <= events[-1].offset, self.arrivals)
         behind = time.time() - time.monotonic()
         arrived = {arrival.offset: int((arrival.at + behind) * 1000) for arrival in released}
@@ -311,12 +335,12 @@ class Aggregator:
 
 
 def _rules_of(shard: Shard, rules: CleaningRules) -> CleaningRules:
-    """What one shard goes by: it sees its part of a crowd."""
+    """Return the rules of one shard, which sees its part of a crowd alone."""
     return rules.model_copy(update={"crowd_users": ceil(rules.crowd_users / shard.count)})
 
 
 def aggregator_handle(shard: Shard = ONLY) -> ActorHandle:
-    """The running aggregator, of a shard where there are several.
+    """Return the running aggregator, of a shard where there are several.
 
     Raises:
         ValueError: none is running.
@@ -331,7 +355,10 @@ def start_aggregator(
     shard: Shard = ONLY,
     layout: LogLayout | None = None,
 ) -> ActorHandle:
-    """The running aggregator, started if need be; Ray restarts it whenever its process dies, and repeats calls."""
+    """Return the running aggregator, started if need be.
+
+    Ray restarts it whenever its process dies, and repeats the calls that it did not answer.
+    """
     actor: Any = ray.remote(Aggregator).options(
         name=shard.named(AGGREGATOR),
         namespace=NAMESPACE,
@@ -343,7 +370,3 @@ def start_aggregator(
         num_cpus=0.5,
     )
     return actor.remote(state, data, config, shard, layout)
-
-
-NAMESPACE = "afterclick"  # of the actors
-AGGREGATOR = "aggregator"

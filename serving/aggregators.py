@@ -1,6 +1,6 @@
-"""The aggregators of all shards as one: a call goes to the shards that it concerns, and to all of them at once.
+"""The aggregators of all shards as one: a call goes, at the same time, to all shards that it concerns.
 
-A user's events and history are at the user's shard, the changes of items at the first. Methods are those of an
+A user's events and history are at the user's shard, the changes of items at the first. The methods are those of an
 aggregator (serving/aggregator.py).
 """
 
@@ -28,15 +28,15 @@ from serving.aggregator import AGGREGATOR, NAMESPACE, AggregatorConfig, start_ag
 from serving.batches import Batches
 from serving.status import AggregatorsStatus, AggregatorStatus, AggregatorsUnavailable, Unavailable
 
-STATUS_SECONDS = 2.0
-MOST_REQUESTS = 64  # in one call
+STATUS_SECONDS = 2.0  # to wait for an aggregator's status
+MOST_REQUESTS = 64  # whose events go to an aggregator in one call
 Given = TypeVar("Given")
 Append = Callable[[list[Event], set[str], Counter[str]], Awaitable[Sequence[str | None]]]
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """What one request brought."""
+    """The events of one request."""
 
     events: list[Event]
     named: set[str]  # ids that were given to events without any identity
@@ -44,10 +44,10 @@ class Feedback:
 
 
 class Aggregators:
-    """What a replica calls; each call waits, and is repeated, while an aggregator restarts."""
+    """All aggregators, for a replica to call; a call waits, and is repeated, while an aggregator restarts."""
 
     def __init__(self, state: str, data: str | None, config: AggregatorConfig, layout: LogLayout, timeout: float):
-        """Start those that do not run; `timeout` is how many seconds a call may take before it raises TimeoutError."""
+        """Start the aggregators that do not run; a call raises TimeoutError after `timeout` seconds."""
         self.handles = [start_aggregator(state, data, config, shard, layout) for shard in layout.shards()]
         self.timeout = timeout
         self.feedback: list[Batches[Feedback, list[str | None]]] = [
@@ -57,16 +57,16 @@ class Aggregators:
         self.boards: list[ChangeBoard] = []  # known once the aggregators have answered for the first time
 
     async def open_boards(self) -> None:
-        """Read from now on whose history may have changed, where that can be read."""
+        """Read from now on, on one machine, from shared memory whose history has changed."""
         places = await asyncio.gather(*[self._call(shard, "board") for shard in range(len(self.handles))])
         self.boards = [ChangeBoard.open(Path(place)) for place in places if place is not None]
 
     def news(self) -> Iterator[News]:
-        """The events that were added to histories since this was last asked for, as far as they can be read here."""
+        """Return the events that were added to histories since the last call, as far as the boards have them."""
         return (news for board in self.boards for news in board.news())
 
     def counters(self, user_ids: Iterable[str]) -> dict[str, int]:
-        """The counter of changes of each user; empty where nobody counts."""
+        """Return each user's counter of changes; nothing where there are no boards."""
         if not self.boards:
             return {}
         counters: dict[str, int] = {}
@@ -75,14 +75,14 @@ class Aggregators:
         return counters
 
     def items_counter(self) -> int | None:
-        """The counter of changes of the catalog; None where nobody counts."""
+        """Return the catalog's counter of changes; None where there are no boards."""
         return self.boards[0].items() if self.boards else None
 
     async def append(self, feedback: Feedback) -> list[str | None]:
-        """Make events durable and part of the histories; per event None, or why it was not taken.
+        """Make events durable and part of the histories; return for each None, or why it was not taken.
 
         Raises:
-            LogWriteError: nothing of it could be written; PartlyWritten where some of it was.
+            LogWriteError: none of them could be written; PartlyWritten where some of them were.
         """
         shards = self._split(feedback.events, lambda event: event.user_id) or {0: []}
         calls = []
@@ -100,7 +100,7 @@ class Aggregators:
     async def newer(
         self, users: Sequence[tuple[str, int | None]], item_revision: int, ask_for_items: bool = True
     ) -> tuple[list[History | None], list[ItemChange]]:
-        """What a replica lacks of users' histories and of the items (Aggregator.newer)."""
+        """Return what a replica lacks of users' histories and of the items, see Aggregator.newer."""
         shards = self._split(users, lambda user: user[0])
         if ask_for_items:
             shards.setdefault(0, [])
@@ -112,22 +112,22 @@ class Aggregators:
         return _in_order(shards.values(), [histories for histories, _ in answers], len(users)), changes
 
     async def get_histories(self, user_ids: Sequence[str]) -> list[History]:
-        """The events of some users that are kept."""
+        """Return users' histories."""
         shards = self._split(user_ids, lambda user_id: user_id)
         calls = [self._call(shard, "get_histories", [user for _, user in mine]) for shard, mine in shards.items()]
         return _in_order(shards.values(), await asyncio.gather(*calls), len(user_ids))
 
     async def change_items(self, items: Sequence[tuple[str, dict[str, Any] | None]]) -> int:
-        """Make changed and deleted (None) items durable; returns their revision."""
+        """Make changed and deleted (None) items durable, and return their revision."""
         return await self._call(0, "change_items", items)
 
     async def users(self, limit: int) -> list[tuple[str, int]]:
-        """Some users with the number of their events."""
+        """Return `limit` users, each with the number of events."""
         found = await asyncio.gather(*[self._call(shard, "users", limit) for shard in range(len(self.handles))])
         return [user for users in found for user in users][:limit]
 
     async def latest_users(self) -> list[str]:
-        """Who acted last at each shard."""
+        """Return who acted last, the latest of each shard first."""
         found = await asyncio.gather(*[self._call(shard, "latest_users") for shard in range(len(self.handles))])
         return [user for users in found for user in users]
 
@@ -142,7 +142,7 @@ class Aggregators:
         return _sum_of(known) if several else known[0]
 
     def _split(self, values: Iterable[Given], user_of: Callable[[Given], str]) -> dict[int, list[tuple[int, Given]]]:
-        """Shard -> its values, each with its place."""
+        """Divide values by shard, each with its place."""
         shards: dict[int, list[tuple[int, Given]]] = {}
         for place, value in enumerate(values):
             shards.setdefault(shard_of(user_of(value), len(self.handles)), []).append((place, value))
@@ -154,7 +154,7 @@ class Aggregators:
 
 
 def _in_order(shards: Iterable[list[tuple[int, Any]]], answers: Iterable[list], count: int) -> list:
-    """The answers for the values of each shard, in the order that the values had before they were split."""
+    """Put the shards' answers into the order that the values had before they were divided."""
     ordered: list = [None] * count
     for mine, given in zip(shards, answers, strict=True):
         for (place, _), answer in zip(mine, given, strict=True):
@@ -187,7 +187,7 @@ def _sum_of(shards: list[AggregatorStatus]) -> AggregatorsStatus:
 
 
 def running_aggregators() -> list[ActorHandle]:
-    """All that run on this cluster."""
+    """Return all aggregators that run on this cluster."""
     actors = cast("list[dict[str, str]]", list_named_actors(all_namespaces=True))
     names = sorted(actor["name"] for actor in actors if actor["namespace"] == NAMESPACE)
     names = [name for name in names if name.startswith(AGGREGATOR)]
@@ -195,9 +195,9 @@ def running_aggregators() -> list[ActorHandle]:
 
 
 async def append_together(append: Append, requests: Sequence[Feedback]) -> list[list[str | None]]:
-    """One call for many requests; for each, per event None, or why it was not taken.
+    """Append the events of many requests in one call; return for each event None, or why it was not taken.
 
-    A call costs some milliseconds of processor time at both ends, however little it carries.
+    A call costs some milliseconds of CPU time at both ends, however little it carries.
     """
     events = [event for request in requests for event in request.events]
     named = set().union(*(request.named for request in requests))

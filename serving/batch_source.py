@@ -1,6 +1,6 @@
 """Micro-batches for the learner: from the only aggregator, or from those of all shards in turn.
 
-Of several shards each counts its own events; what the learner is given has the offsets of the one order of them all
+Each of several shards counts its own events; what the learner gets has the offsets of the one order of all events
 (lib/log/order.py), which is made durable here, a micro-batch of one shard at a time.
 """
 
@@ -19,7 +19,7 @@ from lib.log.shard import ONLY, Shard
 from lib.log.write_ahead_log import last_commit_is_torn
 from serving.aggregator import aggregator_handle
 
-WAIT_SECONDS = 0.5  # until the learner looks after other things
+WAIT_SECONDS = 0.5  # for a micro-batch, before the learner does something else
 Released = MicroBatch | list[ItemChange] | None
 
 
@@ -42,13 +42,13 @@ class BatchSource:
             self.order = LogOrder(path)
 
     def next(self, offset: int, item_revision: int, sample: SampleSizes) -> Released:
-        """The next micro-batch beyond a log offset; None after WAIT_SECONDS without one.
+        """Return the next micro-batch beyond a log offset; None after WAIT_SECONDS without one.
 
         Items that changed after a revision come first, alone and at once.
         """
         if self.order is None:
             return _released(ONLY, offset, item_revision, sample)
-        if (run := self.order.after(offset)) is not None:  # the weights are others now, or it was never learned
+        if (run := self.order.after(offset)) is not None:  # in the order, but not in these weights
             return self._again(run, item_revision, sample)
         shard = self._due(item_revision)
         if shard is None:
@@ -61,7 +61,7 @@ class BatchSource:
         return in_order(batch, run, self.order)
 
     def _again(self, run: Run, item_revision: int, sample: SampleSizes) -> Released:
-        """What has an offset already, of one shard; that of the items is asked first."""
+        """Return events of one shard that have their offsets already; changes of items come first."""
         assert self.order is not None
         if run.shard != 0:
             _, changes = cast(
@@ -74,13 +74,13 @@ class BatchSource:
         return in_order(batch, run, self.order) if isinstance(batch, MicroBatch) else batch
 
     def _due(self, item_revision: int) -> Shard | None:
-        """A shard that has something to learn, the one that was served longest ago; None after WAIT_SECONDS."""
+        """Return a shard that has something to learn, the one served longest ago; None after WAIT_SECONDS."""
         assert self.order is not None
         asked = self._waiting.values()
         for shard in [shard for shard in self.shards if shard not in asked]:
             place = self.order.place(shard.number)
             self._waiting[aggregator_handle(shard).wait_until_due.remote(place, item_revision)] = shard
-        # what a shard has is fetched when its turn comes, so that it holds all that came by then
+        # a shard's events are fetched when its turn comes, so that the batch has all that came by then
         done, _ = ray.wait(list(self._waiting), num_returns=1, timeout=WAIT_SECONDS)
         if not done:
             return None
@@ -101,10 +101,10 @@ def _released(
 
 
 def in_order(batch: MicroBatch, run: Run, order: LogOrder) -> MicroBatch:
-    """A shard's micro-batch, which is a part of this run, with the offsets of the order of all shards.
+    """Return a shard's micro-batch, which is a part of this run, with the offsets of the order of all shards.
 
-    Context has no offsets then: nobody asks for them, and each would have to be looked up, as those of what is replayed
-    are: the learner passes by what it rejected.
+    Events of context get none, as nobody asks for them and each would have to be looked up. Those of replayed events
+    are looked up, as the learner skips what it once rejected.
     """
     shift = run.after - run.place
 

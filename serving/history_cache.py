@@ -1,9 +1,9 @@
 """A replica's copies of the histories of users who asked lately.
 
-Before every batch the replica asks the aggregator, in one call, what its copies lack, so that an acknowledged event is
-always behind the next answer. Where both are on one machine, it takes the newest events from shared memory, and asks
-for nobody whose copy is known to be whole (lib/log/board.py). A copy also keeps what the encoder reads of it
-(History.encoded), so it is never changed: a newer one takes its place.
+Before every batch the replica asks the aggregator, in one call, what its copies lack, so that every answer knows the
+events that were acknowledged before it. Where both are on one machine, the replica takes the newest events from shared
+memory, and asks about nobody whose copy is known to be whole (lib/log/board.py). A copy also keeps what the encoder
+reads of it (History.encoded), so it is never changed: a newer one takes its place.
 """
 
 from collections import OrderedDict
@@ -15,14 +15,14 @@ from lib.log.board import News
 
 
 class Copy(NamedTuple):
-    """A history as it was, and the user's counter of changes before it was asked for (None: nobody counts)."""
+    """A history as it was when the aggregator was asked."""
 
     history: History
-    counter: int | None
+    counter: int | None  # the user's counter of changes before that; None where there is no board
 
 
 class HistoryCache:
-    """user id -> copy, of the `users` that were asked for last, each with at most `keep` events."""
+    """User id -> copy, of the `users` that were asked for last, each with at most `keep` events."""
 
     def __init__(self, users: int, keep: int):
         self.users = users
@@ -35,7 +35,7 @@ class HistoryCache:
     def split(
         self, user_ids: Iterable[str], counters: Mapping[str, int]
     ) -> tuple[dict[str, History], dict[str, History | None]]:
-        """The histories of those whose copy is whole by their counter; and of the others the copies, or None."""
+        """Return the histories of users whose copy is whole by its counter, and the copies, or None, of the others."""
         whole: dict[str, History] = {}
         others: dict[str, History | None] = {}
         for user_id in user_ids:
@@ -56,7 +56,7 @@ class HistoryCache:
             if copy is None or copy.counter != counter - 1:
                 continue
             history = copy.history
-            if offset > history.last_offset:  # else it came between the counter and the copy, which has it
+            if offset > history.last_offset:  # else it came after the counter was read, and the copy has it
                 history = history.newest(self.keep - 1)
                 history.append(event, offset)
             self._copies[event.user_id] = Copy(history, counter)
@@ -64,9 +64,15 @@ class HistoryCache:
     def update(
         self, copies: Mapping[str, History | None], newer: Sequence[History | None], counters: Mapping[str, int]
     ) -> dict[str, History]:
-        """Histories from copies and what they lacked (None: nothing); they are the copies from now on.
+        """Join copies with what they lacked; the results are the copies from now on.
 
-        The counters are those that were read before it was asked what they lack.
+        Args:
+            copies: of users, None where there was none.
+            newer: what each lacked, None for nothing.
+            counters: of the users, as they were read before the aggregator was asked.
+
+        Returns:
+            The users' histories.
         """
         current = {}
         for (user_id, copy), events in zip(copies.items(), newer, strict=True):
@@ -88,5 +94,5 @@ class HistoryCache:
 
 
 def last_offsets(copies: Mapping[str, History | None]) -> list[tuple[str, int | None]]:
-    """What the aggregator is asked: each user with the log offset at which the copy ends, or None without a copy."""
+    """Return what the aggregator is asked: each user with the offset at which the copy ends, or None without a copy."""
     return [(user_id, None if copy is None else copy.last_offset) for user_id, copy in copies.items()]

@@ -1,7 +1,8 @@
-"""Feedback that no person gives, told as it arrives: floods, impossible rates, repetition, flip-flopping, and crowds.
+"""The limits of what a person can do, and the guard that holds feedback to them as it arrives.
 
-The window is of the times of arrival, which nobody can forge. A user's own times say only whether things were done at
-an impossible rate, so that what a phone kept while it was offline and sends at once is taken.
+The guard knows floods, impossible rates, repetition, flip-flopping and crowds. Its window is of times of arrival, which
+nobody can forge. An event's own time only says whether it was one of too many in a second, so that what a phone kept
+while it was offline, and sends all at once, is taken.
 """
 
 from collections import Counter, OrderedDict, deque
@@ -52,32 +53,37 @@ class CleaningRules(Settings):
 
 
 class Arrival(NamedTuple):
-    """What is remembered of an event for as long as the window."""
+    """An event within the window."""
 
     time: int  # of arrival, milliseconds
     event: Event
 
 
 class FeedbackGuard:
-    """Admits events or says why not. For one thread.
+    """Admits events or says why not; for one thread.
 
-    It remembers the window's events, `flood_events` at most of each user, and `max_users` users: beyond that the one
-    who was quiet longest is forgotten. Rejected events count, so a bot that does not slow down stays out.
+    It remembers the events of the window, at most `flood_events` of each user, and at most `max_users` users: beyond
+    that, who was quiet longest is forgotten. Rejected events count, so a bot that does not slow down stays out.
     """
 
     def __init__(self, rules: CleaningRules, max_users: int = 100_000) -> None:
         self.rules = rules
         self.max_users = max_users
-        self.noticed: Counter[str] = Counter()  # what was taken all the same, by reason
+        self.noticed: Counter[str] = Counter()  # suspicious events that were taken all the same, by reason
         self._arrivals: OrderedDict[str, deque[Arrival]] = OrderedDict()  # the user of the latest event last
         self._crowds: OrderedDict[str, deque[int]] = OrderedDict()  # item: when newcomers first came to it, latest last
 
     def __len__(self) -> int:
-        """How many users are remembered."""
+        """Return how many users are remembered."""
         return len(self._arrivals)
 
     def objection(self, event: Event, now: int) -> EventRejected | None:
-        """Why this event may not pass: flood, rate, repeat or contradiction; `now` is in milliseconds."""
+        """Return why an event may not pass (flood, rate, repeat, contradiction), None where it may.
+
+        Args:
+            event: the event.
+            now: milliseconds of a clock that is never set.
+        """
         earliest = now - self.rules.flood_window_ms
         arrivals = self._arrivals.pop(event.user_id, None)
         if arrivals is None:
@@ -91,12 +97,12 @@ class FeedbackGuard:
         return found
 
     def take_back(self, user_id: str) -> None:
-        """Forget the newest event of a user: it was not taken after all."""
+        """Forget the newest event of a user, which was not taken after all."""
         if arrivals := self._arrivals.get(user_id):
             arrivals.pop()
 
     def crowded(self, event: Event, now: int) -> bool:
-        """Count an admitted event of a newcomer; whether it is one of a crowd that its item draws."""
+        """Count an admitted event of a newcomer; return whether it is one of a crowd that its item draws."""
         if self.rules.crowd_users == 0:
             return False
         earliest = now - self.rules.flood_window_ms
@@ -151,7 +157,7 @@ class FeedbackGuard:
 
 
 def opinion_of(event: Event) -> float | str | None:
-    """What an event says of its item: the rating, or like or dislike; None where it says nothing."""
+    """Return what an event says of its item: the rating, or like or dislike; None for no opinion."""
     if event.event == "rating":
         return event.value
     return event.event if event.event in ("like", "dislike") else None

@@ -1,7 +1,7 @@
-"""An ingested dataset: a folder with events.parquet, and items.parquet where the items are described.
+"""Ingesting: from files of many formats to a clean dataset.
 
-Ingesting streams, so that a source may be larger than memory: events are spread by user over spill files, each small
-enough to be cleaned in memory, because duplicates and floods need all events of a user together. A source that fits
+It streams, so that a source may be larger than memory: events are spread by user over spill files, each small enough to
+be cleaned in memory, because duplicates and floods need all events of a user together. A source that fits into memory
 is never spilled.
 """
 
@@ -38,7 +38,7 @@ from lib.errors import InputError
 REPORT_FILE = "ingest.json"
 
 PARTITION_BYTES = 256 << 20  # of events in memory; cleaning takes about four times as much
-MOST_PARTITIONS = 512  # each is an open file
+MOST_PARTITIONS = 512  # spill files, all open at once
 _WORK_PREFIX = ".ingest-"
 # Not yet cleaned: anything may be null, and a value is narrowed to float32 only once it is known to fit.
 _SPILL_SCHEMA = pa.schema([(f.name, pa.float64() if f.name == "value" else f.type) for f in EVENT_SCHEMA])
@@ -48,7 +48,7 @@ Progress = Callable[[str, int, int], None]  # stage (reading or cleaning), how m
 
 @dataclass
 class IngestReport:
-    """What an ingest read, kept and rejected; read = kept + the sum of rejected. Times in milliseconds since 1970."""
+    """What an ingest read, kept and rejected: read = kept + the sum of rejected. Times are milliseconds since 1970."""
 
     source: str
     format: str
@@ -92,11 +92,26 @@ def ingest(
 ) -> IngestReport:
     """Make `out` a dataset of the events in `source`, users contiguous and each user's in time order.
 
-    `columns` maps fields to the source's columns, `kinds` its words for events to ours; `default_kind` is for rows
-    without (rating where there is a value, otherwise click). `now` is in milliseconds. What breaks a rule is counted in
-    the report, which is written to ingest.json, too. Files appear under their names only when they are complete.
-    Raises InputError for input that cannot be understood, a missing column, an `out` that holds files (without
-    `overwrite`), or when no event is left.
+    What breaks a rule is counted in the report, which is also written to ingest.json. Files get their names only when
+    they are complete.
+
+    Args:
+        source: a file, or a folder of files.
+        out: the dataset's folder.
+        format: of the source, or auto.
+        columns: field -> the source's column.
+        kinds: the source's word for an event -> ours.
+        default_kind: for rows without an event; else rating where there is a value, otherwise click.
+        delimiter: of CSV files; else it is found.
+        items: a file that describes the items; else one beside the source.
+        rules: the limits of what is clean.
+        overwrite: replace what `out` holds.
+        progress: is told how far it is.
+        partition_bytes: of events that are cleaned in memory at once.
+        now: milliseconds since 1970, else the clock's.
+
+    Raises:
+        InputError: input that cannot be understood, a missing column, an `out` that holds files, or no event is left.
     """
     found = find_source(source, format)
     converter = Converter(kinds, default_kind)
@@ -126,10 +141,6 @@ def ingest(
             with suppress(OSError):  # it holds the dataset
                 out.rmdir()
     return report
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ingesting, from source to folder
 
 
 class _Reader:
@@ -175,6 +186,7 @@ class _Reader:
 
 
 def _spillable(table: pa.Table) -> pa.Table:
+    """Return the table with exactly the columns of _SPILL_SCHEMA, absent ones as nulls."""
     columns = [
         table[name].cast(kind) if name in table.column_names else pa.nulls(table.num_rows, kind)
         for name, kind in zip(_SPILL_SCHEMA.names, _SPILL_SCHEMA.types, strict=True)
@@ -183,7 +195,7 @@ def _spillable(table: pa.Table) -> pa.Table:
 
 
 def _make_folder(out: Path, overwrite: bool) -> bool:
-    # Whether it had to be made. What a killed ingest left behind is removed.
+    """Make the folder, remove what a killed ingest left in it, and return whether it is new."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {str(out)!r} is a file; give a folder")
     created = not out.exists()
@@ -198,7 +210,7 @@ def _make_folder(out: Path, overwrite: bool) -> bool:
 
 
 def _partitions(reader: _Reader, work: Path, partition_bytes: int) -> list[Callable[[], pa.Table]]:
-    # Each loads all events of some users.
+    """Return functions of which each loads all events of some users."""
     count = min(MOST_PARTITIONS, -(-reader.memory // partition_bytes))
     if count <= 1:
         whole = pa.concat_tables([_SPILL_SCHEMA.empty_table(), *reader.tables()])
@@ -222,7 +234,7 @@ def _partitions(reader: _Reader, work: Path, partition_bytes: int) -> list[Calla
 
 
 def _gathered(tables: Iterator[pa.Table], size: int) -> Iterator[pa.Table]:
-    # Few large tables instead of many small ones, each of which costs every spill file a write.
+    """Yield few large tables instead of many small ones, each of which costs every spill file a write."""
     gathered: list[pa.Table] = []
     for table in tables:
         gathered.append(table)
@@ -234,6 +246,7 @@ def _gathered(tables: Iterator[pa.Table], size: int) -> Iterator[pa.Table]:
 
 
 def _unspilled(path: Path) -> pa.Table:
+    """Read a spill file, and remove it."""
     with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
         table = stream.read_all()
     path.unlink()
@@ -248,6 +261,7 @@ def _clean_partitions(
     report: IngestReport,
     progress: Progress,
 ) -> None:
+    """Write the clean events of all partitions to a file, and count them in the report."""
     rejected: Counter[str] = Counter()
     items: set[str] = set()
     first: list[int] = []
@@ -271,6 +285,11 @@ def _clean_partitions(
 
 
 def _complete(report: IngestReport, reader: _Reader, converter: Converter) -> None:
+    """Add what was read to the report.
+
+    Raises:
+        InputError: no event is left.
+    """
     report.read = reader.read
     report.rejected = dict((Counter(report.rejected) + reader.rejected).most_common())
     report.time_unit = converter.time_unit
@@ -291,7 +310,7 @@ def _complete(report: IngestReport, reader: _Reader, converter: Converter) -> No
 
 
 def _publish(work: Path, out: Path) -> None:
-    # The report comes last: where it is, the events belong to it.
+    """Move the finished files to their names, the report last: where it is, the events are its."""
     if not (work / ITEMS_FILE).exists():
         (out / ITEMS_FILE).unlink(missing_ok=True)
     for name in (ITEMS_FILE, EVENTS_FILE, REPORT_FILE):

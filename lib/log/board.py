@@ -1,11 +1,11 @@
-"""Shared memory by which the processes of one machine know of each other's changes: counters, and the newest events.
+"""Shared memory in which the processes of one machine see each other's changes: counters, and the newest events.
 
-Asking an aggregator costs milliseconds of two processors; reading here costs microseconds. Whoever changes a user's
-history marks the user's counter before the change is acknowledged; whoever holds a copy notes the counter before asking
-for the copy. As long as the counter stays, so does the history. Beside the counters stand the newest events in a ring,
-each with what the counter was set to: a copy whose counter is one less becomes whole by it. Every other copy is asked
-for anew, so that an event that was overwritten before it was read, or a counter that two users share by the hash of
-their ids, costs a question and never an event.
+Asking an aggregator costs milliseconds of CPU time in two processes; reading here costs microseconds. Whoever changes a
+user's history counts up the user's counter before the change is acknowledged; whoever holds a copy notes the counter
+before asking for the copy. While the counter stays the same, so does the history. Beside the counters, a ring holds the
+newest events, each with the value that it set the counter to: with it, a copy whose counter is one less is whole again.
+All other copies are asked for anew. So an event that was overwritten before it was read, or a counter that two users
+share by the hash of their ids, costs a question and never an event.
 """
 
 import marshal
@@ -20,12 +20,12 @@ from lib.data.events import Event
 from lib.data.user_hash import part_of
 from lib.durable import write_durably
 
-SLOTS = 1 << 16  # a hundred changed users make one copy in six hundred ask in vain
-ITEMS = SLOTS  # the place of the counter of the catalog, behind those of the users
-WRITTEN = SLOTS + 1  # the place of the number of bytes that were ever written to the ring
+SLOTS = 1 << 16  # counters of users: with a hundred changed users, one copy in six hundred is asked for in vain
+ITEMS = SLOTS  # place of the catalog's counter, after those of the users
+WRITTEN = SLOTS + 1  # place of the number of bytes that were ever written to the ring
 RING = 1 << 20  # bytes: some ten thousand events
 LARGEST = 1 << 14  # bytes of an event in the ring; a larger one is left out
-HEAD = 8  # bytes before an event: how many it has, and their checksum
+HEAD = 8  # bytes before an event: its length, and its checksum
 
 
 class News(NamedTuple):
@@ -37,7 +37,7 @@ class News(NamedTuple):
 
 
 class ChangeBoard:
-    """A file of counters and events, mapped into memory by each process that opens it; one of them writes."""
+    """A file of counters and events that processes map into memory; one of them writes."""
 
     def __init__(self, path: Path, memory: np.memmap):
         self.path = path
@@ -47,7 +47,7 @@ class ChangeBoard:
 
     @classmethod
     def create(cls, path: Path) -> "ChangeBoard":
-        """The board at a path, to write on. All counters move on: what was changed before is not known to be marked."""
+        """Open the board at a path, to write; count up all counters, as earlier changes may not have been counted."""
         size = (WRITTEN + 1) * 8 + RING
         if not path.exists() or path.stat().st_size != size:
             write_durably(path, bytes(size))
@@ -57,11 +57,11 @@ class ChangeBoard:
 
     @classmethod
     def open(cls, path: Path) -> "ChangeBoard":
-        """The board that another process created, to read."""
+        """Open the board that another process created, to read."""
         return cls(path, np.memmap(path, dtype=np.uint8, mode="r"))
 
     def add(self, event: Event, offset: int) -> None:
-        """Note that a user has another history now: with this event at its end."""
+        """Say that this event was added to its user's history."""
         slot = _slot(event.user_id)
         counter = int(self._counters[slot]) + 1
         record = marshal.dumps((counter, offset, *event))
@@ -69,11 +69,11 @@ class ChangeBoard:
             written = int(self._counters[WRITTEN])
             framed = len(record).to_bytes(4, "little") + zlib.crc32(record).to_bytes(4, "little") + record
             self._ring[(written + np.arange(len(framed))) % RING] = np.frombuffer(framed, dtype=np.uint8)
-            self._counters[WRITTEN] = written + len(framed)  # after the bytes: who sees it sees them
+            self._counters[WRITTEN] = written + len(framed)  # after the bytes, so that who sees it sees them
         self._counters[slot] = counter
 
     def news(self) -> list[News]:
-        """What was added since this was last asked for, oldest first; nothing where that is overwritten in part."""
+        """Return the events since the last call, oldest first; none where some of them were overwritten."""
         start, stop = self._read, int(self._counters[WRITTEN])
         if start == stop:
             return []
@@ -85,7 +85,7 @@ class ChangeBoard:
         while place < len(data):
             length, checksum = (int.from_bytes(data[place + i : place + i + 4], "little") for i in (0, 4))
             record = data[place + HEAD : place + HEAD + length]
-            if zlib.crc32(record) != checksum:  # it was overwritten meanwhile
+            if zlib.crc32(record) != checksum:  # overwritten meanwhile
                 return []
             counter, offset, *fields = marshal.loads(record)
             found.append(News(counter, offset, Event(*fields)))
@@ -93,15 +93,15 @@ class ChangeBoard:
         return found
 
     def mark_items(self) -> None:
-        """Note that the catalog has changed."""
+        """Say that the catalog has changed."""
         self._counters[ITEMS] += np.uint64(1)
 
     def users(self, user_ids: Iterable[str]) -> dict[str, int]:
-        """The counter of each user."""
+        """Return the counter of each user."""
         return {user_id: int(self._counters[_slot(user_id)]) for user_id in user_ids}
 
     def items(self) -> int:
-        """The counter of the catalog."""
+        """Return the counter of the catalog."""
         return int(self._counters[ITEMS])
 
 

@@ -12,9 +12,14 @@ from lib.log.write_ahead_log import last_commit_is_torn
 
 
 def check_log(state: str | Path, learned: int, pages: bool = False) -> None:
-    """Refuse a log that is damaged (`pages`: it is read whole), or ends before what versions have learned of it.
+    """Refuse a log that is damaged, or that ends before what versions have learned of it.
 
-    A copy of a log on Kafka may be behind, until an aggregator opens it; its end is for `check_ends` then.
+    A copy of a log on Kafka may be behind until an aggregator opens it; `check_ends` then checks its end.
+
+    Args:
+        state: the state folder.
+        learned: the newest offset that a version has learned.
+        pages: read the whole log for damage.
 
     Raises:
         InputError: it names the log, and the remedy.
@@ -32,9 +37,9 @@ def check_log(state: str | Path, learned: int, pages: bool = False) -> None:
 
 
 def check_ends(state: str | Path, learned: int, ends: Sequence[int]) -> None:
-    """Refuse logs of the shards that end, at these offsets of their own, before what versions have learned of them.
+    """Refuse logs of shards that end, at these offsets of their own, before what versions have learned of them.
 
-    What such a log is given from now on would get offsets that were learned already, and never be learned.
+    Such a log would give new events offsets that were learned already, so that the events were never learned.
 
     Raises:
         InputError: it names the log, and the remedy.

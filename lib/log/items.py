@@ -1,6 +1,6 @@
 """The durable record of items that were put or deleted while live: the newest state of each, in the order of change.
 
-It is small beside the feedback log, and it is written seldom: one SQLite file, one transaction with its fsync a call.
+It is small beside the feedback log and seldom written: one SQLite file, one transaction and fsync per call.
 """
 
 import json
@@ -14,8 +14,8 @@ from lib.log.errors import write_error
 from lib.log.write_ahead_log import last_commit_is_torn
 from lib.sqlite import Database
 
-# A change takes the place of the one before, so that a new reader reads each item once. The newest change always
-# stays, so the highest revision is the last one that was given.
+# A change replaces the item's earlier one, so a new reader reads each item once. The newest change of all is never
+# replaced, so the highest revision in the table is the last one that was given.
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS items(item_id TEXT PRIMARY KEY, revision INTEGER NOT NULL UNIQUE, attributes TEXT);
 """
@@ -26,7 +26,7 @@ ON CONFLICT(item_id) DO UPDATE SET revision = excluded.revision, attributes = ex
 
 
 class ItemChange(NamedTuple):
-    """What an item is since a revision."""
+    """The state of an item since a revision."""
 
     revision: int
     item_id: str
@@ -50,7 +50,7 @@ class ItemLog:
         self.revision: int = self._database.rows("SELECT COALESCE(MAX(revision), 0) FROM items")[0][0]
 
     def append(self, items: Sequence[tuple[str, dict[str, Any] | None]]) -> int:
-        """Record items with their attributes, None for a deleted one; durable when it returns the newest revision.
+        """Make items with their attributes durable, None for a deleted one; return the newest revision.
 
         Raises:
             LogWriteError: the file could not be written; nothing of the call is recorded then.
@@ -68,7 +68,7 @@ class ItemLog:
         return revision
 
     def after(self, revision: int) -> list[ItemChange]:
-        """The items that changed after a revision, in the order of their newest change."""
+        """Return the items that changed after a revision, in the order of their newest change."""
         found = self._database.rows(
             "SELECT revision, item_id, attributes FROM items WHERE revision > ? ORDER BY revision", revision
         )

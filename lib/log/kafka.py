@@ -75,7 +75,7 @@ class Topic:
         """Refuse a topic that cannot be reached, or that has fewer partitions than there are shards.
 
         Raises:
-            InputError: it says which, and what to do; BrokersAway where it cannot be reached.
+            InputError: the message says why, and what to do; BrokersAway where it cannot be reached.
         """
         with self.reading(timeout) as consumer:
             found = consumer.list_topics(self.name, timeout=timeout).topics[self.name]
@@ -93,7 +93,7 @@ class Topic:
 
     @contextmanager
     def reading(self, timeout: float) -> Iterator[Consumer]:
-        """A consumer for the length of a block.
+        """Open a consumer for the length of a block.
 
         Raises:
             BrokersAway: they do not answer.
@@ -111,7 +111,7 @@ class Topic:
             ) from error
 
     def producer(self, timeout: float) -> Producer:
-        """A producer whose acknowledged messages are durable; it gives up after `timeout` seconds."""
+        """Make a producer whose acknowledged messages are durable; a message fails after `timeout` seconds."""
         usual = {"message.max.bytes": LARGEST_MESSAGE, "compression.type": "lz4", "linger.ms": 0}
         promised = {"acks": "all", "enable.idempotence": True, "message.timeout.ms": int(timeout * 1000)}
         return Producer(usual | self.settings | promised)
@@ -211,7 +211,7 @@ class KafkaStore:
         return results
 
     def _tell_of_others(self, results: list[AppendResult]) -> None:
-        """Put each event that came otherwise with the result that follows it, or with the last one."""
+        """Put each event that came another way into the result that follows it, or into the last one."""
         for result in results:
             last = max((offset for offset in result.offsets if offset is not None), default=0)
             before = [other for other in self._others if other.offset < last]
@@ -221,7 +221,7 @@ class KafkaStore:
     def _send(
         self, producer: Producer, new: list[list[Row]], received_at: int
     ) -> tuple[dict[int, int], dict[int, Exception]]:
-        """Send the rows of each append as a message, if there are any; its place in the partition, or its failure."""
+        """Send each batch of rows as a message; return by its index its place in the partition, or its failure."""
         places: dict[int, int] = {}
         failures: dict[int, Exception] = {}
 
@@ -272,7 +272,7 @@ class KafkaStore:
         return _Message(place, rows, received_at)
 
     def _catch_up(self) -> dict[int, list[int | None]]:
-        """Take over what the partition holds beyond the copy; the offsets of each message by its place."""
+        """Write into the copy what the partition holds beyond it; return the offsets of each message by its place."""
         offsets: dict[int, list[int | None]] = {}
         position = self._position()
         with self.topic.reading(self.timeout) as consumer:
@@ -292,7 +292,7 @@ class KafkaStore:
         return offsets
 
     def _end(self, watermarks: tuple[int, int] | None, position: int) -> int:
-        """Where the partition ends, once it is known to hold everything that the copy lacks."""
+        """Return where the partition ends, once it is known to hold everything that the copy lacks."""
         if watermarks is None:
             raise BrokersAway(f"log: {self.name} did not answer within {self.timeout:g} s; see to its brokers")
         first, end = watermarks

@@ -1,6 +1,6 @@
-"""How the log of a state folder is kept: where, and in how many shards.
+"""How the feedback log of a state folder is kept: where, and in how many shards.
 
-Both stay what they were when the first event came: the folder remembers them.
+Neither can change after the first event: the folder remembers both.
 """
 
 import json

@@ -125,7 +125,7 @@ def insert_rows(connection: sqlite3.Connection, batches: Sequence[tuple[list[Row
 
 
 def row_of(index: int, event: Event) -> Row:
-    """Return the row of an event, which is the `index`-th of its batch; here one bad event fails its batch alone.
+    """Return the row of an event, the `index`-th of its batch; checked here, one that is bad fails its own batch alone.
 
     Raises:
         InputError: it cannot be stored as it is; the message names its index and the field.

@@ -1,9 +1,9 @@
 """One order of the events of several logs, so that a single offset says how far all of them have been learned.
 
-Each shard of the feedback log numbers its own events as it makes them durable, and waits for no other. The learner puts
-them in one order, a run of one shard's events at a time, and makes the order durable before it learns a run: so offsets
-are without gaps, are given once, and mean the same event for good (Ding et al. 2020, "Scalog: seamless reconfiguration
-and total order in a scalable shared log"). Versions, ledger, gate and popularity know nothing of shards.
+Each shard of the feedback log numbers its own events as it makes them durable, and waits for no other shard. The
+learner puts them in one order, a run of one shard's events at a time, and makes the order durable before it learns a
+run: so offsets have no gaps, are given once, and mean the same event for good (Ding et al. 2020, "Scalog: seamless
+reconfiguration and total order in a scalable shared log"). Versions, ledger, gate and popularity know no shards.
 """
 
 import sqlite3
@@ -13,7 +13,7 @@ from typing import NamedTuple, Self
 from lib.errors import InputError
 from lib.sqlite import Database, create
 
-# Runs that follow each other in one shard are one, so that there are no more of them than the order has turns.
+# Runs of one shard that follow each other are stored as one, so there are as many as the order has changes of shard.
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs(
     after  INTEGER PRIMARY KEY,
@@ -27,7 +27,7 @@ SELECT = "SELECT after, shard, place, length FROM runs"
 
 
 class Run(NamedTuple):
-    """`length` events that follow offset `after`: those that follow offset `place` of a shard's own log."""
+    """`length` events at the offsets that follow `after`: those that follow offset `place` in a shard's own log."""
 
     after: int
     shard: int
@@ -36,16 +36,16 @@ class Run(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The offset of the last one."""
+        """Offset of the last event."""
         return self.after + self.length
 
     @property
     def last_place(self) -> int:
-        """The offset of the last one in the shard's own log."""
+        """Offset of the last event in the shard's own log."""
         return self.place + self.length
 
     def beyond(self, offset: int) -> "Run":
-        """What follows an offset of the run."""
+        """Return the part of the run that follows an offset in it."""
         passed = offset - self.after
         return Run(offset, self.shard, self.place + passed, self.length - passed)
 
@@ -68,37 +68,37 @@ class LogOrder:
 
     @classmethod
     def create(cls, path: Path) -> None:
-        """Make an empty one, unless there is one."""
+        """Make an empty order, unless there is one."""
         if not path.exists():
             create(path, SCHEMA)
 
     def end(self) -> int:
-        """The last offset that was given, 0 for none."""
+        """Return the last offset that was given, 0 for none."""
         last = self._run("ORDER BY after DESC LIMIT 1")
         return 0 if last is None else last.end
 
     def place(self, shard: int) -> int:
-        """How far into its own log a shard's events are in the order."""
+        """Return the offset in a shard's own log up to which its events are in the order."""
         last = self._run("WHERE shard = ? ORDER BY place DESC LIMIT 1", shard)
         return 0 if last is None else last.last_place
 
     def after(self, offset: int) -> Run | None:
-        """The events that follow an offset, as far as they are of one shard; None where the order ends there."""
+        """Return the run that follows an offset; None where the order ends there."""
         run = self._run("WHERE after <= ? ORDER BY after DESC LIMIT 1", offset)
         return None if run is None or offset >= run.end else run.beyond(offset)
 
     def offset_of(self, shard: int, place: int) -> int:
-        """The offset of the event at a place of a shard's own log, which is in the order already."""
+        """Return the offset of an event that is in the order, by its place in its shard's own log."""
         run = self._run("WHERE shard = ? AND place < ? ORDER BY place DESC LIMIT 1", shard, place)
         assert run is not None, f"no event of shard {shard} has an offset"
         assert place <= run.last_place, f"place {place} of shard {shard} has no offset yet"
         return run.after + place - run.place
 
     def extend(self, shard: int, place: int, last_place: int) -> Run:
-        """Give offsets to a shard's events behind `place`, up to `last_place`; durable when it returns.
+        """Give offsets to a shard's events after `place`, up to `last_place`; they are durable when it returns.
 
         Raises:
-            InputError: the order of this shard does not end at `place`: another learner is at work.
+            InputError: the order of this shard does not end at `place`, because another learner extends it.
         """
         with self._database.errors(), self._database.transaction() as connection:
             last = _run_of(connection, "ORDER BY after DESC LIMIT 1")

@@ -91,9 +91,9 @@ class FeedbackLogReader:
 
 
 class ShardedLogReader:
-    """What FeedbackLogReader is for one log; `logs` are those of the shards, by their number.
+    """Reads the logs of several shards as one, as FeedbackLogReader reads one; `logs` are in the order of the shards.
 
-    What is durable and not yet in the order is counted, as what will follow its end, and cannot be read.
+    Events that are durable and not yet in the order are counted, as those after its end, and cannot be read.
     """
 
     def __init__(self, logs: Sequence[FeedbackLogReader], order: LogOrder):
@@ -101,7 +101,7 @@ class ShardedLogReader:
         self.order = order
 
     def read(self, after: int, limit: int) -> list[LoggedEvent]:
-        """The first `limit` events whose offset is greater than `after`, in order of offset."""
+        """Return the first `limit` events whose offset is greater than `after`, in order of offset."""
         found: list[LoggedEvent] = []
         while len(found) < limit and (run := self.order.after(after)) is not None:
             events = self._events_of(run, limit - len(found))
@@ -115,18 +115,18 @@ class ShardedLogReader:
         return [event._replace(offset=event.offset + shift) for event in events if event.offset <= run.last_place]
 
     def replay(self) -> Iterator[LoggedEvent]:
-        """Every event that is in the order when the iteration comes to its end, a chunk in memory at a time."""
+        """Yield every event of the order, also what is added during the iteration, a chunk in memory at a time."""
         after = 0
         while chunk := self.read(after, REPLAY_EVENTS):
             yield from chunk
             after = chunk[-1].offset
 
     def last_offset(self) -> int:
-        """How many offsets the shards ever gave."""
+        """Return how many offsets the shards ever gave."""
         return sum(log.last_offset() for log in self.logs)
 
     def count(self, after: int = 0, up_to: int | None = None) -> int:
-        """Number of events with an offset greater than `after` and at most `up_to`."""
+        """Count the events with an offset greater than `after` and at most `up_to`."""
         last = INT64_MAX if up_to is None else up_to
         found = 0
         while after < last and (run := self.order.after(after)) is not None:
@@ -138,7 +138,7 @@ class ShardedLogReader:
         return found
 
     def close(self) -> None:
-        """End reading."""
+        """Close all files."""
         for log in self.logs:
             log.close()
         self.order.close()

@@ -1,8 +1,8 @@
-"""What a write-ahead log of SQLite holds behind its last whole commit.
+"""What SQLite's write-ahead log holds after its last whole commit: nothing, a torn commit, or lost ones.
 
-SQLite reads such a file up to the first frame whose checksum is wrong and takes all that follows for never written.
-That is right of a commit that was torn when the machine stopped, and silent loss where a disk damaged what it had
-confirmed. The two can be told apart: a commit is synced before the next one is written, so only the last can be torn.
+SQLite reads such a file up to the first frame whose checksum is wrong, and drops all that follows. That is right for a
+commit that was torn when the machine stopped, and a silent loss where the disk damaged what it had confirmed. The two
+differ: a commit is synced before the next one is written, so only the last one can be torn.
 
 The format: https://sqlite.org/fileformat2.html, section 4. A checksum is a linear recurrence over 32-bit words, modulo
 2^32, that goes on from frame to frame; so a frame's part of it is a product with constants, of all frames at once.
@@ -21,18 +21,18 @@ MAGIC, BIG_ENDIAN = 0x377F0682, 1  # the lowest bit of the first word says in wh
 
 @dataclass(frozen=True)
 class Tail:
-    """What is behind the last whole commit."""
+    """What follows the last whole commit."""
 
-    commits: int  # whole ones before it
+    commits: int  # whole ones
     torn: bool  # the last commit is there, but not whole
-    damaged: bool  # so is one that another one follows
+    damaged: bool  # a commit is not whole that another one follows
 
 
 WHOLE = Tail(0, torn=False, damaged=False)
 
 
 def read_tail(path: Path) -> Tail:
-    """Check the file at `path`, whose writer is not at work; one that is absent or empty is whole."""
+    """Read the end of the file at `path`, which nobody writes; one that is absent or empty is whole."""
     data = path.read_bytes() if path.exists() else b""
     magic = int.from_bytes(data[:4], "big")
     page_bytes = int.from_bytes(data[8:12], "big")

@@ -1,4 +1,4 @@
-"""What the feedback log has of its own on Kafka; the promises that it shares are in test_feedback_log.py."""
+"""What the feedback log has of its own on Kafka; the promises that it shares are in test_feedback.py."""
 
 import asyncio
 import os
