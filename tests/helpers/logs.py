@@ -16,7 +16,7 @@ def make_event(number: int, user: str = "user", **changes) -> Event:
 
 
 def connection_of(log: FeedbackLog) -> sqlite3.Connection:
-    """The connection that writes a log's SQLite file: of the log itself, or of the copy of one on Kafka."""
+    """Return the connection that writes a log's SQLite file: of the log itself, or of the copy of one on Kafka."""
     store: Any = log.store
     return getattr(store, "copy", store).database.connection
 

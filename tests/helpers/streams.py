@@ -61,7 +61,7 @@ class Arrival(NamedTuple):
 
 
 def shop_world(visitors: int, items: int, live: int, seed: int = 1) -> World:
-    """The synthetic shop, with what its visitors do of their own accord as the stream."""
+    """Return the synthetic shop, with what its visitors do of their own accord as the stream."""
     from jobs.demo.behaviour import Behaviour
     from jobs.demo.shop import Shop
 
@@ -81,7 +81,7 @@ def shop_world(visitors: int, items: int, live: int, seed: int = 1) -> World:
 
 
 def pretrained(world: World, folder: Path, epochs: int, hidden_size: int = 32, max_length: int = 20) -> Registry:
-    """A registry whose first version has learned the past."""
+    """Make a registry whose first version has learned the past."""
     catalog = Catalog.of_dataset(dict.fromkeys(event.item_id for event in world.past), world.items)
     table = pa.Table.from_pylist([event._asdict() for event in world.past])
     table = table.set_column(table.schema.get_field_index("value"), "value", table["value"].cast(pa.float32()))
@@ -118,7 +118,7 @@ def pretrained(world: World, folder: Path, epochs: int, hidden_size: int = 32, m
 
 
 def arrivals_of(world: World, attack: str | None) -> list[Arrival]:
-    """The live stream with an attack's events in a part of it."""
+    """Return the live stream with an attack's events in a part of it."""
     gap = 1000 // EVENTS_PER_SECOND
     arrivals = [Arrival(place * gap, event) for place, event in enumerate(world.live)]
     fakes = _fakes(world, attack)
@@ -131,7 +131,7 @@ def arrivals_of(world: World, attack: str | None) -> list[Arrival]:
 
 
 def _fakes(world: World, attack: str | None) -> list[Event]:
-    """An attack's events; their times are still to be set."""
+    """Return an attack's events, whose times are still to be set."""
     generator = np.random.default_rng(7)
     counts = Counter(event.item_id for event in world.past)
     known = [item_id for item_id, _ in counts.most_common()]
@@ -156,15 +156,15 @@ def _fakes(world: World, attack: str | None) -> list[Event]:
 
 @dataclass
 class Outcome:
-    """What became of a stream."""
+    """What learning from a stream led to."""
 
     ndcg: dict[tuple[str, str, int], float] = field(default_factory=dict)  # NDCG@10 of each honest event
     updates: int = 0
     rejections: list[tuple[int, Rejection]] = field(default_factory=list)  # with the number of the update
-    refused: Counter[str] = field(default_factory=Counter)  # by cleaning, reason
+    refused: Counter[str] = field(default_factory=Counter)  # by the guard, by reason
 
     def relative_to(self, honest: "Outcome", last: float = 1.0) -> float:
-        """NDCG@10 of the last so many of the same events (share), as a share of what it is in an honest stream."""
+        """Return NDCG@10 of the last part (share) of the events, relative to that in an honest stream."""
         events = sorted(self.ndcg.keys() & honest.ndcg.keys(), key=lambda event: event[2])
         events = events[int(len(events) * (1 - last)) :]
         return sum(self.ndcg[event] for event in events) / sum(honest.ndcg[event] for event in events)
@@ -176,7 +176,7 @@ class Outcome:
 
 
 class LiveStream:
-    """The service's way of an event, in one process."""
+    """The way of an event through the service, in one process."""
 
     def __init__(self, world: World, registry: Registry, config: LearnerConfig, rules: CleaningRules | None = None):
         self.learner = NearlineLearner(registry, config)
