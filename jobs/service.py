@@ -87,8 +87,9 @@ def start_service(
     """Start everything on the running Ray; return the URL once it answers.
 
     Raises:
-        InputError: the model folder or the state cannot be used, or this cluster serves another one.
+        InputError: the port is taken, the model folder or the state cannot be used, or this cluster serves another one.
     """
+    require_free_port(port)
     _refuse_second_service(arguments.state_location)
     url = f"http://{HOST}:{port}"
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the commands say in a line of their own what starts

@@ -103,7 +103,7 @@ class LiveView:
         return (events - events_before) / seconds, (answers - answers_before) / seconds
 
     def _model(self, tally: Tally, status: Status) -> Table:
-        table = _pairs("Model")
+        table = _two_columns("Model")
         learner = _part(status, "learner", "state") or UNKNOWN
         table.add_row("learner", escape(str(learner)))
         table.add_row("pushes", _number(_part(status, "learner", "pushes")))
@@ -121,7 +121,7 @@ class LiveView:
 
     def _traffic(self, tally: Tally, status: Status) -> Table:
         events, answers = self._rates()
-        table = _pairs("Traffic")
+        table = _two_columns("Traffic")
         table.add_row("events/s", f"{events:.1f}")
         table.add_row("answers/s", f"{answers:.1f}")
         table.add_row("answer time", f"p50 {_duration(tally.latency_ms(50))}, p99 {_duration(tally.latency_ms(99))}")
@@ -148,7 +148,7 @@ class LiveView:
 
 def summary(tally: Tally, status: Status) -> RenderableType:
     """Return the end of a run: hit rates with their number of trials, the paired difference, delays and failures."""
-    table = _pairs("Summary")
+    table = _two_columns("Summary")
     live, frozen = tally.rates()
     table.add_row(f"hit rate@{tally.k}, live", f"{_rate(live)}  ({tally.hits_live:,} of {tally.trials:,} trials)")
     table.add_row(f"hit rate@{tally.k}, frozen", f"{_rate(frozen)}  ({tally.hits_frozen:,} of {tally.trials:,} trials)")
@@ -199,7 +199,7 @@ def _hit_rates(tally: Tally, points: int) -> Table:
     return table
 
 
-def _pairs(title: str) -> Table:
+def _two_columns(title: str) -> Table:
     table = Table.grid(padding=(0, 2))
     table.title, table.title_justify, table.title_style = title, "left", "bold"
     table.add_column(style="dim", no_wrap=True)
