@@ -5,15 +5,16 @@ python -m jobs.nearline --model MODEL     joins the running cluster and keeps a 
 
 import time
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
-import ray
 import typer
-from ray.actor import ActorHandle
 
-from serving.aggregators import statuses_of
-from serving.learner import aggregators_of, check_logs, start_learner
-from serving.status import LearnerStatus
+from cluster.local import running_ray
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from serving.status import LearnerStatus
 
 
 def nearline_command(
@@ -22,7 +23,10 @@ def nearline_command(
     learner_workers: Annotated[int, typer.Option(min=1, help="Processes that learn together.")] = 1,
 ) -> None:
     """Keep a near-line learner running on the cluster that serves this model; the job lasts as long as it does."""
-    from cluster.local import running_ray
+    import ray
+
+    from serving.aggregators import statuses_of
+    from serving.learner import aggregators_of, check_logs, start_learner
 
     state = state or f"{model}/live"
     with running_ray():
@@ -43,7 +47,9 @@ def nearline_command(
             ray.kill(learner)
 
 
-def _status_of(learner: ActorHandle) -> LearnerStatus:
+def _status_of(learner: "ActorHandle") -> "LearnerStatus":
+    import ray
+
     return cast("LearnerStatus", ray.get(learner.status.remote()))
 
 
