@@ -66,7 +66,7 @@ def test_bad_input_is_refused_before_anything_is_trained(folder: Path, shop_data
     assert run("--data", str(shop_dataset), "--arm", "weekly") == BAD_INPUT
     assert "arm: weekly; there are batch, history, live, daily" in capsys.readouterr().err
     assert run("--data", str(shop_dataset), "--set", "share=1.5") == BAD_INPUT
-    assert "share: 1.5 is not between 0 and 1" in capsys.readouterr().err
+    assert "share: input should be less than 1, got 1.5" in capsys.readouterr().err
     assert run("--data", str(shop_dataset), "--plot", "x.svg") == BAD_INPUT
     with pytest.raises(InputError, match="is not the oldest part of"):
         run_replay(shop_dataset, folder, ReplaySettings(share=0.5), ["batch"])
