@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from lib.evaluation.comparison import Comparison
     from lib.live.finetuning import Cut
-    from lib.live.learner import NearlineLearner
+    from lib.live.learning_model import LearningModel
     from lib.versions.registry import Registry
 
 FOLDER = "finetuning"
@@ -222,41 +222,45 @@ def _plan(
     """
     import pyarrow as pa
 
+    from lib.data.catalog import Catalog
     from lib.live.finetuning import cut_feedback, feedback, older_events
-    from lib.live.learner import NearlineLearner, base_of
+    from lib.live.learning_model import LearningModel
     from lib.live.settings import LearnerConfig
     from lib.log.layout import read_log
     from lib.model.folder import Manifest, save_model
+    from lib.versions.rejections import Rejections
 
     live = registry.load()
-    version = base_of(live, registry) if since is None else since
-    config = LearnerConfig(seed=settings.seed, popularity_half_life=settings.popularity_half_life)
-    learner = NearlineLearner(registry, config, version=version)
+    version = registry.base_of(live) if since is None else since
+    rejections = Rejections(registry.store)
+    begun = rejections.passed_by(registry.load(version))
     with read_log(state) as log:
-        every = feedback(log, learner.log_offset, log.last_offset())
+        every = feedback(log, begun.log_offset, log.last_offset())
         logged = every["offset"].to_numpy()
-        harmful = learner.rejections.cover(logged)  # what did harm once is not learned here either
+        harmful = rejections.cover(logged)  # what did harm once is not learned here either
         new, offsets = every.filter(pa.array(~harmful)), logged[~harmful]
         share, most = settings.held_out, settings.most_held_out
-        cut = cut_feedback(registry, offsets, live, version, learner.log_offset, share, most)
+        cut = cut_feedback(registry, offsets, live, version, begun.log_offset, share, most)
         learned = int((offsets <= cut.until).sum())
         wanted = round(settings.older_events * learned)
         older = older_events(log, data, cut, new["user_id"].unique(), wanted, settings.seed)
-        older = older.filter(pa.array(~learner.rejections.cover(older["offset"].to_numpy())))
+        older = older.filter(pa.array(~rejections.cover(older["offset"].to_numpy())))
         passed_by = int((logged[harmful] <= cut.until).sum())
     rival = registry.load(cut.rival)  # a copy, as the learner prunes its versions while the workers train
     save_model(storage / RIVAL, rival.encoder, rival.catalog, Manifest())
     live.catalog.change(_item_changes(state))
-    learner.join(live.catalog)
-    _write_material(storage, learner, pa.concat_tables([older, new]), cut, settings)
+    events = pa.concat_tables([older, new])
+    config = LearnerConfig(seed=settings.seed, popularity_half_life=settings.popularity_half_life)
+    items = live.catalog.joined(Catalog(events["item_id"].unique().to_pylist()))
+    _write_material(storage, LearningModel(begun, config, catalog=items), events, cut, settings)
     plan = {
         "name": f"{time.time_ns() // 1_000_000:013d}-{uuid.uuid4().hex}",
         "cut": asdict(cut),
         "events": learned,
         "held_out_events": len(new) - learned,
         "ledger": {
-            "events_trained": learner.events_trained + learned,
-            "events_rejected": learner.events_rejected + passed_by,
+            "events_trained": begun.facts.events_trained + learned,
+            "events_rejected": begun.facts.events_rejected + passed_by,
         },
     }
     write_durably(storage / PLAN_FILE, f"{json.dumps(plan, indent=2)}\n".encode())
@@ -268,28 +272,26 @@ def _plan(
 
 
 def _write_material(
-    storage: Path, learner: "NearlineLearner", events: "pa.Table", cut: "Cut", settings: FinetuneSettings
+    storage: Path, model: "LearningModel", events: "pa.Table", cut: "Cut", settings: FinetuneSettings
 ) -> None:
     """Write the model that training starts from, what it learns from, and the histories that end in held-out events."""
     import pyarrow as pa
 
-    from lib.data.catalog import Catalog
     from lib.live.finetuning import TooFewEvents, count_popularity, histories_around, of_users
     from lib.model.folder import Manifest
     from lib.versions.folder import save_with_optimizer
 
-    learner.join(Catalog(events["item_id"].unique().to_pylist()))
-    encoder, catalog, config = learner.encoder, learner.catalog, learner.encoder.config
+    encoder, catalog, config = model.encoder, model.catalog, model.encoder.config
     kinds = config.event_kinds or []
     held_out = events["offset"].to_numpy() > cut.until
     trained = histories_around(events.filter(pa.array(~held_out)), cut.after, catalog, kinds, config.max_length)
     judges = events.filter(pa.array(held_out))["user_id"].unique()
     if not trained.targets.any():
         raise TooFewEvents("since: no event follows another one of its user; wait for more feedback")
-    count_popularity(encoder, catalog, events, cut, learner.popularity_half_life)
+    count_popularity(encoder, catalog, events, cut, model.popularity_half_life)
     trained.save(storage / TRAINED_FILE)
     histories_around(of_users(events, judges), cut.until, catalog, kinds).save(storage / HELD_OUT_FILE)
-    save_with_optimizer(storage / START, encoder, catalog, Manifest(), learner.trainer.optimizer_state())
+    save_with_optimizer(storage / START, encoder, catalog, Manifest(), model.trainer.optimizer_state())
 
 
 def _item_changes(state: Path) -> dict[str, dict[str, Any] | None]:

@@ -20,13 +20,14 @@ from ray.actor import ActorHandle
 from lib.data.catalog import Catalog
 from lib.errors import InputError
 from lib.experiments.results import SHADOW, ChallengerConfig, ExperimentResults, Records
-from lib.live.learner import NearlineLearner
+from lib.live.learning_model import LearningModel
 from lib.live.settings import LearnerConfig
 from lib.model.encoder import WEIGHTS, BehaviourEncoder
 from lib.model.facts import VersionFacts
 from lib.model.folder import MANIFEST, Manifest, read_manifest
 from lib.versions.folder import load_folder, save_with_optimizer
 from lib.versions.registry import Registry
+from lib.versions.rejections import Rejections
 from serving.aggregator import NAMESPACE
 from serving.status import ExperimentStatus, ShadowStatus
 
@@ -121,16 +122,17 @@ class KeptModel(NamedTuple):
 
 def _stored(registry: Registry, version: int) -> KeptModel:
     """A version, which goes on from its place in the log when it wins."""
-    learner = NearlineLearner(registry, LearnerConfig(), version=version)  # it joins the optimiser's deltas
+    loaded = Rejections(registry.store).passed_by(registry.load(version))
+    model = LearningModel(loaded, LearnerConfig())  # it joins the optimiser's deltas
     facts = VersionFacts(
         kind="promotion",
         since=version,
         events=0,
-        events_trained=learner.events_trained,
-        events_rejected=learner.events_rejected,
+        events_trained=loaded.facts.events_trained,
+        events_rejected=loaded.facts.events_rejected,
     )
-    manifest = Manifest(version=version, log_offset=learner.log_offset, facts=facts)
-    return KeptModel(learner.encoder, learner.catalog, manifest, learner.trainer.optimizer_state())
+    manifest = Manifest(version=version, log_offset=loaded.log_offset, facts=facts)
+    return KeptModel(model.encoder, model.catalog, manifest, model.trainer.optimizer_state())
 
 
 def _pretrained(folder: Path) -> KeptModel:

@@ -94,10 +94,17 @@ class Live:
     @classmethod
     def of(cls, learner: NearlineLearner) -> "Live":
         """The present moment."""
-        counts = learner.events_trained, learner.events_rejected, len(learner.rejections)
         newest = learner.rejections.newest
-        rejection = None if newest is None else RejectionStatus(**newest.facts())
-        return cls(learner.version, learner.checksum, learner.base, learner.log_offset, *counts, rejection)
+        return cls(
+            version=learner.version,
+            checksum=learner.model.checksum,
+            base=learner.lineage.base,
+            log_offset=learner.log_offset,
+            events_trained=learner.lineage.events_trained,
+            events_rejected=learner.lineage.events_rejected,
+            rejected_updates=len(learner.rejections),
+            last_rejection=None if newest is None else RejectionStatus(**newest.facts()),
+        )
 
 
 class Learner:
@@ -188,7 +195,7 @@ class Learner:
 
     def _update(self, batch: MicroBatch) -> None:
         start = time.perf_counter()
-        now, adopted = time.time_ns() / 1e6, self.learner.facts.adopted
+        now, adopted = time.time_ns() / 1e6, self.learner.lineage.facts.adopted
         # what came before the present base was taken over was live once already
         waited = [now - received for received in batch.received_at if received > adopted]
         outcome = self.workers.learn(batch)
@@ -275,7 +282,7 @@ class Learner:
         self.looked_for_offers = time.monotonic()
         registry = self.learner.registry
         for name in registry.offers.names():
-            if self.learner.facts.offer != name:
+            if self.learner.lineage.facts.offer != name:
                 try:
                     self.workers.take_over(name)
                 except InputError as error:

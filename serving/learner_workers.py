@@ -129,7 +129,7 @@ class LearnerWorker:
 
 def _do(learner: NearlineLearner, method: str, *arguments: Any) -> Any:
     if method == "agree":
-        return require_equal(learner.checksum)
+        return require_equal(learner.model.checksum)
     return getattr(learner, method)(*arguments)
 
 

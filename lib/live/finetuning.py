@@ -29,7 +29,6 @@ from lib.errors import InputError
 from lib.evaluation.comparison import Comparison, compare
 from lib.evaluation.protocols import Cases, model_contender, rank
 from lib.experiments.split import place_of
-from lib.live.learner import base_of
 from lib.log.log_file import LoggedEvent
 from lib.log.reader import LogReader
 from lib.model.batches import SequenceBatches, target_weights
@@ -126,7 +125,7 @@ def cut_feedback(
 
 def _lineage(registry: Registry, live: LoadedVersion) -> Iterator[VersionInfo]:
     """The stored versions that led to the live weights event by event, newest first; none from before a rollback."""
-    base = base_of(live, registry)
+    base = registry.base_of(live)
     lineage = {account.version for account in Accounts(registry).newest_lineage()}
     for info in reversed(registry.versions()):
         if info.version not in lineage:  # it was given up because of damage

@@ -195,6 +195,11 @@ class Gate:
             columns = (live.losses, earlier.losses, live.ndcg, earlier.ndcg)
             self.pairs.extend(zip(*(column.tolist() for column in columns), strict=True))
 
+    @property
+    def live_quality(self) -> float | None:
+        """NDCG@10 of the live version on the held-out window; None without one."""
+        return self.live.quality if len(self.live.ndcg) else None
+
     def resting(self) -> str | None:
         """Why nothing is learned for now, if so. What did harm a moment ago would do it again."""
         if self.rest == 0:
@@ -317,8 +322,7 @@ class Gate:
     def _candidates(self, batch: MicroBatch) -> Tensor:
         """(K,) rows that events are ranked among; those of the batch are what an update moves most."""
         spread = 1 + (self.spread * len(self.catalog)).astype(np.int64)
-        new = zip(batch.histories, batch.new_counts, strict=True)
-        own = self.catalog.rows(item_id for history, count in new for item_id in history.item_ids[-count:])
+        own = self.catalog.rows(batch.new_item_ids())
         return torch.unique(torch.from_numpy(np.concatenate([spread, np.asarray(own, dtype=np.int64)])))
 
     def _readable(self, histories: Sequence[History]) -> Histories:

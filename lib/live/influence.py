@@ -6,7 +6,7 @@ do at once is held against what newcomers usually do here, and what they do to o
 how popular it is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +63,11 @@ class Influence:
         self._share: float | None = None  # of newcomers in it
         self.taken: dict[int, float] = {}  # by row, what newcomers weighed on an item of late
         self._taking: dict[int, float] = {}  # in the update at hand
+
+    @property
+    def newcomers(self) -> NewcomerShare:
+        """What part of new feedback is usually newcomers', for the next version to say."""
+        return NewcomerShare(usual=self.usual, updates=self.updates)
 
     def limited(self, targets: Targets, popularity: np.ndarray) -> np.ndarray:
         """(E,) the weights of the targets of an update within the limits; popularity (R,) of each item row."""
@@ -137,9 +142,10 @@ def _part(most: np.ndarray | float, total: np.ndarray) -> np.ndarray:
     return np.minimum(1.0, most / np.maximum(total, 1e-9))
 
 
-def is_newcomer(history: History, last_offset: int, limits: InfluenceLimits) -> bool:
-    """Whether a user's first event is among the latest of the log: nobody can forge offsets, unlike times."""
-    return history.first_offset > max(last_offset - limits.newcomer_events, 0)
+def newcomers_of(histories: Sequence[History], last_offset: int, limits: InfluenceLimits) -> np.ndarray:
+    """(U,) bool, whose first event is among the latest of the log: nobody can forge offsets, unlike times."""
+    latest = max(last_offset - limits.newcomer_events, 0)
+    return np.array([history.first_offset > latest for history in histories], dtype=bool)
 
 
 def last_opinions(flat: Histories, owners: np.ndarray, kind_codes: Mapping[str, int]) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What the trigger releases to the learner, made of new events and of everybody's histories."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,16 @@ class MicroBatch:
     replay: list[History]  # windows to learn from again
     held_out: list[History]  # of other users who act now, for the gate
     quarantined: frozenset[int] = frozenset()  # offsets of new events that are not to be learned now
+
+    @property
+    def events(self) -> int:
+        """How many events are new."""
+        return sum(self.new_counts)
+
+    def new_item_ids(self) -> Iterator[str]:
+        """Yield the item of each new event."""
+        for history, count in zip(self.histories, self.new_counts, strict=True):
+            yield from history.item_ids[len(history) - count :]
 
 
 def micro_batch(

@@ -189,7 +189,7 @@ class Live(ModelArm):
         registry = Registry(state)
         registry.start_from(model)
         self.learner = NearlineLearner(registry, config)
-        super().__init__(self.learner.encoder, self.learner.catalog, exclude_seen)
+        super().__init__(self.learner.model.encoder, self.learner.model.catalog, exclude_seen)
         self.generator = np.random.default_rng(seed)
         self.rejected: list[str] = []
         self.events_read = 0

@@ -2,8 +2,10 @@
 
 from pydantic import Field
 
+from lib.data.replay import ReplaySample
 from lib.live.gate import GateConfig
 from lib.live.influence import InfluenceLimits
+from lib.live.micro_batch import SampleSizes
 from lib.settings import Settings
 
 
@@ -57,3 +59,16 @@ class LearnerConfig(Settings):
     replay: ReplayConfig = ReplayConfig()
     gate: GateConfig = GateConfig()
     influence: InfluenceLimits = InfluenceLimits()
+
+    def sample_sizes(self, max_length: int) -> SampleSizes:
+        """Return what a learner wants with new events, whose model reads at most `max_length` events of a user."""
+        return SampleSizes(
+            history_length=min(self.context_length, max_length),
+            replay=ReplaySample(
+                events=self.replay.events,
+                recent_share=self.replay.recent_share,
+                recent_events=self.replay.recent_events,
+            ),
+            held_out_users=self.gate.held_out_users,
+            held_out_length=self.gate.held_out_length,
+        )

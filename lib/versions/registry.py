@@ -214,6 +214,10 @@ class Registry:
             _follow(loaded, delta)
         return loaded
 
+    def base_of(self, loaded: LoadedVersion) -> int:
+        """Return the version that a loaded one follows from by deltas alone; the first one where nothing is said."""
+        return loaded.facts.base or self.oldest() or loaded.version
+
     def read_delta(self, version: int) -> Delta:
         """Read one delta.
 

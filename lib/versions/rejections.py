@@ -6,12 +6,13 @@ file is written anew with each line, so that it is whole or not there, also on s
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from lib.model.delta import Delta
+from lib.versions.folder import LoadedVersion
 from lib.versions.store import Store
 
 REJECTIONS = "rejections"
@@ -76,6 +77,14 @@ class Rejections:
             else:
                 joined.append([after, last])
         self._spans = np.array(joined, dtype=np.int64).reshape(-1, 2)
+
+    def passed_by(self, loaded: LoadedVersion) -> LoadedVersion:
+        """Return a version that has passed by what was rejected since it was published, where none came after it."""
+        newest = self.newest
+        if newest is None or newest.version != loaded.version:
+            return loaded
+        facts = loaded.facts.model_copy(update={"events_rejected": newest.events_rejected})
+        return replace(loaded, log_offset=newest.last_offset, facts=facts)
 
     def cover(self, offsets: np.ndarray) -> np.ndarray:
         """(E,) bool, which events are of a harmful update, by their log offsets (0: in no log)."""

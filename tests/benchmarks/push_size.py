@@ -94,8 +94,8 @@ def measure(preset: str, items: int, updates: int) -> dict[str, Any]:
         "items": items,
         "snapshot_bytes": snapshot,
         **{name: statistics.median(row[name] for row in rows) for name in rows[0]},
-        "trained_bytes": sum(p.nbytes for p in learner.trainer.dense.values()),
-        "checksums_equal": fingerprint(encoder) == learner.checksum,
+        "trained_bytes": sum(p.nbytes for p in learner.model.trainer.dense.values()),
+        "checksums_equal": fingerprint(encoder) == learner.model.checksum,
     }
 
 

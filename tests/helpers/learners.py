@@ -4,7 +4,10 @@ import numpy as np
 
 from lib.live.gate import GateConfig
 from lib.live.learner import NearlineLearner
+from lib.live.micro_batch import MicroBatch
 from lib.live.settings import LearnerConfig
+from lib.live.training_batch import training_batch
+from lib.model.batches import Batch
 from lib.model.delta import Delta
 from lib.ranking.recommender import Recommender
 from lib.versions.registry import Registry
@@ -33,8 +36,13 @@ def update(learner: NearlineLearner, number: int, *items: int | str) -> Delta:
     return outcome
 
 
+def training_batch_of(learner: NearlineLearner, batch: MicroBatch) -> Batch | None:
+    """Return what the learner trains on."""
+    return training_batch(batch, learner.model, learner.config, learner.influence, learner.rejections)
+
+
 def optimizer_of(learner: NearlineLearner) -> dict[str, np.ndarray]:
-    return {name: value.copy() for name, value in learner.trainer.optimizer_state().items()}
+    return {name: value.copy() for name, value in learner.model.trainer.optimizer_state().items()}
 
 
 def assert_same_optimizer(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
@@ -44,9 +52,9 @@ def assert_same_optimizer(one: dict[str, np.ndarray], other: dict[str, np.ndarra
 
 
 def assert_same_learners(one: NearlineLearner, other: NearlineLearner) -> None:
-    assert_same_state(copied_state(one.encoder), copied_state(other.encoder))
+    assert_same_state(copied_state(one.model.encoder), copied_state(other.model.encoder))
     assert_same_optimizer(optimizer_of(one), optimizer_of(other))
-    assert one.catalog.item_ids == other.catalog.item_ids
-    ledger = ("version", "log_offset", "events_trained", "events_rejected", "checksum")
-    for name in ledger:
-        assert getattr(one, name) == getattr(other, name), name
+    assert one.model.catalog.item_ids == other.model.catalog.item_ids
+    assert one.model.checksum == other.model.checksum
+    for name in ("version", "log_offset", "events_trained", "events_rejected"):
+        assert getattr(one.lineage, name) == getattr(other.lineage, name), name

@@ -193,7 +193,7 @@ class LiveStream:
     def run(self, world: World, attack: str | None) -> Outcome:
         """Take every arrival of the stream, attacked or not."""
         first, last, factor = ADVERSARIAL
-        updates, rate = len(world.live) // BATCH_EVENTS, self.learner.trainer.learning_rate
+        updates, rate = len(world.live) // BATCH_EVENTS, self.learner.model.trainer.learning_rate
         for time, event in arrivals_of(world, attack):
             objection = self.guard.objection(event, time)
             if objection is not None:
@@ -207,7 +207,7 @@ class LiveStream:
             self.waiting.append(LoggedEvent(self.offset, event, time))
             if len(self.waiting) == BATCH_EVENTS:
                 adversarial = attack == "learning rate" and first <= self.outcome.updates / updates < last
-                self.learner.trainer.learning_rate = factor * rate if adversarial else rate
+                self.learner.model.trainer.learning_rate = factor * rate if adversarial else rate
                 self._update()
         return self.outcome
 
@@ -215,7 +215,7 @@ class LiveStream:
         """Answer what was asked since the last update, then learn."""
         learner, events = self.learner, [event for _, event in self.asked]
         contexts, targets = [context for context, _ in self.asked], [event.item_id for event in events]
-        ndcg = ndcg_at(ranks_of(learner.encoder, learner.catalog, contexts, targets, exclude_seen=True), 10)
+        ndcg = ndcg_at(ranks_of(learner.model.encoder, learner.model.catalog, contexts, targets, exclude_seen=True), 10)
         keys = [(event.user_id, event.item_id, event.timestamp) for event in events]
         self.outcome.ndcg |= dict(zip(keys, ndcg.tolist(), strict=True))
         batch = micro_batch(self.waiting, learner.log_offset, self.histories, learner.sample_sizes, self.generator)

@@ -160,10 +160,10 @@ def test_without_a_learner_the_result_waits_for_one_that_takes_it_over_once(comm
     assert (offered.facts.events_trained, offered.facts.events_rejected) == (180, 0)
     learner = NearlineLearner(registry, CONFIG)
     learner.take_over(name)
-    assert int(learner.encoder.popularity_reference) == learner.log_offset
-    assert (learner.version, learner.log_offset, learner.events_trained) == (12, 180, 180)
+    assert int(learner.model.encoder.popularity_reference) == learner.log_offset
+    assert (learner.version, learner.log_offset, learner.lineage.events_trained) == (12, 180, 180)
     restarted = NearlineLearner(registry, CONFIG)
-    assert restarted.facts.offer == name, "which a learner that died before the offer was gone knows it by"
+    assert restarted.lineage.facts.offer == name, "which a learner that died before the offer was gone knows it by"
     with FeedbackLogReader(state / "feedback.sqlite") as log:
         ledger = check(Accounts(registry).newest_lineage(), log)
     assert (ledger.faults, ledger.versions, ledger.events_trained, ledger.waiting) == ([], 7, 180, 20)
@@ -273,7 +273,7 @@ def test_feedback_of_several_shards_is_learned_in_their_order(tmp_path, trained)
     outcome = finetune(folder, settings=FinetuneSettings(tolerance=1.0))
     (name,) = registry.offers.names()
     learner.take_over(name)
-    assert (learner.log_offset, learner.events_trained) == (outcome.log_offset, outcome.events)
+    assert (learner.log_offset, learner.lineage.events_trained) == (outcome.log_offset, outcome.events)
     with read_log(folder) as log:
         ledger = check(Accounts(registry).newest_lineage(), log)
     assert (ledger.faults, ledger.waiting) == ([], 200 - outcome.log_offset)

@@ -32,6 +32,7 @@ from lib.model.delta import Delta, apply_delta, state_of
 from lib.model.encoder import BehaviourEncoder
 from lib.model.trainer import Trainer, TrainingConfig
 from lib.versions.rejections import LINES_A_FILE, Rejection, Rejections
+from tests.helpers.learners import training_batch_of
 from tests.helpers.tiny import (
     NOW,
     assert_same_state,
@@ -184,27 +185,30 @@ def test_rejections_are_listed_for_good(tmp_path):
     config = LearnerConfig(negatives=8, gate=GateConfig(held_out_candidates=12))
     learner = NearlineLearner(registry, config)
     assert isinstance(learner.learn(micro_batch(3, [history([1, 2, 3])])), Delta)
-    before = copied_state(learner.encoder)
-    learner.trainer.learning_rate = float("inf")
+    before = copied_state(learner.model.encoder)
+    learner.model.trainer.learning_rate = float("inf")
     learner.learn(micro_batch(9, [history([4, 5, 6])]))
-    assert_same_state(copied_state(learner.encoder), before)
+    assert_same_state(copied_state(learner.model.encoder), before)
     (rejection,) = Rejections(registry.store).all()
     assert (rejection.after_offset, rejection.last_offset, rejection.events) == (3, 9, 1)
     assert rejection.reason == "a loss or a weight is not finite"
     restarted = NearlineLearner(registry, config)
-    assert (restarted.log_offset, restarted.events_rejected) == (9, 1)  # they are not learned again, nor lost count of
+    assert (restarted.log_offset, restarted.lineage.events_rejected) == (
+        9,
+        1,
+    )  # they are not learned again, nor lost count of
 
 
 def test_what_was_rejected_is_not_replayed(tmp_path):
     registry = started_registry(tmp_path / "store")
     learner = NearlineLearner(registry, LearnerConfig(negatives=8))
     learner.learn(micro_batch(3, [history([1, 2, 3])]))
-    learner.trainer.learning_rate = float("inf")
+    learner.model.trainer.learning_rate = float("inf")
     learner.learn(micro_batch(9, [history([4, 5, 6])]))  # offsets 4 to 9
     replayed, new = history([1, 2, 3, 4, 5]), history([6, 7])
     replayed.offsets, new.offsets = [0, 3, 4, 9, 10], [11, 12]
     for each in (learner, NearlineLearner(registry, learner.config)):
-        batch = each._training_batch(replace(micro_batch(12, [new], [1]), replay=[replayed]))
+        batch = training_batch_of(each, replace(micro_batch(12, [new], [1]), replay=[replayed]))
         assert batch is not None
         assert sorted(batch.target_rows[batch.target_weights > 0].tolist()) == [2, 5, 7]
 
@@ -234,7 +238,7 @@ def test_a_rejection_that_a_crash_kept_from_the_list_is_listed_after_it(tmp_path
         restarted = NearlineLearner(registry, learner.config)
         (rejection,) = restarted.rejections.all()
         assert (rejection.after_offset, rejection.last_offset, rejection.events) == (0, 4, 4)
-        assert (rejection.version, rejection.events_rejected) == (restarted.version, restarted.events_rejected)
+        assert (rejection.version, rejection.events_rejected) == (restarted.version, restarted.lineage.events_rejected)
 
 
 def test_slow_harm_is_taken_back_and_learning_rests(tmp_path):
@@ -242,25 +246,28 @@ def test_slow_harm_is_taken_back_and_learning_rests(tmp_path):
     learner = NearlineLearner(registry, LearnerConfig(negatives=8, gate=GateConfig(held_out_candidates=12)))
     for number in range(1, 4):
         assert isinstance(learner.learn(micro_batch(number, [history([1, 2, 3])])), Delta)
-    learned = copied_state(learner.encoder)
+    learned = copied_state(learner.model.encoder)
     replica = registry.load()
     learner.gate.pairs.extend([(3.0, 2.0, 0.1, 0.2)] * FEWEST_PAIRS)  # as if new events had become unlikely
     rejection = learner.learn(micro_batch(4, [history([1, 2, 3])]))
     assert isinstance(rejection, Rejection)
     assert rejection.delta is not None
     assert (rejection.after_offset, rejection.last_offset, rejection.events) == (0, 4, 4)
-    assert not torch.equal(learned["interest_to_item"], learner.encoder.interest_to_item)
+    assert not torch.equal(learned["interest_to_item"], learner.model.encoder.interest_to_item)
     apply_delta(replica.encoder, rejection.delta)
-    assert_same_state(copied_state(replica.encoder), copied_state(learner.encoder))
-    assert_same_state(copied_state(registry.load(1).encoder), copied_state(learner.encoder))
-    assert (learner.events_trained, learner.events_rejected) == (3, 1)  # each event of the log is counted once
+    assert_same_state(copied_state(replica.encoder), copied_state(learner.model.encoder))
+    assert_same_state(copied_state(registry.load(1).encoder), copied_state(learner.model.encoder))
+    assert (learner.lineage.events_trained, learner.lineage.events_rejected) == (
+        3,
+        1,
+    )  # each event of the log is counted once
     for number in range(5, 5 + FIRST_REST):
         rested = learner.learn(micro_batch(number, [history([1, 2, 3])]))
         assert isinstance(rested, Rejection)
         assert "learning rests" in rested.reason
     assert learner.rejections.cover(np.arange(1, 7)).tolist() == [True] * 4 + [False] * 2, "a rest harms nobody"
     assert isinstance(learner.learn(micro_batch(20, [history([1, 2, 3])])), Delta)
-    assert NearlineLearner(registry, learner.config).events_rejected == 1 + FIRST_REST
+    assert NearlineLearner(registry, learner.config).lineage.events_rejected == 1 + FIRST_REST
 
 
 def test_many_rejections_fill_several_files(tmp_path):
@@ -293,11 +300,11 @@ def test_what_is_quarantined_is_not_learned_as_it_comes(tmp_path):
     logged = history([1, 2, 3, 4])
     logged.offsets = [1, 2, 3, 4]
     batch = replace(micro_batch(4, [logged], [3]), quarantined=frozenset({3}))
-    training = learner._training_batch(batch)
+    training = training_batch_of(learner, batch)
     assert training is not None
     assert training.target_rows[training.target_weights > 0].tolist() == [2, 4]
     learner.learn(batch)
-    counted = learner.encoder.item_popularity[:5].tolist()
+    counted = learner.model.encoder.item_popularity[:5].tolist()
     assert counted[3] == 0
     assert counted[2] > 0 < counted[4]
 

@@ -24,6 +24,7 @@ from tests.helpers.learners import (
     assert_same_optimizer,
     optimizer_of,
     recommender_of,
+    training_batch_of,
     update,
 )
 from tests.helpers.tiny import (
@@ -60,9 +61,9 @@ def logged_at(offset: int, *items: int | str) -> History:
 
 def rejected_update(learner: NearlineLearner, batch: MicroBatch, learning_rate: float = float("inf")) -> Rejection:
     """Learn with a learning rate that destroys any model."""
-    learner.trainer.learning_rate = learning_rate
+    learner.model.trainer.learning_rate = learning_rate
     outcome = learner.learn(batch)
-    learner.trainer.learning_rate = learner.trainer.config.learning_rate
+    learner.model.trainer.learning_rate = learner.model.trainer.config.learning_rate
     assert isinstance(outcome, Rejection), outcome
     return outcome
 
@@ -73,14 +74,14 @@ def rejected_update(learner: NearlineLearner, batch: MicroBatch, learning_rate: 
 
 def test_an_update_is_a_delta_that_brings_a_replica_to_the_learners_state(registry, learner):
     replica = recommender_of(registry)
-    before = copied_state(learner.encoder)
+    before = copied_state(learner.model.encoder)
     for number in range(1, 4):
         delta = update(learner, number)
         replica.apply(Delta.from_bytes(delta.to_bytes()))
         assert (delta.version, delta.parent) == (number + 1, number)
-        assert replica.checksum == learner.checksum == delta.checksum == fingerprint(learner.encoder)
-        assert_same_state(copied_state(learner.encoder), copied_state(replica.encoder))
-    assert not torch.equal(before["interest_to_item"], learner.encoder.interest_to_item)
+        assert replica.checksum == learner.model.checksum == delta.checksum == fingerprint(learner.model.encoder)
+        assert_same_state(copied_state(learner.model.encoder), copied_state(replica.encoder))
+    assert not torch.equal(before["interest_to_item"], learner.model.encoder.interest_to_item)
 
 
 def test_learning_makes_what_happened_more_likely(registry):
@@ -111,20 +112,20 @@ def test_a_push_of_a_large_model_holds_the_uppermost_weights_alone(tmp_path):
         assert not pushed
         recommender.apply(Delta.from_bytes(delta.to_bytes()))
     assert any(name.startswith("blocks.1.") for name in delta.tensors)
-    assert recommender.checksum == learner.checksum
-    assert fingerprint(registry.load().encoder) == learner.checksum
+    assert recommender.checksum == learner.model.checksum
+    assert fingerprint(registry.load().encoder) == learner.model.checksum
 
 
 def test_the_rate_falls_with_the_width_unless_it_is_set(tmp_path):
     wide = started_registry(tmp_path / "wide", hidden_size=256)
-    assert NearlineLearner(wide, CONFIG).trainer.learning_rate == pytest.approx(5e-4)
-    assert NearlineLearner(wide, CONFIG.model_copy(update={"learning_rate": 3e-4})).trainer.learning_rate == 3e-4
-    assert NearlineLearner(started_registry(tmp_path / "narrow"), CONFIG).trainer.learning_rate == 1e-3
+    assert NearlineLearner(wide, CONFIG).model.trainer.learning_rate == pytest.approx(5e-4)
+    assert NearlineLearner(wide, CONFIG.model_copy(update={"learning_rate": 3e-4})).model.trainer.learning_rate == 3e-4
+    assert NearlineLearner(started_registry(tmp_path / "narrow"), CONFIG).model.trainer.learning_rate == 1e-3
 
 
 def test_only_the_new_events_and_the_replay_are_targets(learner):
     batch = micro_batch(5, [history([1, 2, 3, 4, 5])], [2], replay=[history([6, 7, 8])])
-    trained = learner._training_batch(batch)
+    trained = training_batch_of(learner, batch)
     assert trained is not None
     targets = {}
     for line, place in trained.target_weights.nonzero().tolist():
@@ -135,7 +136,7 @@ def test_only_the_new_events_and_the_replay_are_targets(learner):
 
 def test_many_new_events_of_one_user_are_all_targets(learner):
     long = history([1 + number % 24 for number in range(40)])
-    trained = learner._training_batch(micro_batch(5, [long], [39]))
+    trained = training_batch_of(learner, micro_batch(5, [long], [39]))
     assert trained is not None
     assert int((trained.target_weights > 0).sum()) == 39
 
@@ -145,7 +146,7 @@ def test_events_of_an_unknown_kind_do_not_shift_what_is_new(tmp_path):
     learner = NearlineLearner(registry, CONFIG)
     mixed = history([1, 2, 3])
     mixed.append(Event("u", "i4", "purchase", None, NOW + 1000 * SECOND))
-    trained = learner._training_batch(micro_batch(5, [mixed], [2]))
+    trained = training_batch_of(learner, micro_batch(5, [mixed], [2]))
     assert trained is not None
     assert trained.target_rows[trained.target_weights > 0].tolist() == [3]
 
@@ -154,7 +155,7 @@ def test_events_of_an_unknown_kind_do_not_shift_what_is_new(tmp_path):
 def test_dislikes_and_skips_are_pushed_away_from(learner, kind):
     disliked = history([1, 2])
     disliked.append(Event("u", "i3", kind, None, NOW + 1000 * SECOND))
-    batch = learner._training_batch(micro_batch(1, [disliked]))
+    batch = training_batch_of(learner, micro_batch(1, [disliked]))
     assert batch is not None
     assert batch.target_rows[batch.target_weights < 0].tolist() == [3]
     assert not (batch.target_weights > 0).any()
@@ -162,32 +163,32 @@ def test_dislikes_and_skips_are_pushed_away_from(learner, kind):
 
 def test_a_batch_in_which_nothing_can_be_trained(registry, learner):
     update(learner, 1)
-    replica, before = recommender_of(registry), copied_state(learner.encoder)
+    replica, before = recommender_of(registry), copied_state(learner.model.encoder)
     outcome = learner.learn(micro_batch(4, [history([5]), history(["new"])]))  # first events of new users
     assert isinstance(outcome, Delta)
     assert outcome.facts.loss is None
-    after = copied_state(learner.encoder)
+    after = copied_state(learner.model.encoder)
     changed = {name for name in before if not torch.equal(before[name], after[name][: len(before[name])])}
     assert changed == {"item_popularity"}
     assert outcome.rows.tolist() == [5, 25]
     assert after["item_popularity"][5] > before["item_popularity"][5]
-    assert (learner.log_offset, learner.events_trained, learner.version) == (4, 3, 3)
-    assert "new" in learner.catalog.row_of
+    assert (learner.log_offset, learner.lineage.events_trained, learner.version) == (4, 3, 3)
+    assert "new" in learner.model.catalog.row_of
     replica.apply(Delta.from_bytes(outcome.to_bytes()))
-    assert replica.checksum == learner.checksum == fingerprint(learner.encoder)
+    assert replica.checksum == learner.model.checksum == fingerprint(learner.model.encoder)
     assert_same_learners(learner, NearlineLearner(registry, CONFIG))
 
 
 def test_a_batch_without_events_moves_the_offset_alone(registry, learner):
     update(learner, 1)
-    before, optimizer = copied_state(learner.encoder), optimizer_of(learner)
+    before, optimizer = copied_state(learner.model.encoder), optimizer_of(learner)
     replica = recommender_of(registry)
     outcome = learner.learn(micro_batch(9, [], replay=REPLAY, held_out=HELD_OUT))  # all its users were erased
     assert isinstance(outcome, Delta)
     assert outcome.rows.tolist() == []
-    assert_same_state(before, copied_state(learner.encoder))
+    assert_same_state(before, copied_state(learner.model.encoder))
     assert_same_optimizer(optimizer, optimizer_of(learner))
-    assert (learner.log_offset, learner.events_trained) == (9, 1)
+    assert (learner.log_offset, learner.lineage.events_trained) == (9, 1)
     replica.apply(Delta.from_bytes(outcome.to_bytes()))
     assert replica.log_offset == 9
     assert NearlineLearner(registry, CONFIG).log_offset == 9
@@ -205,9 +206,9 @@ def test_the_offset_and_the_count_of_events_advance_together(registry, learner):
         trained += sum(new)
         stored = registry.load()
         assert (stored.log_offset, stored.facts.events_trained) == (offset, trained)
-        assert (learner.log_offset, learner.events_trained) == (offset, trained)
+        assert (learner.log_offset, learner.lineage.events_trained) == (offset, trained)
         restarted = NearlineLearner(registry, CONFIG)
-        assert (restarted.log_offset, restarted.events_trained) == (offset, trained)
+        assert (restarted.log_offset, restarted.lineage.events_trained) == (offset, trained)
 
 
 @pytest.mark.parametrize("snapshot_every", [2, 1000])
@@ -238,11 +239,11 @@ def test_an_update_that_was_not_published_is_made_again_and_alike(registry, monk
         with pytest.raises(OSError, match="disk full"):
             dying.learn(batch)
     restarted = NearlineLearner(registry, CONFIG)
-    assert (restarted.version, restarted.log_offset, restarted.events_trained) == (1, 0, 0)
+    assert (restarted.version, restarted.log_offset, restarted.lineage.events_trained) == (1, 0, 0)
     outcome = restarted.learn(batch)
     assert isinstance(outcome, Delta)
-    assert restarted.events_trained == 1
-    assert outcome.checksum == fingerprint(dying.encoder)
+    assert restarted.lineage.events_trained == 1
+    assert outcome.checksum == fingerprint(dying.model.encoder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,7 +258,7 @@ def test_a_new_item_gets_a_row_and_is_recommended(registry, learner):
         replica.apply(Delta.from_bytes(delta.to_bytes()))
         assert delta.new_items == (["new"] if number == 1 else [])
     assert replica.catalog.row_of["new"] == 25
-    assert replica.checksum == learner.checksum
+    assert replica.checksum == learner.model.checksum
     everything = {item.item_id for item in replica.recommend([Question(history([1, 2]), 100)])[0]}
     assert "new" in everything
     assert len(everything) == 23  # 25 items less the two that were seen
@@ -275,18 +276,18 @@ def test_the_catalog_outgrows_its_table_and_uses_its_spare_rows_first(registry, 
         replica.apply(Delta.from_bytes(outcome.to_bytes()))
         sizes.append(outcome.item_rows)
         assert len(replica.index) == outcome.item_rows == len(replica.encoder.item_embeddings.weight)
-    assert len(learner.catalog) == len(replica.catalog) == 24 + 32
+    assert len(learner.model.catalog) == len(replica.catalog) == 24 + 32
     assert sizes == sorted(sizes)
     assert 1 < len(set(sizes)) < 8
-    assert replica.checksum == learner.checksum
+    assert replica.checksum == learner.model.checksum
     assert len(replica.recommend([Question(history([1]), 100)])[0]) == 55  # spare rows are no items
     assert_same_learners(learner, NearlineLearner(registry, CONFIG))
 
 
 def test_new_items_start_near_the_mean_of_all(learner):
-    mean = learner.encoder.item_embeddings.weight[1:25].mean(dim=0)
+    mean = learner.model.encoder.item_embeddings.weight[1:25].mean(dim=0)
     learner.learn(micro_batch(1, [history(["a"]), history(["b"])]))  # first events: nothing is trained
-    a, b = learner.encoder.item_embeddings.weight[25:27]
+    a, b = learner.model.encoder.item_embeddings.weight[25:27]
     assert (a - mean).abs().max() < 0.1
     assert (b - mean).abs().max() < 0.1
     assert not torch.equal(a, b)
@@ -298,49 +299,53 @@ def test_new_items_start_near_the_mean_of_all(learner):
 
 def test_a_rejected_update_leaves_everything_as_it_was(registry, learner):
     update(learner, 1)
-    before, optimizer = copied_state(learner.encoder), optimizer_of(learner)
-    checksum, trained = learner.checksum, learner.events_trained
+    before, optimizer = copied_state(learner.model.encoder), optimizer_of(learner)
+    checksum, trained = learner.model.checksum, learner.lineage.events_trained
     arrived = [history([1, 2, 3]), history([4, 5, 6]), history([20])]  # the last is a first event: it is counted alone
     rejection = rejected_update(learner, micro_batch(8, arrived, [2, 1, 1], replay=REPLAY, held_out=HELD_OUT), 5.0)
     assert rejection.last_offset == 8
     assert rejection.events == 4
     assert "held-out" in rejection.reason
-    assert_same_state(before, copied_state(learner.encoder))
+    assert_same_state(before, copied_state(learner.model.encoder))
     assert_same_optimizer(optimizer, optimizer_of(learner))
-    assert (learner.checksum, learner.events_trained, learner.events_rejected) == (checksum, trained, 4)
+    assert (learner.model.checksum, learner.lineage.events_trained, learner.lineage.events_rejected) == (
+        checksum,
+        trained,
+        4,
+    )
     assert learner.version == registry.head() == 2
     assert learner.log_offset == 8  # it is not tried for ever
 
 
 def test_an_update_that_is_not_finite_is_rejected(learner, monkeypatch):
-    step = learner.trainer.step
+    step = learner.model.trainer.step
 
     def poisoned(batch):
         result = step(batch)
-        learner.encoder.item_embeddings.weight[int(result.rows[0])] = float("nan")
+        learner.model.encoder.item_embeddings.weight[int(result.rows[0])] = float("nan")
         return result
 
-    before, optimizer = copied_state(learner.encoder), optimizer_of(learner)
-    monkeypatch.setattr(learner.trainer, "step", poisoned)
+    before, optimizer = copied_state(learner.model.encoder), optimizer_of(learner)
+    monkeypatch.setattr(learner.model.trainer, "step", poisoned)
     outcome = learner.learn(micro_batch(2, [history([1, 2, 3])]))  # no held-out users: still noticed
     assert isinstance(outcome, Rejection)
     assert "not finite" in outcome.reason
-    assert_same_state(before, copied_state(learner.encoder))
+    assert_same_state(before, copied_state(learner.model.encoder))
     assert_same_optimizer(optimizer, optimizer_of(learner))
 
 
 def test_a_dense_tensor_or_a_loss_that_is_not_finite_is_rejected(learner, monkeypatch):
-    step = learner.trainer.step
+    step = learner.model.trainer.step
 
     def poisoned(batch):
         result = step(batch)
         with torch.no_grad():
-            learner.encoder.interest_to_item[0, 0] = float("inf")
+            learner.model.encoder.interest_to_item[0, 0] = float("inf")
         return result
 
-    monkeypatch.setattr(learner.trainer, "step", poisoned)
+    monkeypatch.setattr(learner.model.trainer, "step", poisoned)
     assert isinstance(learner.learn(micro_batch(2, [history([1, 2, 3])])), Rejection)
-    monkeypatch.setattr(learner.trainer, "step", lambda batch: replace(step(batch), loss=float("nan")))
+    monkeypatch.setattr(learner.model.trainer, "step", lambda batch: replace(step(batch), loss=float("nan")))
     assert isinstance(learner.learn(micro_batch(3, [history([1, 2, 3])])), Rejection)
     assert learner.version == 1
 
@@ -352,15 +357,15 @@ def test_learning_goes_on_after_a_rejection(registry, learner):
     assert one.checksum == other.checksum  # as if the rejected one had never been
     assert one.facts.events_rejected == 1
     assert_same_optimizer(optimizer_of(learner), optimizer_of(twin))
-    assert NearlineLearner(registry, CONFIG).events_rejected == 1
+    assert NearlineLearner(registry, CONFIG).lineage.events_rejected == 1
 
 
 def test_the_popularity_of_a_rejected_update_is_taken_back_with_its_reference(learner):
     update(learner, 1)
-    before = copied_state(learner.encoder)
-    far = int(25 * learner.popularity_half_life)
+    before = copied_state(learner.model.encoder)
+    far = int(25 * learner.model.popularity_half_life)
     rejected_update(learner, micro_batch(far, [logged_at(far, 1, 2, 3)], held_out=HELD_OUT))
-    assert_same_state(before, copied_state(learner.encoder))
+    assert_same_state(before, copied_state(learner.model.encoder))
 
 
 def test_the_items_of_a_rejected_update_come_with_the_next_delta(registry, learner):
@@ -372,8 +377,8 @@ def test_the_items_of_a_rejected_update_come_with_the_next_delta(registry, learn
     assert delta.new_items == ["early", "second", "late"]
     assert {25, 26, 27} <= set(delta.rows.tolist())
     replica.apply(Delta.from_bytes(delta.to_bytes()))
-    assert replica.checksum == learner.checksum == fingerprint(learner.encoder)
-    assert replica.catalog.item_ids == learner.catalog.item_ids
+    assert replica.checksum == learner.model.checksum == fingerprint(learner.model.encoder)
+    assert replica.catalog.item_ids == learner.model.catalog.item_ids
     assert replica.encoder.item_embeddings.weight[25].any()
     assert_same_learners(learner, NearlineLearner(registry, CONFIG))
     assert update(learner, 4, 1, "early", "second").new_items == []  # named once
@@ -388,7 +393,7 @@ def test_the_items_of_a_rejected_update_come_with_any_delta(registry, learner, t
     assert isinstance(outcome, Delta)
     assert outcome.new_items == ["early"]
     replica.apply(Delta.from_bytes(outcome.to_bytes()))
-    assert replica.checksum == learner.checksum == fingerprint(learner.encoder)
+    assert replica.checksum == learner.model.checksum == fingerprint(learner.model.encoder)
     assert_same_learners(learner, NearlineLearner(registry, CONFIG))
 
 
@@ -397,23 +402,23 @@ def test_the_items_of_a_rejected_update_come_with_any_delta(registry, learner, t
 
 
 def test_a_rollback_is_a_new_version_with_the_weights_of_the_old(registry, learner):
-    states = {learner.version: copied_state(learner.encoder)}
+    states = {learner.version: copied_state(learner.model.encoder)}
     for number in range(1, 5):
         update(learner, number)
-        states[learner.version] = copied_state(learner.encoder)
+        states[learner.version] = copied_state(learner.model.encoder)
     replica = recommender_of(registry)
     delta = learner.restore(3)
     assert (delta.version, delta.parent) == (6, 5)
     assert delta.facts.kind == "rollback"
     assert delta.facts.restored == 3
-    assert_same_state(states[3], copied_state(learner.encoder))
+    assert_same_state(states[3], copied_state(learner.model.encoder))
     replica.apply(Delta.from_bytes(delta.to_bytes()))
     assert_same_state(states[3], copied_state(replica.encoder))
     # what was learned stays learned from: no event is read twice
-    assert (learner.log_offset, learner.events_trained) == (4, 4)
+    assert (learner.log_offset, learner.lineage.events_trained) == (4, 4)
     assert_same_learners(learner, NearlineLearner(registry, CONFIG))
     learner.restore(5)  # and forth again
-    assert_same_state(states[5], copied_state(learner.encoder))
+    assert_same_state(states[5], copied_state(learner.model.encoder))
     assert_same_learners(learner, NearlineLearner(registry, CONFIG))
 
 
@@ -428,7 +433,7 @@ def test_learning_goes_on_after_a_rollback_as_it_would_have_from_that_version(re
     delta = update(learner, 4)
     assert delta.version == 6
     replica.apply(Delta.from_bytes(delta.to_bytes()))
-    assert replica.checksum == learner.checksum
+    assert replica.checksum == learner.model.checksum
     assert_same_learners(learner, NearlineLearner(registry, CONFIG))
 
 
@@ -436,11 +441,11 @@ def test_items_that_came_after_the_restored_version_stay(registry, learner):
     update(learner, 1)
     for number in range(2, 5):
         learner.learn(micro_batch(number, [history([1, f"new{number}", f"more{number}"])], [2]))
-    rows = copied_state(learner.encoder)["item_embeddings.weight"][25:]
+    rows = copied_state(learner.model.encoder)["item_embeddings.weight"][25:]
     delta = learner.restore(2)
-    assert torch.equal(learner.encoder.item_embeddings.weight[25:], rows)
-    assert "new4" in learner.catalog.row_of
-    assert delta.item_rows == len(learner.encoder.item_embeddings.weight)
+    assert torch.equal(learner.model.encoder.item_embeddings.weight[25:], rows)
+    assert "new4" in learner.model.catalog.row_of
+    assert delta.item_rows == len(learner.model.encoder.item_embeddings.weight)
     assert_same_learners(learner, NearlineLearner(registry, CONFIG))
     update(learner, 5, 1, "new4", "new2")
     assert_same_learners(learner, NearlineLearner(registry, CONFIG))
@@ -448,19 +453,19 @@ def test_items_that_came_after_the_restored_version_stay(registry, learner):
 
 def test_popularity_keeps_its_meaning_when_a_rollback_crosses_a_move_of_the_reference(registry, learner):
     update(learner, 1, 1, 2, 3)
-    far = int(25 * learner.popularity_half_life)  # beyond 20 half-lives: the reference moves
+    far = int(25 * learner.model.popularity_half_life)  # beyond 20 half-lives: the reference moves
     learner.learn(micro_batch(far, [logged_at(far, "new")]))
     learner.restore(2)
-    popularity = learner.encoder.item_popularity
+    popularity = learner.model.encoder.item_popularity
     assert popularity[25] > 1000 * popularity[3] > 0  # the new item is the recent one
 
 
 def test_a_version_that_is_not_stored_cannot_be_restored(learner):
     update(learner, 1)
-    before = copied_state(learner.encoder)
+    before = copied_state(learner.model.encoder)
     with pytest.raises(InputError, match="version: 9 is not stored"):
         learner.restore(9)
-    assert_same_state(before, copied_state(learner.encoder))
+    assert_same_state(before, copied_state(learner.model.encoder))
     assert learner.version == 2
 
 
@@ -469,12 +474,12 @@ def test_a_version_that_is_not_stored_cannot_be_restored(learner):
 
 
 def test_popularity_counts_the_new_events_and_halves_with_those_that_follow(learner):
-    half_life = int(learner.popularity_half_life)
+    half_life = int(learner.model.popularity_half_life)
     learner.learn(micro_batch(1, [logged_at(1, 1)]))
     learner.learn(micro_batch(3, [logged_at(3, 3, 2)], [1]))  # 3 is context: counted before, or never
     later = 3 + half_life
     learner.learn(micro_batch(later, [logged_at(later - 1, 4), logged_at(later, 4)]))
-    popularity = learner.encoder.item_popularity
+    popularity = learner.model.encoder.item_popularity
     assert popularity[3] == 0
     assert float(popularity[1] / popularity[2]) == pytest.approx(1, rel=1e-2)
     assert float(popularity[4] / popularity[1]) == pytest.approx(4, rel=1e-2)  # two events, each worth twice as much
@@ -483,17 +488,17 @@ def test_popularity_counts_the_new_events_and_halves_with_those_that_follow(lear
 def test_what_newcomers_start_with_counts_more_than_what_they_go_on_with(learner):
     newcomer, known = logged_at(3, 1, 2, 3), logged_at(4, 4)
     newcomer.first_offset = 1  # that of the known user is not in the log: it came with the dataset
-    before = learner.encoder.item_popularity.clone()
+    before = learner.model.encoder.item_popularity.clone()
     learner.learn(micro_batch(4, [newcomer, known], [3, 1]))
-    counted = (learner.encoder.item_popularity - before)[1:5]
+    counted = (learner.model.encoder.item_popularity - before)[1:5]
     assert torch.allclose(counted / counted[0], torch.tensor([1, LATER, LATER, LATER]), rtol=1e-2)
 
 
 def test_popularity_survives_any_number_of_events_without_overflow(registry, learner):
-    step = int(13 * learner.popularity_half_life)
+    step = int(13 * learner.model.popularity_half_life)
     for number in range(1, 30):
         learner.learn(micro_batch(number * step, [logged_at(number * step, number % 24 + 1)]))
-    popularity = learner.encoder.item_popularity
+    popularity = learner.model.encoder.item_popularity
     assert torch.isfinite(popularity).all()
     newest, before = 29 % 24 + 1, 28 % 24 + 1
     assert popularity.argmax() == newest
@@ -502,12 +507,13 @@ def test_popularity_survives_any_number_of_events_without_overflow(registry, lea
 
 
 def test_half_of_what_is_popular_is_as_many_events_old_as_there_are_items(registry):
-    assert NearlineLearner(registry, CONFIG).popularity_half_life == 1000  # few items: chance must not decide
+    assert NearlineLearner(registry, CONFIG).model.popularity_half_life == 1000  # few items: chance must not decide
     assert (
-        NearlineLearner(registry, CONFIG.model_copy(update={"popularity_half_life": 50.0})).popularity_half_life == 50
+        NearlineLearner(registry, CONFIG.model_copy(update={"popularity_half_life": 50.0})).model.popularity_half_life
+        == 50
     )
     registry.publish_snapshot(tiny_encoder(3000), Catalog(item_ids(3000)), Manifest(version=2), None)
-    assert NearlineLearner(registry, CONFIG).popularity_half_life == 3000
+    assert NearlineLearner(registry, CONFIG).model.popularity_half_life == 3000
 
 
 def test_what_the_learner_asks_for(learner):

@@ -80,7 +80,7 @@ def test_a_new_item_has_a_row_and_is_recommended_by_what_it_is(registry, learner
     replica.change_items({"new": {"kind": "kind0"}})
     assert "new" not in recommended(replica), "it has no row yet"
     replica.apply(delta)
-    assert replica.checksum == learner.checksum
+    assert replica.checksum == learner.model.checksum
     assert recommended(replica, kind="kind0")
     assert "new" in recommended(replica, kind="kind0")
     assert "new" not in recommended(replica, kind="kind1")
@@ -88,19 +88,19 @@ def test_a_new_item_has_a_row_and_is_recommended_by_what_it_is(registry, learner
 
 def test_a_new_item_starts_as_the_items_that_are_like_it(learner):
     learner.change_items([put("new", kind="kind0"), put("other", 2, kind="kind1"), put("unlike", 3, kind="another")])
-    table = learner.encoder.item_embeddings.weight.detach()
-    noise = 5 * learner.encoder.config.initializer_range
+    table = learner.model.encoder.item_embeddings.weight.detach()
+    noise = 5 * learner.model.encoder.config.initializer_range
     for row, likes in ((25, range(3, 25, 3)), (26, range(1, 25, 3)), (27, range(1, 25))):
         assert torch.allclose(table[row], table[list(likes)].mean(dim=0), atol=noise)
     assert not torch.allclose(table[25], table[27], atol=noise / 2)
 
 
 def test_other_attributes_of_a_known_item_are_read_by_the_model(registry, learner):
-    before = learner.encoder.item_vectors(torch.tensor([5, 6]))
+    before = learner.model.encoder.item_vectors(torch.tensor([5, 6]))
     delta = learner.change_items([put("i5", kind="kind0", year=5)])
-    read = bool(learner.encoder.config.attribute_values)
+    read = bool(learner.model.encoder.config.attribute_values)
     assert (delta is not None) == read, "without a model that reads it, no weight changes"
-    after = learner.encoder.item_vectors(torch.tensor([5, 6]))
+    after = learner.model.encoder.item_vectors(torch.tensor([5, 6]))
     assert torch.equal(after[0], before[0]) != read
     assert torch.equal(after[1], before[1])
     if delta is not None:
@@ -112,9 +112,9 @@ def test_other_attributes_of_a_known_item_are_read_by_the_model(registry, learne
 def test_the_same_changes_once_more_change_nothing(learner):
     changes = [put("new", kind="kind0"), put("i5", 2, kind="kind2"), ItemChange(3, "i6", None)]
     learner.change_items(changes)
-    version, checksum = learner.version, learner.checksum
+    version, checksum = learner.version, learner.model.checksum
     assert learner.change_items(changes) is None
-    assert (learner.version, learner.checksum) == (version, checksum)
+    assert (learner.version, learner.model.checksum) == (version, checksum)
 
 
 def test_a_restarted_learner_asks_for_all_and_comes_to_the_same(registry, learner):
@@ -123,14 +123,14 @@ def test_a_restarted_learner_asks_for_all_and_comes_to_the_same(registry, learne
     again = NearlineLearner(registry, LearnerConfig())
     assert again.item_revision == 0
     assert again.change_items(changes) is None
-    assert again.checksum == learner.checksum
-    assert again.catalog.removed == {"i6"}
+    assert again.model.checksum == learner.model.checksum
+    assert again.model.catalog.removed == {"i6"}
     assert again.item_revision == 3
 
 
 def test_a_snapshot_holds_attributes_and_removals(registry, learner):
     learner.change_items([put("new", kind="kind0", title="New"), ItemChange(2, "i6", None)])
-    learner.save_snapshot()
+    learner.lineage.save_snapshot(learner.model)
     replica = recommender_of(registry)
     assert replica.catalog.titles["new"] == "New"
     assert "new" in recommended(replica, kind="kind0")
@@ -156,7 +156,7 @@ def test_a_deleted_item_is_in_no_answer_until_it_is_put_again(registry):
 def test_feedback_for_a_described_item_that_nobody_met_finds_its_row(learner):
     learner.change_items([put("new", kind="kind0")])
     learner.learn(micro_batch(1, [history([3, "new"])]))
-    assert len(learner.catalog) == ITEMS + 1
+    assert len(learner.model.catalog) == ITEMS + 1
 
 
 @pytest.mark.parametrize(

@@ -179,9 +179,9 @@ def test_two_aggregators_are_as_one(aggregators: Aggregators, registry: Registry
 
     # weights that know less have the rest again, in the same order
     learner.adopt(registry.load(1), VersionFacts())
-    assert (learner.log_offset, learner.events_trained) == (0, 0)
+    assert (learner.log_offset, learner.lineage.events_trained) == (0, 0)
     again = learn_up_to(learner, batches, last)
-    assert (again[-1], learner.events_trained + learner.events_rejected) == (last, last)
+    assert (again[-1], learner.lineage.events_trained + learner.lineage.events_rejected) == (last, last)
     assert_each_learned_once(registry)
     assert_a_full_log_fails_its_own_users_alone(aggregators)
 

@@ -11,6 +11,7 @@ import torch
 from lib.data.catalog import Catalog
 from lib.errors import InputError
 from lib.live.learner import NearlineLearner
+from lib.live.learning_model import LearningModel
 from lib.live.settings import LearnerConfig
 from lib.model.delta import Delta
 from lib.model.facts import VersionFacts
@@ -68,19 +69,27 @@ def test_the_other_model_is_the_next_version_and_a_restarted_learner_has_it(regi
     for number in range(1, 6):
         update(learner, number)
     learner.adopt(base(tmp_path / "base", 3), FACTS)
-    assert (learner.version, learner.base) == (7, 7)
+    assert (learner.version, learner.lineage.base) == (7, 7)
     # the ledger is that of the new weights: events 4 and 5 are learned again, from the log
-    assert (learner.log_offset, learner.events_trained) == (3, 3)
+    assert (learner.log_offset, learner.lineage.events_trained) == (3, 3)
     restarted = NearlineLearner(registry, CONFIG)
     assert_same_learners(learner, restarted)
-    assert (restarted.base, restarted.facts.offer, restarted.facts.adopted) == (7, "first", learner.facts.adopted)
-    assert_same_state(copied_state(recommender_of(registry).encoder), copied_state(learner.encoder))
+    assert (restarted.lineage.base, restarted.lineage.facts.offer, restarted.lineage.facts.adopted) == (
+        7,
+        "first",
+        learner.lineage.facts.adopted,
+    )
+    assert_same_state(copied_state(recommender_of(registry).encoder), copied_state(learner.model.encoder))
     assert registry.version_of_offer("first") == 7
     assert registry.version_of_offer("second") is None
     update(learner, 4)
     restarted = NearlineLearner(registry, CONFIG)
-    assert (restarted.base, restarted.facts.offer, restarted.facts.adopted) == (7, None, learner.facts.adopted)
-    assert (restarted.version, restarted.log_offset, restarted.events_trained) == (8, 4, 4)
+    assert (restarted.lineage.base, restarted.lineage.facts.offer, restarted.lineage.facts.adopted) == (
+        7,
+        None,
+        learner.lineage.facts.adopted,
+    )
+    assert (restarted.version, restarted.log_offset, restarted.lineage.events_trained) == (8, 4, 4)
 
 
 def test_what_came_meanwhile_is_learned_as_if_the_new_weights_had_been_there_before(registry, learner, tmp_path):
@@ -101,13 +110,13 @@ def test_items_that_came_meanwhile_keep_their_rows(registry, learner, tmp_path):
     update(learner, 1, 1, 2, "new")
     update(learner, 2, 1, 2, "newer")
     learner.adopt(base(tmp_path / "base", 1, items=26), FACTS)  # it has items of its own, too
-    assert learner.catalog.item_ids[25:] == ["i25", "i26", "new", "newer"]
-    rows = learner.encoder.item_embeddings.weight[27:29]
+    assert learner.model.catalog.item_ids[25:] == ["i25", "i26", "new", "newer"]
+    rows = learner.model.encoder.item_embeddings.weight[27:29]
     assert (rows.norm(dim=1) > 0).all()
     replica = recommender_of(registry)
     assert replica.similar("newer", 28)
     replica.apply(Delta.from_bytes(update(learner, 2, 1, 2, "newer").to_bytes()))
-    assert replica.checksum == learner.checksum
+    assert replica.checksum == learner.model.checksum
     assert_same_learners(learner, NearlineLearner(registry, CONFIG))
 
 
@@ -117,7 +126,7 @@ def test_the_other_model_may_have_another_shape(registry, learner, tmp_path):
     assert learner.sample_sizes.history_length == 4
     replica = recommender_of(registry)
     replica.apply(Delta.from_bytes(update(learner, 2).to_bytes()))
-    assert replica.checksum == learner.checksum
+    assert replica.checksum == learner.model.checksum
 
 
 def test_the_optimisers_state_comes_with_it(registry, learner, tmp_path):
@@ -125,7 +134,7 @@ def test_the_optimisers_state_comes_with_it(registry, learner, tmp_path):
         update(learner, number)
     made = registry.load(3)
     learner.adopt(made, FACTS)
-    assert_same_optimizer(optimizer_of(learner), optimizer_of(NearlineLearner(registry, CONFIG, version=3)))
+    assert_same_optimizer(optimizer_of(learner), LearningModel(registry.load(3), CONFIG).trainer.optimizer_state())
 
 
 def test_two_learners_cannot_publish_one_version(registry, learner, tmp_path):
@@ -142,17 +151,17 @@ def test_two_learners_cannot_publish_one_version(registry, learner, tmp_path):
 def test_a_rollback_behind_a_base_brings_the_old_weights_and_no_event_twice(registry, learner, tmp_path):
     for number in range(1, 5):
         update(learner, number)
-    old, moments = copied_state(learner.encoder), optimizer_of(learner)
+    old, moments = copied_state(learner.model.encoder), optimizer_of(learner)
     learner.adopt(base(tmp_path / "base", 2, hidden_size=8), FACTS)
     update(learner, 3)
     assert learner.restore(5) is None
-    assert_same_state(old, copied_state(learner.encoder))
+    assert_same_state(old, copied_state(learner.model.encoder))
     assert_same_optimizer(moments, optimizer_of(learner))
     # the old weights had learned event 4, which the new ones had not yet
-    assert (learner.version, learner.log_offset, learner.events_trained) == (8, 4, 4)
+    assert (learner.version, learner.log_offset, learner.lineage.events_trained) == (8, 4, 4)
     update(learner, 5)
     assert learner.restore(6) is None  # and forth again: what the old weights have learned is not learned again
-    assert (learner.version, learner.log_offset, learner.events_trained) == (10, 5, 5)
+    assert (learner.version, learner.log_offset, learner.lineage.events_trained) == (10, 5, 5)
     assert_same_learners(learner, NearlineLearner(registry, CONFIG))
 
 
@@ -164,7 +173,7 @@ def test_the_base_outlives_pruning(tmp_path):
     for number in range(2, 12):
         update(learner, number)
     assert registry.snapshots()[:2] == [1, 3]
-    assert registry.load(learner.base).log_offset == 1
+    assert registry.load(learner.lineage.base).log_offset == 1
 
 
 def test_offers_wait_in_order_and_go(registry, tmp_path):
@@ -196,7 +205,7 @@ def test_learning_from_an_empty_batch_after_a_base(registry, learner, tmp_path):
     learner.adopt(base(tmp_path / "base", 0), FACTS)
     delta = learner.learn(micro_batch(1, []))
     assert isinstance(delta, Delta)
-    assert torch.equal(learner.encoder.item_popularity, registry.load().encoder.item_popularity)
+    assert torch.equal(learner.model.encoder.item_popularity, registry.load().encoder.item_popularity)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -322,9 +322,9 @@ def test_items_are_described_alike_in_both_arms(tmp_path, model):
     # and when it is promoted
     learner = NearlineLearner(registry, CONFIG)
     learner.adopt(load_folder(challenger.prepared.model), VersionFacts())
-    attributes = learner.catalog.attributes
+    attributes = learner.model.catalog.attributes
     assert attributes is not None
-    assert (attributes.column_names, learner.catalog.removed) == (["item_id", "genres", "year"], {"i2"})
+    assert (attributes.column_names, learner.model.catalog.removed) == (["item_id", "genres", "year"], {"i2"})
 
 
 def show(challenger: Challenger, users: int, rewarded: Callable[[str, int], bool]) -> None:
@@ -372,8 +372,8 @@ def test_a_winner_is_offered_and_its_arm_goes_on_until_it_is_live(state, model, 
     assert not asyncio.run(challenger.tell())
     assert (status_of(challenger)["state"], status_of(challenger)["version"]) == ("promoted", 4)
     # learning goes on from where its weights are: nothing of the log is in another model's
-    assert (learner.log_offset, learner.events_trained) == ((1, 1) if stored else (0, 0))
-    assert learner.encoder.config.hidden_size == (16 if stored else 8)
+    assert (learner.log_offset, learner.lineage.events_trained) == ((1, 1) if stored else (0, 0))
+    assert learner.model.encoder.config.hidden_size == (16 if stored else 8)
     assert learner.learn(micro_batch(learner.log_offset + 1, [history([1, 2])])).version == 5
     with FeedbackLog.open(state / "feedback.sqlite") as log:
         log.append([Event("u", "i1", "click", None, NOW, str(number)) for number in range(2)]).result()
@@ -539,7 +539,8 @@ def test_what_cannot_challenge_is_refused(state, model, tmp_path):
 
 def snapshot_of(state: Path) -> Path:
     """The newest version, whole."""
-    NearlineLearner(Registry(state), CONFIG).save_snapshot()
+    learner = NearlineLearner(Registry(state), CONFIG)
+    learner.lineage.save_snapshot(learner.model)
     return state / "snapshots" / "0000000003"
 
 

@@ -112,10 +112,10 @@ def test_a_version_that_cannot_be_stored_waits_for_room_and_is_learned_once(tmp_
         assert all("File too large" in str(error) for error in errors)
         learn(learner, log)
         learn(steady, steady_log)
-        assert_same_state(copied_state(learner.encoder), copied_state(steady.encoder))
+        assert_same_state(copied_state(learner.model.encoder), copied_state(steady.model.encoder))
         ledger = check(Accounts(Registry(registry.store.root)).newest_lineage(), log)
         assert (ledger.faults, ledger.events_trained, ledger.waiting) == ([], 6, 0)
-        assert_same_state(copied_state(registry.load().encoder), copied_state(learner.encoder))
+        assert_same_state(copied_state(registry.load().encoder), copied_state(learner.model.encoder))
 
 
 def test_a_version_that_cannot_be_stored_fails_where_nobody_waits(tmp_path):
@@ -339,7 +339,7 @@ def test_after_a_torn_delta_the_events_are_learned_again_under_new_versions(tmp_
         replica.apply(Delta.from_bytes(delta.to_bytes()))
         with pytest.raises(DeltaMismatch, match=f"delta {head + 1} follows version {whole}"):
             stale.apply(delta)
-        assert recommender(registry.load()).checksum == replica.checksum == learner.checksum
+        assert recommender(registry.load()).checksum == replica.checksum == learner.model.checksum
         assert registry.load().damage == []
 
         ledger = check(Accounts(registry).newest_lineage(), log)
@@ -350,7 +350,7 @@ def test_after_a_torn_delta_the_events_are_learned_again_under_new_versions(tmp_
         ledger = check(Accounts(Registry(registry.store.root)).newest_lineage(), log)
         assert (ledger.faults, ledger.waiting, ledger.events_trained) == ([], 0, log.count())
         restarted = NearlineLearner(registry, CONFIG)
-        assert (restarted.version, restarted.checksum, restarted.damage) == (head + 2, learner.checksum, [])
+        assert (restarted.version, restarted.model.checksum, restarted.damage) == (head + 2, learner.model.checksum, [])
 
 
 def test_a_learner_that_did_not_store_a_whole_version_first_is_loaded_too(tmp_path):
@@ -376,7 +376,7 @@ def test_a_torn_snapshot_costs_nothing_where_its_deltas_are_there(tmp_path):
         file = tmp_path / "store" / "snapshots" / "0000000004" / "model.safetensors"
         file.write_bytes(file.read_bytes()[:500])
         again = NearlineLearner(registry, config)
-        assert (again.version, again.checksum, again.log_offset) == (5, learner.checksum, 8)
+        assert (again.version, again.model.checksum, again.log_offset) == (5, learner.model.checksum, 8)
         assert str(file) in again.damage[0]
         again.store_whole()
         assert NearlineLearner(registry, config).damage == []
@@ -437,11 +437,11 @@ def test_a_clock_that_jumps_neither_wipes_nor_inflates_popularity(tmp_path):
     learner = NearlineLearner(started_registry(tmp_path / "store"), CONFIG)
     now = 1_800_000_000_000
     learner.learn(micro_batch(1, [history([1], start=now), history([1], start=now)], [1, 1]))
-    reference = int(learner.encoder.popularity_reference)
+    reference = int(learner.model.encoder.popularity_reference)
     for offset, by in ((2, 5 * HOUR), (3, -5 * HOUR), (4, 0)):
         learner.learn(micro_batch(offset, [history([2, 3], start=now), history([3], start=now + by)], [1, 1]))
-    counts = learner.encoder.item_popularity
-    assert int(learner.encoder.popularity_reference) == reference
+    counts = learner.model.encoder.item_popularity
+    assert int(learner.model.encoder.popularity_reference) == reference
     assert float(counts[1] / 2) == pytest.approx(float(counts[3] / 6), rel=0.05)
 
 

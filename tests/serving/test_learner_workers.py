@@ -25,6 +25,7 @@ from lib.model.fingerprint import fingerprint
 from lib.versions.registry import Registry
 from serving.learner import aggregators_of
 from serving.learner_workers import LearnerWorkers
+from tests.helpers.learners import training_batch_of
 from tests.helpers.tiny import history, micro_batch, started_registry
 
 CONFIG = LearnerConfig(
@@ -71,7 +72,7 @@ def two(ray_session: object, registry: Registry) -> Iterator[LearnerWorkers]:
 def other_worker(workers: LearnerWorkers) -> tuple[int, str]:
     """The process of the second worker, and the checksum of its weights."""
     [other] = workers.others
-    known: Any = ray.get(other.__ray_call__.remote(lambda worker: (os.getpid(), worker.learner.checksum)))
+    known: Any = ray.get(other.__ray_call__.remote(lambda worker: (os.getpid(), worker.learner.model.checksum)))
     return known
 
 
@@ -91,8 +92,8 @@ def test_two_workers_learn_what_one_learns(
         assert together.facts.loss == pytest.approx(wanted.facts.loss)
     stored = registry.load()
     assert registry.snapshots() == [1, 4], "the first worker alone publishes"
-    assert fingerprint(stored.encoder) == two.first.checksum == other_worker(two)[1]
-    own, other = state_of(one.encoder), state_of(stored.encoder)
+    assert fingerprint(stored.encoder) == two.first.model.checksum == other_worker(two)[1]
+    own, other = state_of(one.model.encoder), state_of(stored.encoder)
     assert own.keys() == other.keys()
     for name, tensor in own.items():
         torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
@@ -122,7 +123,7 @@ def test_two_workers_learn_what_one_learns(
     registry.offers.add("offer", Path(registry.store.root, "snapshots", f"{4:010d}"))
     two.take_over("offer")
     whole = two.store_whole()
-    assert (two.first.base, whole.version, registry.snapshots()[-1]) == (9, 10, 10)
+    assert (two.first.lineage.base, whole.version, registry.snapshots()[-1]) == (9, 10, 10)
     process, checksum = other_worker(two)
     assert checksum == whole.checksum == fingerprint(registry.load().encoder)
 
@@ -135,7 +136,7 @@ def test_two_workers_learn_what_one_learns(
     again = NearlineLearner(registry, CONFIG)
     learned = again.learn(micro_batch(again.log_offset + 2, [history([1, 2])]))
     assert isinstance(learned, Delta)
-    assert (learned.version, again.events_trained) == (11, whole.facts.events_trained + 1)
+    assert (learned.version, again.lineage.events_trained) == (11, whole.facts.events_trained + 1)
 
 
 def test_one_worker_is_the_learner_itself(alone: tuple[NearlineLearner, list[Any]], registry: Registry) -> None:
@@ -143,11 +144,11 @@ def test_one_worker_is_the_learner_itself(alone: tuple[NearlineLearner, list[Any
     workers = LearnerWorkers(registry.store.root, CONFIG)
     outcomes = [take(workers, step) for step in STEPS]
     assert [outcome.checksum for outcome in outcomes] == [outcome.checksum for outcome in expected]
-    batch = one._training_batch(FIRST)
+    batch = training_batch_of(one, FIRST)
     assert batch is not None
     assert torch.equal(local_batch(batch).rows, batch.rows)
     assert broadcast_from_rank_0(lambda: "no") == "no"
-    require_equal(one.checksum)
+    require_equal(one.model.checksum)
 
 
 def test_a_learner_alone_says_what_to_begin_with(ray_session: object, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_the_lineage_of_a_new_base_has_every_event_once(tmp_path, keep_snapshots
         offer(registry, tmp_path / "one", "one", since=1, events=6, log_offset=6)
         learner = NearlineLearner(registry, config)
         learner.take_over("one")
-        assert (learner.version, learner.log_offset, learner.events_trained) == (6, 6, 6)
+        assert (learner.version, learner.log_offset, learner.lineage.events_trained) == (6, 6, 6)
         ledger = sound()
         assert (ledger.versions, ledger.log_offset, ledger.waiting) == (2, 6, 2)
         learner.learn(micro_batch(8, [history([1, 2, 3])], [2]))  # what was held out
@@ -207,7 +207,7 @@ def test_a_base_whose_parent_was_deleted_starts_a_lineage_of_its_own(tmp_path):
         learner = learned(registry, log, 8, config)
         assert not Accounts(registry).traces(3)
         learner.take_over("late")
-        assert (learner.parent, learner.log_offset) == (None, 8)
+        assert (learner.lineage.parent, learner.log_offset) == (None, 8)
         ledger = check(Accounts(registry).newest_lineage(), log)
         assert (ledger.faults, ledger.versions, ledger.waiting) == ([], 1, 12)
 
@@ -224,10 +224,15 @@ def test_what_the_gate_rejected_of_other_weights_says_nothing_of_a_new_base(tmp_
         write_manifest(tmp_path / "other", manifest)
         registry.offers.add("other", tmp_path / "other")
         learner = NearlineLearner(registry, CONFIG)
-        assert (learner.log_offset, learner.events_rejected) == (6, 2)
+        assert (learner.log_offset, learner.lineage.events_rejected) == (6, 2)
         learner.take_over("other")
         for taken in (learner, NearlineLearner(registry, CONFIG)):
-            assert (taken.version, taken.log_offset, taken.events_trained, taken.events_rejected) == (4, 2, 2, 0)
+            assert (taken.version, taken.log_offset, taken.lineage.events_trained, taken.lineage.events_rejected) == (
+                4,
+                2,
+                2,
+                0,
+            )
         assert check(Accounts(registry).newest_lineage(), log).faults == []
 
 

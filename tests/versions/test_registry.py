@@ -61,12 +61,12 @@ def files_of(registry: Registry) -> Path:
 def learn(registry: Registry, updates: int, config: LearnerConfig = CONFIG) -> dict[int, dict]:
     """Publish deltas, each with a new item; the state of every version."""
     learner = NearlineLearner(registry, config)
-    states = {learner.version: copied_state(learner.encoder)}
+    states = {learner.version: copied_state(learner.model.encoder)}
     for _ in range(updates):
         number = learner.version
         delta = learner.learn(micro_batch(number * 10, [history([1, 2 + number, f"new{number}"])]))
         assert isinstance(delta, Delta)
-        states[delta.version] = copied_state(learner.encoder)
+        states[delta.version] = copied_state(learner.model.encoder)
     return states
 
 
@@ -147,9 +147,9 @@ def test_an_unfinished_write_is_not_a_version(registry):
     assert [info.version for info in registry.versions()] == [1, 2]
     assert len(learn(registry, 1)) == 2  # version 3 is free
     learner = NearlineLearner(registry, CONFIG)
-    learner.save_snapshot()  # and what was left of the snapshot is replaced
+    learner.lineage.save_snapshot(learner.model)  # and what was left of the snapshot is replaced
     assert registry.snapshots() == [1, 3]
-    assert_same_state(copied_state(learner.encoder), copied_state(registry.load(3).encoder))
+    assert_same_state(copied_state(learner.model.encoder), copied_state(registry.load(3).encoder))
 
 
 @pytest.mark.parametrize("survived", range(5))
@@ -167,10 +167,10 @@ def test_a_crash_between_the_files_leaves_no_snapshot(registry, monkeypatch, sur
     with monkeypatch.context() as patch:
         patch.setattr(registry.store, "write", crash)
         with pytest.raises(OSError, match="killed"):
-            learner.save_snapshot()
+            learner.lineage.save_snapshot(learner.model)
     assert registry.snapshots() == [1]
     assert registry.load().version == 2
-    learner.save_snapshot()
+    learner.lineage.save_snapshot(learner.model)
     assert registry.snapshots() == [1, 2]
     assert len(list((files_of(registry) / "snapshots" / "0000000002").iterdir())) == 5
 
@@ -203,16 +203,16 @@ def test_snapshots_in_between_and_pruning(registry):
 def test_a_snapshot_holds_the_optimiser_and_the_catalog(registry):
     learn(registry, 2)
     learner = NearlineLearner(registry, CONFIG)
-    learner.save_snapshot()
+    learner.lineage.save_snapshot(learner.model)
     for version in registry.deltas():
         registry.store.fs.delete_file(f"{registry.store.root}/deltas/{version:010d}")
     again = NearlineLearner(registry, CONFIG)
     assert again.version == 3
     assert again.log_offset == 20
-    assert again.events_trained == 2
-    assert again.checksum == learner.checksum
-    assert again.catalog.item_ids == learner.catalog.item_ids
-    mine, theirs = learner.trainer.optimizer_state(), again.trainer.optimizer_state()
+    assert again.lineage.events_trained == 2
+    assert again.model.checksum == learner.model.checksum
+    assert again.model.catalog.item_ids == learner.model.catalog.item_ids
+    mine, theirs = learner.model.trainer.optimizer_state(), again.model.trainer.optimizer_state()
     assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
 
 
@@ -267,7 +267,8 @@ def test_a_delta_is_not_laid_over_a_version_that_it_does_not_follow(registry):
 @pytest.mark.parametrize("name", ["model.safetensors", "catalog.parquet", "config.json", OPTIMIZER_FILE])
 def test_a_damaged_or_missing_file_of_a_snapshot_is_named(registry, name):
     states = learn(registry, 1)
-    NearlineLearner(registry, CONFIG).save_snapshot()
+    learner = NearlineLearner(registry, CONFIG)
+    learner.lineage.save_snapshot(learner.model)
     path = files_of(registry) / "snapshots" / "0000000002" / name
     flip(path, 50)
     for damage in (lambda: None, path.unlink):

@@ -1,0 +1,139 @@
+"""A model that learns: encoder, catalog and optimiser together, and what an update has changed in them."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.data.catalog import Catalog
+from lib.data.popularity import event_counts
+from lib.live.new_items import add_rows, encode_attributes
+from lib.live.settings import LearnerConfig
+from lib.live.undo import UndoJournal
+from lib.log.items import ItemChange
+from lib.model.delta import ROW_TENSORS, difference, grow_items, state_of
+from lib.model.encoder import BehaviourEncoder
+from lib.model.fingerprint import Fingerprint
+from lib.model.trainer import Trainer, TrainingConfig, train_top_layers
+from lib.versions.folder import LoadedVersion
+
+LEAST_HALF_LIFE = 1000.0  # events: of fewer, chance decides what is popular
+
+
+class Changes(NamedTuple):
+    """What a delta is made of: the changed rows (R,), the row tensors' values there, and the other tensors changed."""
+
+    rows: Tensor
+    tensors: dict[str, np.ndarray]
+
+
+class LearningModel:
+    """Weights, catalog and optimiser of one version, which then move on together."""
+
+    def __init__(self, loaded: LoadedVersion, config: LearnerConfig, catalog: Catalog | None = None):
+        """Continue from a loaded version; items of `catalog` that it does not know get rows behind its own.
+
+        Raises:
+            InputError: version and catalog describe their items differently.
+        """
+        self.config = config
+        self.encoder = loaded.encoder
+        self.catalog = loaded.catalog if catalog is None else loaded.catalog.joined(catalog)
+        self.kind_codes = self.encoder.config.kind_codes
+        self.popularity_half_life = config.popularity_half_life or max(len(self.catalog), LEAST_HALF_LIFE)
+        train_top_layers(self.encoder, config.trained_bytes)
+        self.trainer = _trainer_of(loaded, _training_config(config, self.encoder))
+        add_rows(self.trainer, self.catalog, known=len(loaded.catalog), seed=config.seed)
+        self.published_items = len(self.catalog)  # later ones wait for the next delta: theirs was rejected
+        self.fingerprint = Fingerprint(self.encoder)  # of the published weights
+
+    def add_items(self, item_ids: Iterable[str]) -> None:
+        """Give rows to the unknown ones among these items: the mean of those that are like each, a little apart."""
+        known = len(self.catalog)
+        self.catalog.extend(item_ids)
+        add_rows(self.trainer, self.catalog, known, self.config.seed)
+
+    def change_items(self, changes: Sequence[ItemChange]) -> Tensor:
+        """Take over items that were put or deleted; returns the known rows (R,) whose attributes are others now."""
+        self.catalog.change({change.item_id: change.attributes for change in changes})
+        put = [change.item_id for change in changes if change.attributes is not None]
+        known = torch.tensor(self.catalog.rows(put), dtype=torch.long)
+        before = self.encoder.item_attributes[known]
+        self.add_items(put)
+        encode_attributes(self.encoder, self.catalog, known)
+        return known[(self.encoder.item_attributes[known] != before).any(dim=1)]
+
+    def rows_to_publish(self, *changed: Tensor) -> Tensor:
+        """(R,) these rows, and those of the items that no delta has named yet; ascending."""
+        unpublished = torch.arange(self.published_items + 1, len(self.catalog) + 1)
+        return torch.unique(torch.cat([*changed, unpublished]))
+
+    def changes(self, journal: UndoJournal, rows: Tensor) -> Changes:
+        """Return these rows (R,) of the row tensors, and of the other tensors those that an update has changed."""
+        state = state_of(self.encoder)
+        tensors = {name: state[name][rows].numpy() for name in ROW_TENSORS}
+        changed = (name for name, before in journal.dense.items() if not torch.equal(state[name], before))
+        return Changes(rows, tensors | {name: state[name].numpy().copy() for name in changed})
+
+    @property
+    def checksum(self) -> str:
+        """Fingerprint of the published weights."""
+        return self.fingerprint.checksum
+
+    def fingerprint_with(self, changes: Changes) -> str:
+        """Take changes into the fingerprint, and return it."""
+        return self.fingerprint.update(state_of(self.encoder), changes.rows.numpy(), set(changes.tensors))
+
+    def go_back_to(self, loaded: LoadedVersion) -> Changes:
+        """Take over the weights and the optimiser of another version; items that came after it keep what they have."""
+        grow_items(loaded.encoder, self.encoder.config.item_rows)
+        own, target = state_of(self.encoder), state_of(loaded.encoder)
+        later = slice(len(loaded.catalog) + 1, None)
+        for name in ROW_TENSORS:
+            target[name][later] = own[name][later]
+        counted_at = np.array([int(self.encoder.popularity_reference)])
+        factor = event_counts(counted_at, int(loaded.encoder.popularity_reference), self.popularity_half_life)
+        target["item_popularity"][later] *= float(factor[0])
+        train_top_layers(loaded.encoder, self.config.trained_bytes)
+        trainer = _trainer_of(loaded, self.trainer.config)
+        rows = self._rows_that_differ(target, trainer)
+        _, tensors = difference(self.encoder, target, rows)
+        changes = Changes(rows, {name: np.array(value) for name, value in tensors.items()})
+        for name, tensor in own.items():
+            tensor.copy_(target[name])
+        self.trainer.load_optimizer_state(trainer.optimizer_state())
+        return changes
+
+    def _rows_that_differ(self, target: dict[str, Tensor], trainer: Trainer) -> Tensor:
+        """(R,) rows whose weights or optimiser state are not those of the target, and the unpublished ones."""
+        state, own, other = state_of(self.encoder), self.trainer.row_optimizer, trainer.row_optimizer
+        pairs = [(state[name], target[name]) for name in ROW_TENSORS]
+        pairs += [(own.first, other.first), (own.second, other.second), (own.steps, other.steps)]
+        differs = torch.zeros(len(own.steps), dtype=torch.bool)
+        for now, then in pairs:
+            differs |= (now != then).reshape(len(differs), -1).any(dim=1)
+        differs[self.rows_to_publish()] = True
+        return differs.nonzero().flatten()
+
+
+def _training_config(config: LearnerConfig, encoder: BehaviourEncoder) -> TrainingConfig:
+    return TrainingConfig(
+        learning_rate=config.learning_rate or 1e-3 * min(1.0, 128 / encoder.config.hidden_size),
+        new_row_boost=config.new_row_boost,
+        negatives=config.negatives,
+        seed=config.seed,
+    )
+
+
+def _trainer_of(loaded: LoadedVersion, config: TrainingConfig) -> Trainer:
+    """Make a trainer with the optimiser state of a loaded version."""
+    # a change of these would move every item's vector, and a delta is to name the few items that it moves
+    loaded.encoder.attribute_embeddings.requires_grad_(False)
+    trainer = Trainer(loaded.encoder, len(loaded.catalog), config)
+    if loaded.optimizer is not None:
+        trainer.load_optimizer_state(loaded.optimizer)
+    for rows, state in loaded.optimizer_deltas:
+        trainer.load_optimizer_state(state, rows)
+    return trainer

@@ -1,0 +1,45 @@
+"""What new events add to the popularity of their items, within the limits of what one user and a crowd may move."""
+
+import numpy as np
+import torch
+
+from lib.data.popularity import event_counts, moved_reference, start_weights
+from lib.live.influence import Influence, Targets, newcomers_of
+from lib.live.learning_model import LearningModel
+from lib.live.micro_batch import MicroBatch
+from lib.live.undo import UndoJournal
+
+
+def count_popularity(batch: MicroBatch, model: LearningModel, influence: Influence, journal: UndoJournal) -> None:
+    """Count the new events, a user's of one item once in the history at hand; the journal can take it back."""
+    new_rows, new_offsets, new_owners, counted, first = [], [], [], [], []
+    for user, (history, count) in enumerate(zip(batch.histories, batch.new_counts, strict=True)):
+        before = len(history) - count
+        new_rows += [model.catalog.row_of[item_id] for item_id in history.item_ids[before:]]
+        new_offsets += history.offsets[before:]
+        new_owners += [user] * count
+        known = set(history.item_ids[:before])
+        for item_id, offset in zip(history.item_ids[before:], history.offsets[before:], strict=True):
+            counted.append(item_id not in known and offset not in batch.quarantined)
+            first.append(offset == history.first_offset)
+            known.add(item_id)
+    rows = np.array(new_rows)
+    targets = Targets(
+        weights=np.array(counted, dtype=np.float32),
+        owners=np.array(new_owners),
+        rows=rows,
+        new=np.ones(len(rows), bool),
+        newcomers=newcomers_of(batch.histories, batch.last_offset, influence.limits),
+    )
+    encoder, half_life = model.encoder, model.popularity_half_life
+    left = influence.left(targets, encoder.item_popularity.numpy())
+    weights = targets.weights * left * start_weights(np.array(first))
+    reference, factor = moved_reference(batch.last_offset, int(encoder.popularity_reference), half_life)
+    counts = torch.from_numpy(event_counts(np.array(new_offsets), reference, half_life) * weights).float()
+    if factor == 1.0:
+        journal.record(torch.from_numpy(np.unique(rows)))
+    else:
+        journal.record(torch.arange(len(encoder.item_popularity)))
+        encoder.item_popularity *= factor
+        encoder.popularity_reference.fill_(reference)
+    encoder.item_popularity.index_add_(0, torch.from_numpy(rows), counts)

@@ -1,0 +1,80 @@
+"""What a micro-batch becomes before a training step: context, new events and replayed windows, each with its weight."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lib.data.histories import Histories
+from lib.data.history import History, to_histories
+from lib.live.influence import Influence, Targets, last_opinions, newcomers_of
+from lib.live.learning_model import LearningModel
+from lib.live.micro_batch import MicroBatch
+from lib.live.settings import LearnerConfig
+from lib.model.batches import Batch, SequenceBatches
+from lib.versions.rejections import Rejections
+
+LEAST_CONTEXT = 8  # events before a user's new ones
+
+
+def training_batch(
+    batch: MicroBatch, model: LearningModel, config: LearnerConfig, influence: Influence, rejections: Rejections
+) -> Batch | None:
+    """Make new events targets with their context, and replayed ones at a lower weight; None where none is a target.
+
+    Args:
+        batch: the new events and the windows to learn again.
+        model: that learns; its catalog has the new items.
+        config: how much context is read, and what a replayed target weighs.
+        influence: limits what one user and a crowd may move.
+        rejections: events that did harm once are context, and no targets again.
+    """
+    length = min(config.context_length, model.encoder.config.max_length)
+    context = min(length, max(config.context_events // max(len(batch.histories), 1), LEAST_CONTEXT))
+    histories = [h.newest(context + n) for h, n in zip(batch.histories, batch.new_counts, strict=True)]
+    replay = [history.newest(length + 1) for history in batch.replay]
+    flat = to_histories([*histories, *replay], model.catalog, model.kind_codes)
+    offsets = _offsets([*histories, *replay], model)
+    new = _are_new(histories, batch.new_counts, flat, model)
+    share = new.astype(np.float32)
+    share[flat.offsets[len(histories)] :] = config.replay.weight
+    share[new & np.isin(offsets, list(batch.quarantined))] = 0.0
+    share[~new & rejections.cover(offsets)] = 0.0
+    sequences = SequenceBatches(flat, model.encoder.config)
+    owners = np.repeat(np.arange(len(flat)), flat.lengths)
+    weights = sequences.weights * share * last_opinions(flat, owners, model.kind_codes)
+    weights[flat.offsets[:-1][flat.lengths > 0]] = 0.0  # a first event has nothing that it could follow from
+    targets = Targets(
+        weights=weights,
+        owners=owners,
+        rows=flat.rows,
+        new=new,
+        newcomers=newcomers_of([*histories, *replay], batch.last_offset, influence.limits),
+    )
+    sequences.weights = influence.limited(targets, model.encoder.item_popularity.numpy())
+    return _useful(sequences)
+
+
+def _are_new(
+    histories: Sequence[History], new_counts: Sequence[int], flat: Histories, model: LearningModel
+) -> np.ndarray:
+    """(E,) bool, which events are new; `flat` has those of `histories` first, without events of an unknown kind."""
+    new = np.zeros(len(flat.rows), dtype=bool)
+    for stop, history, count in zip(flat.offsets[1:], histories, new_counts, strict=False):
+        known = sum(kind in model.kind_codes for kind in history.newest(count).events)
+        new[stop - known : stop] = True
+    return new
+
+
+def _offsets(histories: Sequence[History], model: LearningModel) -> np.ndarray:
+    """(E,) the log offset of every event that `to_histories` reads."""
+    row_of, codes = model.catalog.row_of, model.kind_codes
+    columns = ((history.offsets, history.item_ids, history.events) for history in histories)
+    every = (event for column in columns for event in zip(*column, strict=True))
+    return np.array([offset for offset, item, kind in every if item in row_of and kind in codes], dtype=np.int64)
+
+
+def _useful(sequences: SequenceBatches) -> Batch | None:
+    """Return the windows that have a target."""
+    starts, lengths = sequences.windows()
+    useful = np.array([sequences.weights[s + 1 : s + n].any() for s, n in zip(starts, lengths, strict=True)], bool)
+    return sequences.training_batch(starts[useful], lengths[useful]) if useful.any() else None
