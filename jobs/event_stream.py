@@ -79,7 +79,7 @@ def prepare_stream(
     """Make `folder` the stream of a dataset, on the running Ray; one that is complete is left as it is.
 
     Raises:
-        InputError: the data is missing or breaks a rule of lib/data/ingest.py.
+        InputError: the data is missing or breaks a rule of lib/data/dataset.py.
     """
     if (folder / FIGURES_FILE).exists():
         return _read_figures(folder)

@@ -51,9 +51,8 @@ def checked_ledger(state: str) -> "Ledger":
     from lib.versions.ledger import check
     from lib.versions.registry import Registry
 
-    chain = Accounts(
-        Registry(state)
-    ).newest_lineage()  # before the log: what is learned meanwhile is in the log already
+    # read before the log: what is learned meanwhile is in the log already
+    chain = Accounts(Registry(state)).newest_lineage()
     if not chain:
         raise InputError(
             f"state: no versions are stored at {state}, so there is nothing to check; serve the model first"

@@ -1,4 +1,7 @@
-"""How SQLite files are opened, synced, read and written: all of them with write-ahead logging."""
+"""How SQLite files are made, opened, synced, read and written.
+
+All of them have write-ahead logging: `create` makes them so, and so does opening one that may be new ("rwc").
+"""
 
 import sqlite3
 import threading

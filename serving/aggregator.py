@@ -1,8 +1,8 @@
 """The feedback aggregator: events in, durable; histories out; micro-batches to the learner.
 
 There is one actor a cluster, or one for each shard of the users (lib/log/shard.py). The way of an event: cleaning, log
-(fsync), history, acknowledgement; then it is pending until the trigger releases a micro-batch (64 events, or 200 ms
-after the first, whichever comes first). After a crash the histories are read again from the dataset and the log.
+(fsync), history, acknowledgement; then it is pending until the trigger (AggregatorConfig.trigger) releases a
+micro-batch. After a crash the histories are read again from the dataset and the log.
 """
 
 import asyncio

@@ -31,6 +31,7 @@ from lib.versions.rejections import Rejections
 from serving.aggregator import NAMESPACE
 from serving.status import ExperimentStatus, ShadowStatus
 
+EXPERIMENTS = "experiments"  # name of the actor
 FOLDER, MODEL = "experiments", "model"
 STATE, OFFERED, VERSION, RUN = "state", "offered", "version", "run"  # facts that are kept with the results
 RUNNING, PROMOTING, PROMOTED, REFUSED, ROLLED_BACK = "running", "promoting", "promoted", "refused", "rolled back"
@@ -258,6 +259,3 @@ def experiments_handle() -> ActorHandle:
         ValueError: none is running.
     """
     return ray.get_actor(EXPERIMENTS, namespace=NAMESPACE)
-
-
-EXPERIMENTS = "experiments"

@@ -66,7 +66,7 @@ class Progress:
         return FreshnessStatus(last_ms=float(delays[-1]), p50_ms=median, p99_ms=slowest, count=self.delayed)
 
     def step_times(self) -> dict[str, float]:
-        """Return the fields of UpdateCosts (serving/status.py): of the latest updates the median and 99%."""
+        """Return what the latest updates took, for LearnerStatus (serving/status.py): the median and 99%."""
         steps = list(self.steps)  # in one step, as another thread adds to it
         if not steps:
             return {}

@@ -31,7 +31,7 @@ class StatusCollector(Collector):
     def _learner(self) -> Iterator[Metric]:
         learner = self.status.learner
         up = isinstance(learner, LearnerStatus)
-        yield GaugeMetricFamily("afterclick_learner_up", "1 while the learner answers", float(up))
+        yield GaugeMetricFamily("afterclick_learner_up", "1 while the learner answers.", float(up))
         if not up:
             return
         for name in LEARNER_COUNTERS:
@@ -40,14 +40,14 @@ class StatusCollector(Collector):
             "afterclick_unreached_replicas", _text(LearnerStatus, "unreached_replicas"), learner.unreached_replicas
         )
         if learner.freshness is not None:
-            text = "from an event's acknowledgement to its version live on all replicas, of late, in milliseconds"
+            text = "From an event's acknowledgement to its version live on all replicas, of late, in milliseconds."
             yield GaugeMetricFamily("afterclick_freshness_p50_ms", text, learner.freshness.p50_ms)
             yield GaugeMetricFamily("afterclick_freshness_p99_ms", text, learner.freshness.p99_ms)
 
     def _aggregator(self) -> Iterator[Metric]:
         aggregator = self.status.aggregator
         up = isinstance(aggregator, FeedbackStatus)
-        yield GaugeMetricFamily("afterclick_aggregator_up", "1 while every aggregator answers", float(up))
+        yield GaugeMetricFamily("afterclick_aggregator_up", "1 while every aggregator answers.", float(up))
         if not up:
             return
         for name, field in (("events_accepted", "events"), ("events_duplicate", "duplicates")):
@@ -110,8 +110,9 @@ def _experiment(experiment: ExperimentStatus) -> Iterator[Metric]:
 
 
 def _text(model: type[BaseModel], field: str) -> str:
-    """Return what a field of the status is, for the help of its metric."""
-    return model.model_fields[field].description or field
+    """Return what a field of the status is as a sentence, for the help of its metric."""
+    text = model.model_fields[field].description or field
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def render(status: Status) -> bytes:

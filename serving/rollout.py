@@ -16,6 +16,10 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from lib.model.delta import Delta
 from serving.aggregator import NAMESPACE
 
+APPLICATION = "afterclick"
+DEPLOYMENT = "Recommendations"
+LEARNER = "learner"
+
 
 class Acknowledgement(NamedTuple):
     """What a replica answers to a push or an announcement."""
@@ -94,11 +98,6 @@ class Rollout:
             return Acknowledgements([], 1, time.perf_counter() - start)
         replicas = [answer for answer in answers if isinstance(answer, Acknowledgement)]
         return Acknowledgements(replicas, len(answers) - len(replicas), time.perf_counter() - start)
-
-
-APPLICATION = "afterclick"
-DEPLOYMENT = "Recommendations"
-LEARNER = "learner"
 
 
 def learner_handle() -> ActorHandle:

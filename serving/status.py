@@ -62,24 +62,7 @@ class FreshnessStatus(BaseModel):
     count: int = Field(description="events since the learner started")
 
 
-class UpdateCosts(BaseModel):
-    """What the latest updates took: the median and, under `_p99`, the 99th percentile; null before the first."""
-
-    learn_ms: float | None = Field(default=None, description="training, gate and storing")
-    learn_ms_p99: float | None = None
-    push_ms: float | None = Field(default=None, description="until the version is live on all replicas")
-    push_ms_p99: float | None = None
-    push_bytes: float | None = Field(default=None, description="size of a pushed delta")
-    push_bytes_p99: float | None = None
-    build_ms: float | None = Field(default=None, description="of a push: making its bytes")
-    build_ms_p99: float | None = None
-    transfer_ms: float | None = Field(default=None, description="of a push: the way to the last replica, and back")
-    transfer_ms_p99: float | None = None
-    apply_ms: float | None = Field(default=None, description="of a push: the longest that a replica took to apply it")
-    apply_ms_p99: float | None = None
-
-
-class LearnerStatus(UpdateCosts):
+class LearnerStatus(BaseModel):
     """The near-line learner; pushes and delays are those since its process started."""
 
     state: str = Field(description="running, or waiting for storage")
@@ -97,6 +80,19 @@ class LearnerStatus(UpdateCosts):
     loss: float | None = Field(description="of new events before they were learned, a running mean")
     unreached_replicas: int = Field(description="replicas that the newest push did not reach")
     freshness: FreshnessStatus | None = Field(description="null before the first event is live everywhere")
+    # what the latest updates took: the median and, under `_p99`, the 99th percentile; null before the first
+    learn_ms: float | None = Field(default=None, description="training, gate and storing")
+    learn_ms_p99: float | None = None
+    push_ms: float | None = Field(default=None, description="until the version is live on all replicas")
+    push_ms_p99: float | None = None
+    push_bytes: float | None = Field(default=None, description="size of a pushed delta")
+    push_bytes_p99: float | None = None
+    build_ms: float | None = Field(default=None, description="of a push: making its bytes")
+    build_ms_p99: float | None = None
+    transfer_ms: float | None = Field(default=None, description="of a push: the way to the last replica, and back")
+    transfer_ms_p99: float | None = None
+    apply_ms: float | None = Field(default=None, description="of a push: the longest that a replica took to apply it")
+    apply_ms_p99: float | None = None
     workers: int = Field(description="processes that learn together")
     process: int = Field(description="id of its process")
 
@@ -137,20 +133,20 @@ class AggregatorsUnavailable(Unavailable):
     shards: list[AggregatorStatus] = Field(description="those that answer")
 
 
-class ExperimentStatus(ChallengerConfig, Comparison):
-    """Two models side by side, each for its users."""
+class ExperimentState(BaseModel):
+    """Which experiment it is, and how far it has come."""
 
     name: str
     state: str = Field(description="running, promoting, promoted, refused or rolled back")
     version: int | None = Field(description="the challenger's, once it is promoted")
 
 
-class ShadowStatus(ChallengerConfig, ShadowComparison):
-    """A challenger that is asked and compared, and never shown."""
+class ExperimentStatus(Comparison, ChallengerConfig, ExperimentState):
+    """Two models side by side, each for its users."""
 
-    name: str
-    state: str = Field(description="running")
-    version: int | None
+
+class ShadowStatus(ShadowComparison, ChallengerConfig, ExperimentState):
+    """A challenger that is asked and compared, and never shown."""
 
 
 class Status(BaseModel):

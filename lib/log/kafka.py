@@ -324,7 +324,8 @@ class KafkaStore:
         return bool(self._rows("SELECT 1 FROM events WHERE key = ?", row[0]))
 
     def _rows(self, statement: str, *parameters: object) -> list[tuple]:
-        return self.copy.database.rows(statement, *parameters)
+        # on the writer's own connection and thread: an error is one of writing, which says whether the disk is full
+        return self.copy.database.connection.execute(statement, parameters).fetchall()
 
 
 def _patiently(call: Callable[[], object], wait: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 from lib.errors import InputError
 from lib.log.errors import LogLocked
-from lib.log.log_file import LoggedEvent, Row, create_log_file, insert_rows, keys_of_user, open_log_file
+from lib.log.log_file import LoggedEvent, Row, check_pages, create_log_file, insert_rows, keys_of_user, open_log_file
 from lib.log.write_ahead_log import last_commit_is_torn
 
 # At SQLite's default of 1,000 pages a busy log pays for a checkpoint every few dozen commits, which puts it into the
@@ -103,10 +103,12 @@ class SqliteStore:
             self.torn = last_commit_is_torn(path)
             if not path.exists():
                 create_log_file(path)
-            self.database = open_log_file(path, "rw", synchronous, check)
+            self.database = open_log_file(path, "rw", synchronous)
             with self.database.opening():
                 for setting in SETTINGS:
                     self.database.connection.execute(f"PRAGMA {setting}")
+                if check:
+                    check_pages(self.database)
         except BaseException:
             os.close(self._lock)
             raise

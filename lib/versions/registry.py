@@ -64,7 +64,7 @@ class VersionInfo(BaseModel):
             created=manifest.created,
             log_offset=manifest.log_offset,
             size=size,
-            facts=manifest.facts,
+            facts=manifest.facts if manifest.facts.model_fields_set else VersionFacts(kind="base"),
         )
 
     @classmethod
