@@ -36,7 +36,7 @@ def settings_from(kind: type[Settings], config: Path | None, assignments: Sequen
 
 
 def values_of(assignments: Sequence[str]) -> dict[str, Any]:
-    """What key=value assignments say, the last of a key; each value is read as YAML.
+    """Return what key=value assignments say, the last of a key; each value is read as YAML.
 
     Raises:
         InputError: one is no assignment.
@@ -45,7 +45,7 @@ def values_of(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def yaml_of(path: Path, option: str = "config") -> dict[str, Any]:
-    """The mapping in a YAML file; empty for an empty file.
+    """Read the mapping in a YAML file; empty for an empty file.
 
     Raises:
         InputError: it cannot be read, or is no mapping; the message begins with the option that named it.

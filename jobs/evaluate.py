@@ -60,7 +60,7 @@ class Evaluation:
     items: int  # of the dataset and all models: what coverage is a share of
 
     def as_json(self) -> dict[str, Any]:
-        """What --json writes; a single model's own figures stand at the top, too."""
+        """Return what --json writes; a single model's own figures stand at the top, too."""
         comparison = self.comparison
         contenders = [_contender_json(self, place) for place in range(len(self.facts))]
         whole = {
@@ -95,7 +95,7 @@ def _contender_json(evaluation: Evaluation, place: int) -> dict[str, Any]:
 
 
 def _estimates_json(estimates: dict[str, Estimate]) -> dict[str, Any]:
-    """The values by name, and under "intervals" low and high of those that have one; null is no case."""
+    """Return the values by name, and under "intervals" low and high of those that have one; null is no case."""
     values = {name: None if math.isnan(estimate.value) else estimate.value for name, estimate in estimates.items()}
     intervals = {name: [e.low, e.high] for name, e in estimates.items() if not math.isnan(e.low)}
     return values | {"intervals": intervals}
@@ -151,7 +151,7 @@ def evaluate_models(
 
 
 def _load(folders: Sequence[str | Path], protocol: str | None) -> list[LoadedModel]:
-    """The models, each under a name of its own; those that have seen the targets of `protocol` are refused."""
+    """Load the models, each under a name of its own; those that have seen the targets of `protocol` are refused."""
     from lib.model.folder import load_model
 
     if not folders:
@@ -166,7 +166,7 @@ def _load(folders: Sequence[str | Path], protocol: str | None) -> list[LoadedMod
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names, with as many of the folders above as tell them apart; numbered where one is repeated."""
+    """Name the folders, with as many of the folders above as tell them apart; numbered where one is repeated."""
     paths = [folder.resolve() for folder in folders]
     names: list[str] = []
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
@@ -194,7 +194,7 @@ def _refuse_leak(folder: str | Path, manifest: "Manifest", protocol: str) -> Non
 def _contenders(
     models: Sequence[LoadedModel], items: "Catalog", histories: "Histories", training: "Histories", baselines: bool
 ) -> Iterator[tuple["Contender", dict[str, Any]]]:
-    """The models, then the baselines; each with what there is to know of it."""
+    """Return the models, then the baselines, each with what there is to know of it."""
     from lib.evaluation.protocols import baseline_contender, model_contender
 
     for model in models:

@@ -65,7 +65,7 @@ class StreamedData:
     figures: Figures  # of the events that are trained on
 
     def parts(self, buckets: Sequence[int] | None = None) -> Iterator[Histories]:
-        """The histories of these buckets (or of all) one bucket after another, streamed."""
+        """Stream the histories of these buckets (or of all), one bucket after another."""
         return stream_buckets(self.folder, self.figures.buckets if buckets is None else buckets)
 
     def batches(self, config: BehaviourEncoderConfig) -> BucketBatches:
@@ -116,14 +116,14 @@ def prepare_stream(
 
 
 def read_stream(data: str | Path, folder: Path) -> StreamedData:
-    """What `prepare_stream` has made of a dataset."""
+    """Return what `prepare_stream` has made of a dataset."""
     item_ids = pq.read_table(folder / ITEMS_FILE)["item_id"].to_pylist()
     catalog = Catalog.of_dataset(item_ids, read_items(data))
     return StreamedData(folder, catalog, _read_figures(folder))
 
 
 def stream_buckets(folder: Path, buckets: Sequence[int]) -> Iterator[Histories]:
-    """The histories of buckets in this order; the next bucket is read while one is trained on."""
+    """Yield the histories of buckets in this order; the next bucket is read while one is trained on."""
     # a dataset for each bucket: the scheduler of one dataset for all would take a core for as long as it held back
     # what is read too early
     with ThreadPoolExecutor(1, "buckets") as reader:
@@ -168,7 +168,7 @@ def machine_memory() -> int:
 
 
 def _dataset(items: Iterable[Any]) -> Dataset:
-    """The items, pickled, as a Ray Data dataset of one block each and in this order; it does not print what it does."""
+    """Make a Ray Data dataset of the pickled items, a block each and in this order; it does not print what it does."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns of the bars that are not shown
     rows = [{"item": pickle.dumps(item)} for item in items]
@@ -179,7 +179,7 @@ def _dataset(items: Iterable[Any]) -> Dataset:
 
 
 def _mapped(items: Sequence[Item], function: Callable[[Item], Result], tasks: int) -> Iterator[Result]:
-    """The function's results, in the order of the items; at most so many tasks at once."""
+    """Yield the function's results in the order of the items; at most so many tasks run at once."""
     compute = TaskPoolStrategy(min(tasks, len(items)))
     for row in _dataset(items).map(partial(_applied, function=function), compute=compute).iter_rows():
         yield pickle.loads(row["item"])

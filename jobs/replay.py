@@ -85,7 +85,7 @@ def run_replay(
 
 
 def _pretrained(stream: Stream, data: Path, folder: Path, settings: PretrainSettings) -> Path:
-    """The model of the oldest events, from the folder if it is there."""
+    """Return the model of the oldest events, from the folder if it is there."""
     oldest, model = folder / "oldest", folder / "model"
     if model.exists():
         kept, events = read_events(oldest), order_events(stream.oldest)
@@ -98,7 +98,7 @@ def _pretrained(stream: Stream, data: Path, folder: Path, settings: PretrainSett
 
 
 def _replay_arms(stream: Stream, model: Path, settings: ReplaySettings, arms: Sequence[str]) -> dict[str, Outcome]:
-    """The outcomes by arm; a Ray task each, as many at a time as there are cores."""
+    """Return the outcomes by arm; each is a Ray task, as many at a time as there are cores."""
     shared = ray.put(stream)
     task: Any = ray.remote(_replay_arm).options(num_cpus=1, max_retries=0)
     waiting = {task.remote(shared, str(model), settings, arm): arm for arm in arms}

@@ -94,7 +94,7 @@ async def _one_user(
 
 
 async def _post(client: httpx.AsyncClient, path: str, body: dict) -> dict:
-    """The answer; a service that is overloaded for a moment is asked again, as every client should."""
+    """Return the answer; a service that is overloaded for a moment is asked again, as every client should."""
     deadline = time.monotonic() + PATIENCE
     while True:
         response = await client.post(path, json=body)
@@ -104,7 +104,7 @@ async def _post(client: httpx.AsyncClient, path: str, body: dict) -> dict:
 
 
 async def _facts(client: httpx.AsyncClient) -> dict:
-    """What the learner says when everything is learned."""
+    """Return what the learner says when everything is learned."""
     deadline = time.monotonic() + PATIENCE
     while True:
         status = (await client.get("/v1/status")).raise_for_status().json()

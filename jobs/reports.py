@@ -68,7 +68,7 @@ def bucket_names(breakdown: Breakdown) -> list[str]:
 
 
 def metric_table(title: str, columns: Sequence[str]) -> Table:
-    """An empty table with a first column for names."""
+    """Make an empty table with a first column for names."""
     table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
     table.add_column("", overflow="fold")
     for column in columns:
@@ -77,7 +77,7 @@ def metric_table(title: str, columns: Sequence[str]) -> Table:
 
 
 def metric_cell(estimate: Estimate, signed: bool = False) -> str:
-    """The value, and in a second line its interval."""
+    """Write the value, and in a second line its interval."""
     if math.isnan(estimate.value):
         return "-"
     value = f"{estimate.value:{'+' if signed else ''}.4f}"
@@ -115,7 +115,7 @@ def plot_comparison(comparison: Comparison, title: str, path: Path) -> None:
 
 
 def _bars(axes: "Axes", groups: Sequence[str], series: Sequence[tuple[str, list[Estimate]]]) -> None:
-    """Groups of bars, one of each contender, with error bars."""
+    """Draw groups of bars, one of each contender, with error bars."""
     width = 0.8 / len(series)
     for place, (name, estimates) in enumerate(series):
         centres = [group + (place - (len(series) - 1) / 2) * width for group in range(len(groups))]
@@ -190,7 +190,7 @@ def check_plot(path: Path | None) -> None:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure, in inches."""
+    """Make an empty figure, in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second to import
     from matplotlib.figure import Figure
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def stored_versions(model: Path, state: str | None = None) -> "list[VersionInfo]":
-    """The versions of a model folder: those of its live state, or its own alone if it was never served.
+    """Return the versions of a model folder: those of its live state, or its own alone if it was never served.
 
     Raises:
         InputError: there is no such model, or nothing is stored at `state`.
@@ -41,7 +41,7 @@ def stored_versions(model: Path, state: str | None = None) -> "list[VersionInfo]
 
 
 def checked_ledger(state: str) -> "Ledger":
-    """The stored versions compared with the feedback log beside them.
+    """Compare the stored versions with the feedback log beside them.
 
     Raises:
         InputError: there are no versions or no log, or they cannot be read.

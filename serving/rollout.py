@@ -101,7 +101,7 @@ class Rollout:
 
 
 def learner_handle() -> ActorHandle:
-    """The running learner.
+    """Return the running learner.
 
     Raises:
         ValueError: none is running.

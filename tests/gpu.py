@@ -339,7 +339,8 @@ def approximate(run: Run) -> Iterator[Row]:
     from lib.retrieval.index import ItemIndex
 
     if search_device().type != run.device.type:
-        raise NotRun("FAISS sees no GPU: install faiss-gpu")
+        why = "FAISS searches on the GPU here" if run.device.type == "cpu" else "FAISS sees no GPU: install faiss-gpu"
+        raise NotRun(why)
     for count in _catalog_sizes(run):
         vectors = trained_like(count, np.random.default_rng(1))
         queries = trained_like(run.size(256, 16), np.random.default_rng(2))

@@ -73,7 +73,7 @@ class Comparison:
 
 
 def activity(cases: "Cases") -> Breakdown:
-    """The cases by the number of events in their input, in at most four buckets of about equal size."""
+    """Divide the cases by the number of events in their input, into at most four buckets of about equal size."""
     edges = np.unique(np.quantile(cases.inputs, [0.25, 0.5, 0.75, 1.0], method="inverted_cdf"))  # the last of each
     buckets = np.searchsorted(edges, cases.inputs)
     firsts = np.concatenate([[cases.inputs.min()], edges[:-1] + 1])
@@ -88,7 +88,7 @@ def _span(first: int, last: int) -> str:
 
 
 def item_popularity(targets: np.ndarray, counts: np.ndarray) -> Breakdown:
-    """The cases by how often their target occurs in training: head, mid, tail, or new.
+    """Divide the cases by how often their target occurs in training: head, mid, tail, or new.
 
     Head are the most popular items that together make half of the events, mid those that make the next 30%, tail those
     of the last 20%, new the ones that never occur.
@@ -142,7 +142,7 @@ def compare(
 
 
 def _metric_names(k: int) -> list[str]:
-    """The metrics that are means over cases, recall and ndcg first."""
+    """Name the metrics that are means over cases, recall and ndcg first."""
     return [f"recall@{k}", f"ndcg@{k}", "mrr", f"novelty@{k}"]
 
 

@@ -70,7 +70,7 @@ def _draws(users: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def interval(means: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """The middle `level` of the resampled means, NaN left out (the percentile interval, Efron 1979)."""
+    """Return the middle `level` of the resampled means, NaN left out (the percentile interval, Efron 1979)."""
     present = means[~np.isnan(means)]
     if len(present) == 0:
         return float("nan"), float("nan")

@@ -42,7 +42,7 @@ class Cases:
 
 
 def cases_of(histories: Histories, protocol: str) -> Cases:
-    """The cases of a protocol; every case has at least one event of input."""
+    """Return the cases of a protocol; every case has at least one event of input."""
     if protocol == LEAVE_ONE_OUT:
         users = np.flatnonzero(histories.lengths >= 2)
         return Cases(histories, users, histories.lengths[users] - 1)
@@ -53,7 +53,7 @@ def cases_of(histories: Histories, protocol: str) -> Cases:
 
 
 def case_inputs(cases: Cases, part: slice) -> Histories:
-    """The input histories of some cases."""
+    """Return the input histories of some cases."""
     return cases.histories.oldest(cases.users[part], cases.inputs[part])
 
 
@@ -74,7 +74,7 @@ class Contender:
 
 
 def model_contender(name: str, encoder: BehaviourEncoder, catalog: Catalog, items: Catalog) -> Contender:
-    """A model; `items` has every item of its catalog."""
+    """Make a contender of a model; `items` has every item of its catalog."""
     dataset_rows = np.array([PADDING_ROW] + [items.row_of[item_id] for item_id in catalog.item_ids[1:]], dtype=np.int32)
     own_rows = np.zeros(len(items) + 1, dtype=np.int32)
     own_rows[dataset_rows] = np.arange(len(dataset_rows))
@@ -99,7 +99,7 @@ def model_scores(encoder: BehaviourEncoder, vectors: Tensor, histories: Historie
 
 
 def baseline_contender(name: str, scores: Callable[[Histories], np.ndarray], items: Catalog) -> Contender:
-    """A recommender of lib/evaluation/baselines.py, which has the dataset's rows."""
+    """Make a contender of a recommender of lib/evaluation/baselines.py, which has the dataset's rows."""
     same = np.arange(len(items) + 1, dtype=np.int32)
 
     def score(histories: Histories) -> Iterator[Scored]:

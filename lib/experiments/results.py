@@ -63,7 +63,7 @@ class ChallengerConfig(Settings):
     effect: float = Field(default=0.01, gt=0, lt=1, description="difference of rates that the test is best at")
 
     def arm_of(self, user_id: str | None, experiment: str) -> str | None:
-        """The arm of a user; None for who takes no part, as whoever comes without an id."""
+        """Return the arm of a user; None for who takes no part, as whoever comes without an id."""
         if user_id is None:
             return None
         chosen = place_of(user_id, experiment) < self.share
@@ -73,12 +73,12 @@ class ChallengerConfig(Settings):
 
 
 def tagged(request_id: str, experiment: str, arm: str) -> str:
-    """The id of an answer that takes part in an experiment."""
+    """Make the id of an answer that takes part in an experiment."""
     return f"{request_id}.{experiment}.{arm}"
 
 
 def arm_in(request_id: str | None, experiment: str) -> str | None:
-    """The arm that an answer's id names, None for an answer that took no part in this experiment."""
+    """Return the arm that an answer's id names, None for an answer that took no part in this experiment."""
     _, _, rest = (request_id or "").partition(".")
     named, _, arm = rest.rpartition(".")
     return arm if named == experiment and arm in (*ARMS, SHADOW) else None
@@ -221,7 +221,7 @@ class ExperimentResults:
                 self._connection.executemany(ADD, values)
 
     def fact(self, name: str) -> Any:
-        """What is kept under a name, None for nothing."""
+        """Return what is kept under a name, None for nothing."""
         found = self._connection.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return None if found is None else found[0]
 
@@ -230,7 +230,7 @@ class ExperimentResults:
         self._connection.execute("INSERT OR REPLACE INTO facts VALUES(?, ?)", (name, value))
 
     def verdict(self, config: ChallengerConfig) -> str | None:
-        """What the sequential test says by now: "promote", "rollback", or None for nothing yet."""
+        """Return what the sequential test says by now: "promote", "rollback", or None for nothing yet."""
         if config.shadow:
             return None
         live, challenger = (self.totals[arm, config.reward] for arm in ARMS)

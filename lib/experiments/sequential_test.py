@@ -41,7 +41,7 @@ class ArmTotals:
     both: Number = 0  # a r
 
     def plus(self, answers: int, rewarded: int, more_answers: int, more_rewarded: int) -> "ArmTotals":
-        """The totals after a user who had so many answers and rewards had more of them."""
+        """Return the totals after a user who had so many answers and rewards had more of them."""
         a, r = answers + more_answers, rewarded + more_rewarded
         return ArmTotals(
             self.users + (answers == 0 and more_answers > 0),
@@ -71,7 +71,7 @@ class ArmTotals:
 
 
 def difference(live: ArmTotals, challenger: ArmTotals) -> tuple[Number, Number]:
-    """The challenger's rate less the live one, and how much is known of it (the inverse of its variance)."""
+    """Return the challenger's rate less the live one, and how much is known of it (the inverse of its variance)."""
     rate = (live.rewarded + challenger.rewarded) / np.maximum(live.answers + challenger.answers, 1)
     variance = sum(
         np.maximum(arm.variance, rate * (1 - rate) / np.maximum(arm.answers, 1)) for arm in (live, challenger)

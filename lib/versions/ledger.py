@@ -70,11 +70,11 @@ class Log(Protocol):
     """What a check needs of the feedback log."""
 
     def count(self, after: int = 0, up_to: int | None = None) -> int:
-        """Number of events that it holds of these offsets."""
+        """Return the number of events that it holds of these offsets."""
         ...
 
     def last_offset(self) -> int:
-        """The highest offset that it ever gave."""
+        """Return the highest offset that it ever gave."""
         ...
 
 
@@ -121,7 +121,7 @@ def check(chain: Sequence[Account], log: Log) -> Ledger:
 
 
 def step_faults(before: Account, account: Account, held: int) -> list[str]:
-    """What is wrong with a step from a version to the next, of whose offsets the log holds so many events."""
+    """Say what is wrong with a step from a version to the next, of whose offsets the log holds so many events."""
     step = f"version {account.version}, offsets {before.log_offset + 1} to {account.log_offset}"
     offsets = account.log_offset - before.log_offset
     trained = account.events_trained - before.events_trained
@@ -141,7 +141,7 @@ def step_faults(before: Account, account: Account, held: int) -> list[str]:
 
 
 def folded(chain: Sequence[Account], bound: int, base: int | None = None) -> list[Account]:
-    """A lineage up to version `bound` in as few accounts as prove the same.
+    """Fold a lineage up to version `bound` into as few accounts as prove the same.
 
     Steps that learned exactly one event an offset become one; any other keeps an account of its own, and so does
     version `base`, which the next base may follow.
