@@ -67,7 +67,9 @@ class FinetuneSettings(Settings):
         default=0.005, ge=0, description="how far the result's NDCG@10 may be below the live weights'"
     )
     popularity_half_life: float | None = Field(
-        default=None, gt=0, description="in events, as the learner's; default: as many as the catalog has items"
+        default=None,
+        gt=0,
+        description="in events; default: as many as the base has items, and at least 1000",
     )
     precision: Precision | None = Field(default=None, description="of the blocks; default: float32")
     accumulation: int = Field(default=1, ge=1, description="parts that a worker processes a batch in")
@@ -222,9 +224,8 @@ def _plan(
     """
     import pyarrow as pa
 
-    from lib.data.catalog import Catalog
     from lib.live.finetuning import cut_feedback, feedback, older_events
-    from lib.live.learning_model import LearningModel
+    from lib.live.learning_model import LEAST_HALF_LIFE, LearningModel
     from lib.live.settings import LearnerConfig
     from lib.log.layout import read_log
     from lib.model.folder import Manifest, save_model
@@ -250,9 +251,11 @@ def _plan(
     save_model(storage / RIVAL, rival.encoder, rival.catalog, Manifest())
     live.catalog.change(_item_changes(state))
     events = pa.concat_tables([older, new])
-    config = LearnerConfig(seed=settings.seed, popularity_half_life=settings.popularity_half_life)
-    items = live.catalog.joined(Catalog(events["item_id"].unique().to_pylist()))
-    _write_material(storage, LearningModel(begun, config, catalog=items), events, cut, settings)
+    # the base's own half-life, whatever items have come since
+    half_life = settings.popularity_half_life or max(len(begun.catalog), LEAST_HALF_LIFE)
+    model = LearningModel(begun, LearnerConfig(seed=settings.seed, popularity_half_life=half_life), live.catalog)
+    model.add_items(events["item_id"].unique().to_pylist())
+    _write_material(storage, model, events, cut, settings)
     plan = {
         "name": f"{time.time_ns() // 1_000_000:013d}-{uuid.uuid4().hex}",
         "cut": asdict(cut),
@@ -295,7 +298,7 @@ def _write_material(
 
 
 def _item_changes(state: Path) -> dict[str, dict[str, Any] | None]:
-    """What items that were put or deleted while live are now."""
+    """Return what items that were put or deleted while live are now."""
     from lib.log.items import ItemLog
     from serving.aggregator import ITEM_LOG_FILE
 
@@ -309,7 +312,7 @@ def _item_changes(state: Path) -> dict[str, dict[str, Any] | None]:
 
 
 def _pretrain_settings(storage: Path, settings: FinetuneSettings) -> PretrainSettings:
-    """The settings of the training loop: shape and length are those of the model that it starts from."""
+    """Return the settings of the training loop: shape and length are those of the model that it starts from."""
     config = json.loads((storage / START / "config.json").read_text())
     shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_length", "dropout", "inputs")
     names = ("epochs", "learning_rate", "events_per_batch", "negatives", "precision", "accumulation", "seed")

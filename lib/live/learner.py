@@ -226,7 +226,7 @@ class NearlineLearner:
         """
         model = self.registry.offers.load(name)
         said = model.facts
-        facts = VersionFacts(kind=said.kind, offer=name, since=said.since, events=said.events)
+        facts = VersionFacts(kind=said.kind, offer=name, **said.model_dump(include={"since", "events"}))
         self.adopt(model, facts, parent=said.since)
 
     def adopt(self, loaded: LoadedVersion, facts: VersionFacts, parent: int | None = None) -> None:
