@@ -284,7 +284,6 @@ def write_clicks(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("documentation")  # one after the other: all of them name one port
 @pytest.mark.parametrize("readmes", READ_TOGETHER, ids=" ".join)
 def test_the_blocks_of_a_readme_run_as_they_stand(readmes, tmp_path):
     blocks = [block for readme in readmes for block in blocks_of(readme) if block.reason is None]

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -496,6 +497,16 @@ def test_a_job_is_a_module_too(tmp_path):
     assert done.stdout == ""
     assert done.stderr.startswith("error: model: no folder at ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_is_a_module(verb, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [verb, "--help"])
+    monkeypatch.delitem(sys.modules, f"jobs.{verb}", raising=False)  # it is run, not imported
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"jobs.{verb}", run_name="__main__")
+    assert ended.value.code == 0
+    assert "Exit status: 0" in capsys.readouterr().out
 
 
 def test_loading_a_model_draws_no_bar(capfd, tiny_model):
