@@ -73,7 +73,7 @@ class Challenger:
             self.recommender.change_items(items)
 
     def arm_of(self, user_id: str | None) -> str | None:
-        """The arm of a user, None for who takes no part."""
+        """Return the arm of a user, None for who takes no part."""
         return self.prepared.config.arm_of(user_id, self.name)
 
     def answer(self, live: Recommender, questions: Sequence[Question], user_ids: Sequence[str | None]) -> list[Answer]:

@@ -122,7 +122,7 @@ class KeptModel(NamedTuple):
 
 
 def _stored(registry: Registry, version: int) -> KeptModel:
-    """A version, which goes on from its place in the log when it wins."""
+    """Load a version, which goes on from its place in the log when it wins."""
     loaded = Rejections(registry.store).passed_by(registry.load(version))
     model = LearningModel(loaded, LearnerConfig())  # it joins the optimiser's deltas
     facts = VersionFacts(
@@ -137,7 +137,7 @@ def _stored(registry: Registry, version: int) -> KeptModel:
 
 
 def _pretrained(folder: Path) -> KeptModel:
-    """A model that has nothing of the log, so it learns all of it when it wins."""
+    """Load a model that has nothing of the log, so it learns all of it when it wins."""
     loaded = load_folder(folder)
     manifest = Manifest(version=loaded.version, facts=VersionFacts(kind="promotion"))
     return KeptModel(loaded.encoder, loaded.catalog, manifest, loaded.optimizer)
@@ -245,7 +245,7 @@ class Experiments:
 
 
 def start_experiments(state: str) -> ActorHandle:
-    """The running actor, started if need be; Ray restarts it, but repeats no call: answers would count twice."""
+    """Start the actor if none runs; Ray restarts it, but repeats no call: answers would count twice."""
     actor: Any = ray.remote(Experiments).options(
         name=EXPERIMENTS, namespace=NAMESPACE, get_if_exists=True, lifetime="detached", max_restarts=-1, num_cpus=0
     )
@@ -253,7 +253,7 @@ def start_experiments(state: str) -> ActorHandle:
 
 
 def experiments_handle() -> ActorHandle:
-    """The running actor.
+    """Return the running actor.
 
     Raises:
         ValueError: none is running.

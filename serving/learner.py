@@ -93,7 +93,7 @@ class Live:
 
     @classmethod
     def of(cls, learner: NearlineLearner) -> "Live":
-        """The present moment."""
+        """Return the learner's figures as they are now."""
         newest = learner.rejections.newest
         return cls(
             version=learner.version,
@@ -173,7 +173,7 @@ class Learner:
             self._push(delta)
 
     def _store_whole(self) -> None:
-        """A version whose loading needs no older file, for those who cannot read one of these."""
+        """Store and push a version that loads without older files, for replicas that cannot read one of these."""
         delta = self.workers.store_whole()
         self.live, self.stored_whole = Live.of(self.learner), delta.version
         self._push(delta)
@@ -187,7 +187,7 @@ class Learner:
         return True
 
     def _wait_for_storage(self, error: OSError) -> None:
-        """A version could not be stored: say so, and return when it is time to try again."""
+        """Report that a version could not be stored, and return when it is time to try again."""
         self.storage_error = f"a version cannot be stored ({error}); make room in {self.state}, and learning goes on"
         logger.error(self.storage_error)
         if self.stopping.wait(STORAGE_RETRY_SECONDS):
@@ -328,7 +328,7 @@ class Learner:
 
 
 def start_learner(state: str, config: LearnerConfig | None = None, workers: int = 1) -> ActorHandle:
-    """The running learner, started if need be; Ray restarts it whenever its process dies."""
+    """Start the learner if none runs; Ray restarts it whenever its process dies."""
     actor: Any = ray.remote(Learner).options(
         name=LEARNER,
         namespace=NAMESPACE,

@@ -117,7 +117,7 @@ class LearnerWorker:
         self.learner = NearlineLearner(Registry(state), config)
 
     def do(self, method: str, *arguments: Any) -> None:
-        """What the first worker does now; without this worker the others cannot go on, so an error ends the process."""
+        """Do what rank 0 does now; the others cannot go on without this worker, so an error ends the process."""
         try:
             _do(self.learner, method, *arguments)
         except InputError:

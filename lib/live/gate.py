@@ -208,16 +208,16 @@ class Gate:
         return f"learning rests for {self.rest} more updates: what was learned before it had to be taken back"
 
     def went_back(self) -> None:
-        """The learner went back to the reference; it rests, twice as long each time until a version proves itself."""
+        """Rest, as the learner went back to the reference; twice as long each time until a version proves itself."""
         self.rest, self.next_rest = self.next_rest, min(2 * self.next_rest, LONGEST_REST)
 
     def since_reference(self) -> tuple[int, int, int]:
-        """The reference's version and log offset, and the number of events that were learned since."""
+        """Return the reference's version and log offset, and the number of events that were learned since."""
         assert self.reference is not None
         return self.reference.version, self.reference.log_offset, self.reference.events
 
     def harm(self) -> str | None:
-        """What the updates since the reference have done together, if it is harm: the learner is to go back to it."""
+        """Return what the updates since the reference did together if it is harm: the learner then goes back to it."""
         if len(self.pairs) < FEWEST_PAIRS:
             return None
         loss, earlier_loss, quality, earlier_quality = np.array(self.pairs).T
@@ -235,7 +235,7 @@ class Gate:
     def objection(
         self, loss: float | None, rows: Tensor, dense: Mapping[str, Tensor], counted: float = 1.0
     ) -> str | None:
-        """Why an update must not go live, or None.
+        """Return why an update must not go live, or None.
 
         Args:
             loss: of its training batch, None where there was nothing to train.
@@ -254,7 +254,7 @@ class Gate:
         )
 
     def passed(self, events: int, version: int, log_offset: int, changed: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """An update was published as a version: `changed` are its rows and their embeddings before it."""
+        """Follow an update that was published as a version: `changed` are its rows and their embeddings before it."""
         reference = self.reference
         assert reference is not None
         for rows, values in changed:
@@ -267,7 +267,7 @@ class Gate:
             self.next_rest = FIRST_REST
 
     def forget(self) -> None:
-        """The weights are others now: the next live version is the reference."""
+        """Forget the reference, as the weights are others now: the next live version is the reference."""
         self.reference = None
         self.pairs.clear()
 
@@ -283,7 +283,7 @@ class Gate:
         return all(bool(torch.isfinite(tensor).all()) for tensor in changed)
 
     def _too_far(self, dense: Mapping[str, Tensor], counted: float) -> str | None:
-        """How much farther than usual the weights have moved, if that is too far."""
+        """Return how much farther than usual the weights have moved, if that is too far."""
         state = state_of(self.encoder)
         floating = [name for name, tensor in dense.items() if tensor.is_floating_point()]
         moved = float(sum(((state[name] - dense[name]) ** 2).sum() for name in floating)) ** 0.5 / max(counted, 1e-3)
@@ -296,7 +296,7 @@ class Gate:
         return f"the weights moved {moved / usual:.1f} times as far as they usually do"
 
     def _worse(self, after: Standing) -> str | None:
-        """What the update has made of the window, if that is worse than the live version's."""
+        """Return how the update ranks the window, if that is worse than the live version does."""
         live = self.live
         if after.loss > live.loss * (1 + self.config.loss_tolerance):
             return f"the held-out loss rose from {live.loss:.3f} to {after.loss:.3f}"

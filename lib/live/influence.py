@@ -83,7 +83,7 @@ class Influence:
         return targets.weights * left
 
     def passed(self) -> None:
-        """The update at hand was published: its newcomers are part of what is usual, as far as within the limit."""
+        """Count the newcomers of the update, which was published, as usual, as far as they are within the limit."""
         refill = self.limits.item_refill
         self.taken = {row: weight - refill for row, weight in self.taken.items() if weight > refill}
         self.taken |= {row: self.taken.get(row, 0.0) + weight for row, weight in self._taking.items() if weight > 0}
@@ -123,13 +123,13 @@ class Influence:
         return room
 
     def _most(self) -> float:
-        """The share of newcomers that is within the limit; the first update says what is usual."""
+        """Return the share of newcomers that is within the limit; the first update says what is usual."""
         if self.updates == 0:
             return 1.0
         return min(max(self.limits.newcomer_share * self.usual, LEAST_SHARE), 1.0)
 
     def _crowd(self, weights: np.ndarray, crowd: np.ndarray, others: np.ndarray) -> float:
-        """What is left of a crowd that may have its share of the whole, and no more."""
+        """Return the factor that leaves a crowd its share of the whole, and no more."""
         share = self._most()
         if share >= 1.0 or not crowd.any():
             return 1.0
@@ -138,7 +138,7 @@ class Influence:
 
 
 def _part(most: np.ndarray | float, total: np.ndarray) -> np.ndarray:
-    """What is left of a total if it is to be at most `most`: a factor of at most 1."""
+    """Return the factor, at most 1, that leaves `most` of a total that is larger."""
     return np.minimum(1.0, most / np.maximum(total, 1e-9))
 
 

@@ -54,7 +54,7 @@ def micro_batch(
     sample: SampleSizes,
     generator: np.random.Generator,
 ) -> MicroBatch:
-    """New events (all those beyond log offset `after`, oldest first) in their users' histories, with samples of others.
+    """Put new events (all beyond log offset `after`, oldest first) in their users' histories, with samples of others.
 
     The histories may be further on than the events.
     """
@@ -72,7 +72,7 @@ def micro_batch(
 
 
 def _with_context(history: History, new: Sequence[LoggedEvent], after: int, length: int) -> History:
-    """A user's new events behind the newest `length` of those that came before.
+    """Return a user's new events behind the newest `length` of those that came before.
 
     The new ones are the log's, so that each is learned once also where more wait than are kept in memory.
     """

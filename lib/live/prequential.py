@@ -60,7 +60,7 @@ class Stream:
 
 
 def split_by_time(events: pa.Table, share: float) -> Stream:
-    """The oldest `share` of the events and the rest; events of one time keep their order.
+    """Split events into the oldest `share` and the rest; events of one time keep their order.
 
     Raises:
         InputError: one of the two would be empty.
@@ -85,7 +85,7 @@ class Arm(Protocol):
         ...
 
     def facts(self) -> dict[str, Any]:
-        """What it has to say of its learning; `events_read` are the events that went through training steps."""
+        """Return what it says of its learning; `events_read` are the events that went through training steps."""
         ...
 
 

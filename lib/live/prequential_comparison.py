@@ -45,7 +45,7 @@ class ReplayComparison:
     arms: list[ArmResult]
 
     def as_json(self) -> dict[str, Any]:
-        """What --json writes."""
+        """Return what --json writes."""
         return {
             "events": self.events,
             "users": self.users,

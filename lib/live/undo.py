@@ -27,7 +27,7 @@ class UndoJournal:
         self.saved.append(tuple(tensor.detach()[rows].clone() for tensor in tensors))
 
     def embeddings(self) -> list[tuple[Tensor, Tensor]]:
-        """Recorded rows (R,) with their embeddings (R, C), the oldest record first."""
+        """Yield recorded rows (R,) with their embeddings (R, C), the oldest record first."""
         return [(rows, saved[0]) for rows, saved in zip(self.rows, self.saved, strict=True)]
 
     def changed_rows(self) -> Tensor:

@@ -67,11 +67,11 @@ class Batch:
     target_weights: Tensor  # (B, T) float32, 0 where there is no target, below 0 where it was disliked
 
     def __getitem__(self, lines: slice) -> "Batch":
-        """Some of the histories."""
+        """Return some of the histories."""
         return Batch(**{name: tensor[lines] for name, tensor in vars(self).items()})
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device."""
+        """Return the same batch on another device."""
         return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
 
 
@@ -93,7 +93,7 @@ class SequenceBatches:
         return np.stack([self.histories.rows, self.histories.kinds, self.gaps, self.values]).astype(np.int64)
 
     def windows(self, generator: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Starts and lengths of training windows of at most max_length + 1 events, cut from the newest end.
+        """Return starts and lengths of training windows of at most max_length + 1 events, cut from the newest end.
 
         Each event but a user's first is a target. Where a generator is given, long histories are cut at random places,
         and those events that then lie behind the last cut get one more window.
@@ -115,7 +115,7 @@ class SequenceBatches:
         return np.array(starts, dtype=np.int64), np.array(lengths, dtype=np.int64)
 
     def groups(self, events_per_batch: int, generator: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Starts and lengths of the windows of each batch of one epoch."""
+        """Yield starts and lengths of the windows of each batch of one epoch."""
         starts, lengths = self.windows(generator)
         for windows in group_by_length(lengths, events_per_batch, generator):
             yield starts[windows], lengths[windows]
@@ -178,7 +178,7 @@ class SequenceBatches:
 def group_by_length(
     lengths: np.ndarray, events_per_batch: int, generator: np.random.Generator | None = None
 ) -> Iterator[np.ndarray]:
-    """Indices of sequences in groups of like length and about `events_per_batch` events, padding counted.
+    """Yield indices of sequences in groups of like length and about `events_per_batch` events, padding counted.
 
     With a generator the members and the order of the groups are random; sorting happens within pools of 32 batches, so
     that length and order stay nearly independent.

@@ -91,19 +91,19 @@ def bucket_count(events: int, events_per_bucket: int) -> int:
 
 
 def with_bucket(events: pa.Table, buckets: int) -> pa.Table:
-    """The events with a column `bucket` (int32), which follows from user_id alone."""
+    """Return the events with a column `bucket` (int32), which follows from user_id alone."""
     return events.append_column("bucket", pa.array(partition_of(events["user_id"], buckets).astype(np.int32)))
 
 
 def part_to_train(histories: Histories, holdout: str, oldest: int, newest: int) -> Histories:
-    """Some users' histories without what a protocol tests on; `oldest` and `newest` are of all users' events."""
+    """Leave out what a protocol tests on; `oldest` and `newest` are times of all users' events, not only of these."""
     if holdout == TEMPORAL:
         return histories.select(histories.timestamps < cutoff_time(np.array([oldest, newest])))
     return training_part(histories, holdout)
 
 
 def table_of(histories: Histories) -> pa.Table:
-    """Histories as a table of BUCKET_SCHEMA."""
+    """Return histories as a table of BUCKET_SCHEMA."""
     offsets = pa.array(histories.offsets.astype(np.int32))
     columns = (histories.rows, histories.kinds, histories.values, histories.timestamps)
     lists = [pa.ListArray.from_arrays(offsets, pa.array(column)) for column in columns]
@@ -111,7 +111,7 @@ def table_of(histories: Histories) -> pa.Table:
 
 
 def histories_in(table: pa.Table) -> Histories:
-    """What `table_of` was given; the columns share the table's memory."""
+    """Return the histories of a table that `table_of` made; their columns share its memory."""
     users, *lists = [column.combine_chunks() for column in table.columns]
     if isinstance(users, pa.ChunkedArray):  # what combine_chunks makes of no chunks
         return histories_in(pa.Table.from_arrays([pa.array([], field.type) for field in BUCKET_SCHEMA], BUCKET_SCHEMA))
@@ -121,7 +121,7 @@ def histories_in(table: pa.Table) -> Histories:
 
 
 def figures_of(bucket: int, histories: Histories, value_share: float = 1.0, seed: int = 0) -> BucketFigures:
-    """What a bucket holds, with that share of its values (1 or more: all of them)."""
+    """Count what a bucket holds, and keep that share of its values (1 or more: all of them)."""
     values = histories.values[~np.isnan(histories.values)]
     if value_share < 1:
         values = values[np.random.default_rng((seed, bucket)).random(len(values)) < value_share]
@@ -136,7 +136,7 @@ def figures_of(bucket: int, histories: Histories, value_share: float = 1.0, seed
 
 
 def figures_of_all(parts: Sequence[BucketFigures]) -> Figures:
-    """What all buckets hold."""
+    """Sum up what all buckets hold."""
     users = np.zeros(max(len(part.users_of_length) for part in parts), dtype=np.int64)
     rows = np.zeros(1 + max(int(part.rows.max(initial=0)) for part in parts), dtype=bool)
     for part in parts:
@@ -166,7 +166,7 @@ class BucketBatches:
         self.config = config
 
     def groups(self, events_per_batch: int, generator: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Starts (in their bucket) and lengths of the windows of each batch of one epoch."""
+        """Yield starts (in their bucket) and lengths of the windows of each batch of one epoch."""
         for batches in self._shuffled(generator):
             yield from batches.groups(events_per_batch, generator)
 

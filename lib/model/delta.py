@@ -27,7 +27,7 @@ class DeltaMismatch(ValueError):
 
 
 def state_of(encoder: BehaviourEncoder) -> dict[str, Tensor]:
-    """The encoder's tensors by name, sharing memory with it."""
+    """Return the encoder's tensors by name, sharing memory with it."""
     return {name: tensor.detach() for name, tensor in encoder.state_dict().items()}
 
 
@@ -82,7 +82,7 @@ class Delta:
 
 
 def _digest(header: str, tensors: Mapping[str, np.ndarray]) -> str:
-    """What tells a damaged delta; unlike the fingerprint it covers the header and the optimiser's tensors."""
+    """Return a digest that tells a damaged delta; unlike the fingerprint it covers header and optimiser's tensors."""
     digest = hashlib.blake2b(header.encode(), digest_size=16)
     for name in sorted(tensors):
         array = tensors[name]

@@ -48,7 +48,7 @@ class Fingerprint:
 
 
 def fingerprint(encoder: BehaviourEncoder) -> str:
-    """The checksum of an encoder's whole state."""
+    """Return the checksum of an encoder's whole state."""
     return Fingerprint(encoder).checksum
 
 

@@ -97,7 +97,7 @@ class SequenceLoss(nn.Module):
         negatives: Tensor,
         weights: Tensor,
     ) -> Tensor:
-        """A scalar.
+        """Return the loss, a scalar.
 
         Args:
             batch: the part, B sequences of at most T events.

@@ -131,7 +131,7 @@ class Trainer:
             self.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The encoder's tensors by name, whole; of sharded ones every worker must ask at the same time."""
+        """Yield the encoder's tensors by name, whole; where they are sharded every worker must ask at the same time."""
         for name, value in self.encoder.state_dict().items():
             yield name, full_tensor(value)
 
@@ -142,7 +142,7 @@ class Trainer:
         self.encoder.load_state_dict(placed)
 
     def unsharded_encoder(self) -> BehaviourEncoder:
-        """The encoder, or of a sharded one a copy that is whole; every worker must ask for it at the same time."""
+        """Return the encoder, or a whole copy of a sharded one, for which every worker must ask at the same time."""
         if not self.sharded:
             return self.encoder
         encoder = BehaviourEncoder(self.encoder.config)
@@ -158,7 +158,7 @@ class Trainer:
                 pass
 
     def optimizer_state(self, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """The optimiser's tensors by name; of the row tensors just the given rows (None: all).
+        """Return the optimiser's tensors by name; of the row tensors just the given rows (None: all).
 
         They are whole; where the weights are sharded every worker must ask at the same time.
         """

@@ -34,7 +34,7 @@ class Rejection:
     delta: Delta | None = field(default=None, compare=False)  # where earlier updates, too, had to be taken back
 
     def facts(self) -> dict[str, Any]:
-        """What is stored and shown of it."""
+        """Return what is stored and shown of it."""
         return {name: value for name, value in vars(self).items() if name != "delta"}
 
 
