@@ -353,7 +353,7 @@ def _offer(registry: "Registry", storage: Path, plan: Mapping[str, Any], metrics
 
 
 def _taken_over(registry: "Registry", name: str) -> int | None:
-    """The version as which an offer is live on every replica; None where no learner takes it over for a while.
+    """Return the version as which an offer is live everywhere; None where no learner takes it over for a while.
 
     Raises:
         RuntimeError: the learner could not use it.

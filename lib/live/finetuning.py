@@ -124,7 +124,7 @@ def cut_feedback(
 
 
 def _lineage(registry: Registry, live: LoadedVersion) -> Iterator[VersionInfo]:
-    """The stored versions that led to the live weights event by event, newest first; none from before a rollback."""
+    """Yield the stored versions that led to the live weights, newest first; none from before a rollback."""
     base = registry.base_of(live)
     lineage = {account.version for account in Accounts(registry).newest_lineage()}
     for info in reversed(registry.versions()):
@@ -136,7 +136,7 @@ def _lineage(registry: Registry, live: LoadedVersion) -> Iterator[VersionInfo]:
 
 
 def feedback(log: LogReader, after: int, last: int) -> pa.Table:
-    """The events between two log offsets, with a column `offset`, in its order."""
+    """Return the events between two log offsets, with a column `offset`, in its order."""
     tables = [_table(chunk) for chunk in _chunks(log, after, last)]
     return pa.concat_tables([_table([]), *tables])
 
@@ -157,7 +157,7 @@ def _table(logged: Sequence[LoggedEvent]) -> pa.Table:
 
 
 def dataset_events(data: str | Path) -> Iterator[pa.Table]:
-    """The events of a dataset, piece by piece, with an `offset` of 0.
+    """Yield the events of a dataset, piece by piece, with an `offset` of 0.
 
     Raises:
         InputError: it is missing, or breaks a rule of lib/data/ingest.py.
@@ -170,7 +170,7 @@ def dataset_events(data: str | Path) -> Iterator[pa.Table]:
 
 
 def dataset_size(data: str | Path) -> int:
-    """Number of events of a dataset."""
+    """Return the number of events of a dataset."""
     with parquet_file(events_file(data)) as file:
         return file.metadata.num_rows
 
@@ -178,7 +178,7 @@ def dataset_size(data: str | Path) -> int:
 def older_events(
     log: LogReader, data: str | Path | None, cut: Cut, users: pa.Array, wanted: int, seed: int
 ) -> pa.Table:
-    """What came before the version: all of the given users, and about `wanted` events of others, drawn by user."""
+    """Read what came before the version: all of the given users, about `wanted` events of others, drawn by user."""
     there = cut.after + (dataset_size(data) if data is not None else 0)
     share = min(wanted / max(there, 1), 1.0)
     kept = [_of_users(events, users, share, seed) for events in (dataset_events(data) if data is not None else ())]
@@ -187,7 +187,7 @@ def older_events(
 
 
 def _of_users(events: pa.Table, users: pa.Array, share: float, seed: int) -> pa.Table:
-    """The events of the given users, and of that share of all others; a user is drawn or not wherever events are."""
+    """Keep the events of the given users, and of that share of all others; a user is drawn wherever the events are."""
     codes = events["user_id"].combine_chunks().dictionary_encode()
     drawn = np.array([place_of(user, f"older {seed}") < share for user in codes.dictionary.to_pylist()], bool)
     kept = drawn | pc.is_in(codes.dictionary, users).to_numpy(zero_copy_only=False)
@@ -221,7 +221,7 @@ class WeightedBatches(SequenceBatches):
 
 
 def of_users(events: pa.Table, users: pa.Array) -> pa.Table:
-    """The events of some users."""
+    """Return the events of some users."""
     return events.filter(pc.is_in(events["user_id"], users))
 
 

@@ -159,7 +159,7 @@ class Packing:
 
     @classmethod
     def of(cls, lengths: Tensor, length: int) -> "Packing":
-        """The packing of (B,) lengths, padded on the right to `length`."""
+        """Return the packing of (B,) lengths, padded on the right to `length`."""
         real = torch.arange(length, device=lengths.device) < lengths[:, None]  # (B, T)
         offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         return cls(real.flatten().nonzero().flatten(), offsets, length)

@@ -1,7 +1,7 @@
 """The encoder's forward pass for answers: what `BehaviourEncoder.interests` gives, sooner.
 
 Two blocks of width 64, 50 events, a CPU: 1.4 instead of 2.5 ms for one history, 24 instead of 27 ms for 64, of which 11
-are the products at the processor's limit. On a card histories are encoded, searched for and ranked without leaving it.
+are the products at the CPU's limit. On a GPU histories are encoded, searched for and ranked without leaving it.
 
 - Histories are aligned at their newest event, so that positions and the newest event are slices and not gathers.
 - The inputs beside the item are one table, and a layer norm's weight is part of the product that follows it.
@@ -32,7 +32,7 @@ class BlockWeights:
 
     @classmethod
     def of(cls, block: Block) -> "BlockWeights":
-        """A block's weights; copies where something is multiplied into them."""
+        """Take a block's weights; copies where something is multiplied into them."""
         attention, feed_forward = block.attention, block.feed_forward
         assert isinstance(attention, CausalAttention)
         assert isinstance(feed_forward, FeedForward)
