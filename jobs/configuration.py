@@ -2,20 +2,19 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel
 
-from lib.errors import InputError, objection
+from lib.errors import InputError
+from lib.settings import Settings
 
-Settings = TypeVar("Settings")
+Kind = TypeVar("Kind", bound=Settings)
 
 
-def settings_from(kind: type[Settings], config: Path | None, assignments: Sequence[str]) -> Settings:
+def settings_from(kind: type[Kind], config: Path | None, assignments: Sequence[str]) -> Kind:
     """Make settings; assignments win over the file, what neither names keeps its default.
 
     A dotted key is a setting inside of another: gate.deviations=2.
@@ -26,13 +25,7 @@ def settings_from(kind: type[Settings], config: Path | None, assignments: Sequen
     values = yaml_of(config) if config is not None else {}
     for name, value in values_of(assignments).items():
         _assign(values, name, value)
-    if issubclass(kind, BaseModel):
-        return kind(**values)
-    _refuse_unknown(kind, values)
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        raise InputError(objection(error)) from error
+    return kind(**values)
 
 
 def values_of(assignments: Sequence[str]) -> dict[str, Any]:
@@ -95,12 +88,3 @@ def _assigned(assignment: str) -> tuple[str, Any]:
         return name.strip(), yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"--set {assignment}: the value is not valid YAML; put it in quotes") from error
-
-
-def _refuse_unknown(kind: type, values: Mapping[str, Any]) -> None:
-    known = [field.name for field in fields(kind)]
-    for name in values:
-        if name not in known:
-            close = get_close_matches(name, known, n=1)
-            meant = f", did you mean {close[0]}?" if close else ";"
-            raise InputError(f"{name}: no such setting{meant} there are {', '.join(known)}")

@@ -5,7 +5,7 @@
 What the histories are and how flops are counted stands in tests/benchmarks/training_step.py.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,14 +19,14 @@ from jobs.configuration import settings_from, write_json
 from lib.errors import InputError
 from lib.model.presets import PRESETS
 from lib.model.trainer import TrainingConfig
+from lib.settings import Settings
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.training_step import measure
 
 ITEMS = {"cuda": 1_000_000, "cpu": 20_000}
 
 
-@dataclass(frozen=True)
-class BenchmarkSettings:
+class BenchmarkSettings(Settings):
     """What may be set over the preset."""
 
     hidden_size: int | None = None
@@ -58,7 +58,7 @@ def large_command(
     if kind not in ITEMS or (kind == "cuda" and not torch.cuda.is_available()):
         raise InputError(f"device: {kind!r} is not here; give {' or '.join(ITEMS)}")
     machine = describe_machine()
-    given = asdict(settings_from(BenchmarkSettings, None, set_ or []))
+    given = settings_from(BenchmarkSettings, None, set_ or []).model_dump()
     chosen = PRESETS[preset]
     known = asdict(chosen)
     chosen = replace(chosen, **{name: value for name, value in given.items() if name in known and value is not None})
