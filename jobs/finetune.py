@@ -225,7 +225,7 @@ def _plan(
     import pyarrow as pa
 
     from lib.live.finetuning import cut_feedback, feedback, older_events
-    from lib.live.learning_model import LEAST_HALF_LIFE, LearningModel
+    from lib.live.learning_model import LearningModel, popularity_half_life
     from lib.live.settings import LearnerConfig
     from lib.log.layout import read_log
     from lib.model.folder import Manifest, save_model
@@ -252,7 +252,7 @@ def _plan(
     live.catalog.change(_item_changes(state))
     events = pa.concat_tables([older, new])
     # the base's own half-life, whatever items have come since
-    half_life = settings.popularity_half_life or max(len(begun.catalog), LEAST_HALF_LIFE)
+    half_life = popularity_half_life(settings.popularity_half_life, begun.catalog)
     model = LearningModel(begun, LearnerConfig(seed=settings.seed, popularity_half_life=half_life), live.catalog)
     model.add_items(events["item_id"].unique().to_pylist())
     _write_material(storage, model, events, cut, settings)

@@ -159,16 +159,8 @@ class NearlineLearner:
     def _reject(self, batch: MicroBatch, reason: str, harmful: bool = True) -> Rejection:
         """Pass a micro-batch by."""
         self.lineage.events_rejected += batch.events
-        rejection = Rejection(
-            version=self.version,
-            after_offset=self.log_offset,
-            last_offset=batch.last_offset,
-            events=batch.events,
-            events_rejected=self.lineage.events_rejected,
-            reason=reason,
-            harmful=harmful,
-        )
-        return self._mark(rejection)
+        span = RejectedSpan(after_offset=self.log_offset, events=batch.events)
+        return self._mark(self._rejection(span, batch.last_offset, reason, harmful))
 
     def _take_back(self, batch: MicroBatch, reason: str) -> Rejection:
         """Publish the weights of the gate's reference anew: what was learned since did harm, a little each time."""
@@ -183,16 +175,22 @@ class NearlineLearner:
         rejected = RejectedSpan(after_offset=log_offset, events=batch.events + since)
         facts = VersionFacts(kind="rollback", restored=version, reason=reason, rejected=rejected)
         delta = self._go_back_to(loaded, facts, log_offset=batch.last_offset)
-        rejection = Rejection(
+        return self._mark(self._rejection(rejected, batch.last_offset, reason, delta=delta))
+
+    def _rejection(
+        self, span: RejectedSpan, last_offset: int, reason: str, harmful: bool = True, delta: Delta | None = None
+    ) -> Rejection:
+        """Describe a rejection of the present version."""
+        return Rejection(
             version=self.version,
-            after_offset=rejected.after_offset,
-            last_offset=batch.last_offset,
-            events=rejected.events,
+            after_offset=span.after_offset,
+            last_offset=last_offset,
+            events=span.events,
             events_rejected=self.lineage.events_rejected,
             reason=reason,
+            harmful=harmful,
             delta=delta,
         )
-        return self._mark(rejection)
 
     def _mark(self, rejection: Rejection) -> Rejection:
         """Have it known for good which events the weights have not learned from; harmful ones are not replayed."""
@@ -205,14 +203,7 @@ class NearlineLearner:
         """List what the newest version took back, where the process ended before that was listed."""
         if loaded.facts.rejected is None:
             return
-        rejection = Rejection(
-            version=self.version,
-            after_offset=loaded.facts.rejected.after_offset,
-            last_offset=self.log_offset,
-            events=loaded.facts.rejected.events,
-            events_rejected=self.lineage.events_rejected,
-            reason=loaded.facts.reason or "",
-        )
+        rejection = self._rejection(loaded.facts.rejected, self.log_offset, loaded.facts.reason or "")
         if rejection not in self.rejections.all():
             self._mark(rejection)
 

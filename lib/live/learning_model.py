@@ -22,6 +22,11 @@ from lib.versions.folder import LoadedVersion
 LEAST_HALF_LIFE = 1000.0  # events: of fewer, chance decides what is popular
 
 
+def popularity_half_life(chosen: float | None, catalog: Catalog) -> float:
+    """Return the events after which one counts half in what is popular: those chosen, or as many as there are items."""
+    return chosen or max(len(catalog), LEAST_HALF_LIFE)
+
+
 class Changes(NamedTuple):
     """What a delta is made of: the changed rows (R,), the row tensors' values there, and the other tensors changed."""
 
@@ -42,7 +47,7 @@ class LearningModel:
         self.encoder = loaded.encoder
         self.catalog = loaded.catalog if catalog is None else loaded.catalog.joined(catalog)
         self.kind_codes = self.encoder.config.kind_codes
-        self.popularity_half_life = config.popularity_half_life or max(len(self.catalog), LEAST_HALF_LIFE)
+        self.popularity_half_life = popularity_half_life(config.popularity_half_life, self.catalog)
         train_top_layers(self.encoder, config.trained_bytes)
         self.trainer = _trainer_of(loaded, _training_config(config, self.encoder))
         add_rows(self.trainer, self.catalog, known=len(loaded.catalog), seed=config.seed)
