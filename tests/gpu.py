@@ -35,7 +35,8 @@ import torch
 from torch import Tensor
 
 from lib.model.batches import Batch
-from lib.model.encoder import BehaviourEncoder, Packing
+from lib.model.block import Packing
+from lib.model.encoder import BehaviourEncoder
 from lib.model.inference import InferenceEncoder
 from lib.model.presets import PRESETS, Precision, Preset
 from lib.model.trainer import Trainer, TrainingConfig, train_top_layers

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lib.model.delta
-from lib.model.encoder import Packing
+from lib.model.block import Packing
 from tests import gpu
 from tests.gpu import PARTS, NotRun, Part, Row, Run, main, run_apart, run_part
 

@@ -15,19 +15,17 @@ Sources: SASRec (Kang & McAuley 2018) for the causal trunk; SwiGLU (Shazeer 2020
 "Gated attention for large language models"); L2-normalised softmax with temperature (Yi et al. 2019).
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.configuration_utils import PreTrainedConfig
 
 from lib.errors import InputError
+from lib.model.block import Block, Dropout, Packing
 from lib.model.presets import DEFAULT_INPUTS, INPUTS
 
 WEIGHTS = "model.safetensors"
@@ -81,157 +79,6 @@ class BehaviourEncoderConfig(PreTrainedConfig):
             )
 
 
-class Dropout(nn.Module):
-    """Dropout with cheap masks: torch draws them one by one on a CPU, which was a fifth of a training step."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape; on a CPU the rate is rounded to 1/256."""
-        threshold = round(self.rate * 256)
-        if not self.training or threshold == 0:
-            return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.rate)
-        # seeded by torch, so that torch.manual_seed and the recomputation of a checkpointed block give the same mask
-        generator = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
-        drawn = torch.from_numpy(generator.integers(0, 256, x.numel(), dtype=np.uint8))
-        return x * (drawn >= threshold).view(x.shape).to(x.dtype).mul_(256 / (256 - threshold))
-
-
-class CausalAttention(nn.Module):
-    """Multi-head causal self-attention, its result behind a sigmoid gate of the input."""
-
-    def __init__(self, config: BehaviourEncoderConfig):
-        super().__init__()
-        self.heads = config.num_attention_heads
-        self.query_key_value_gate = nn.Linear(config.hidden_size, 4 * config.hidden_size, bias=False)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor, packing: "Packing | None") -> Tensor:
-        """(B, T, C) -> (B, T, C), or (N, C) -> (N, C) with the packing of N real events."""
-        width = x.shape[-1]
-        query_key_value, gate = self.query_key_value_gate(x).split([3 * width, width], dim=-1)
-        heads = query_key_value.unflatten(-1, (3, self.heads, width // self.heads))  # (..., 3, H, C / H)
-        attended = packing.attend(heads) if packing is not None else causal_attention(heads)
-        return torch.sigmoid(gate) * self.output(attended.flatten(-2))
-
-    def newest(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T, C) -> (B, C): what `forward` gives at each history's newest event.
-
-        With one query a history, keys and values need not be computed: q (W x) = (q W) x, and the weighted mean of
-        values is the projection of the weighted mean. That leaves two products of H rows with x.
-        """
-        batch, length, width = x.shape
-        weights = self.query_key_value_gate.weight.view(4, self.heads, width // self.heads, width)
-        query_weight, key_weight, value_weight, gate_weight = weights  # each (H, D, C)
-        last = x[torch.arange(batch, device=x.device), lengths - 1]  # (B, C)
-        query = torch.einsum("bc,hdc->hbd", last, query_weight) * (width // self.heads) ** -0.5
-        scores = (query @ key_weight).transpose(0, 1) @ x.transpose(1, 2)  # (B, H, C) @ (B, C, T)
-        padding = torch.arange(length, device=x.device) >= lengths[:, None]  # (B, T)
-        attention = scores.masked_fill_(padding[:, None], float("-inf")).softmax(dim=-1)
-        pooled = (attention @ x).transpose(0, 1)  # (H, B, C)
-        attended = (pooled @ value_weight.transpose(1, 2)).transpose(0, 1).flatten(1)  # (B, C)
-        return torch.sigmoid(F.linear(last, gate_weight.flatten(0, 1))) * self.output(attended)
-
-
-def causal_attention(heads: Tensor) -> Tensor:
-    """(B, T, 3, H, D) queries, keys and values -> (B, T, H, D)."""
-    query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-    if heads.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
-    # torch's blockwise kernel takes two to three times as long on a CPU for many short sequences
-    length = query.shape[2]
-    future = torch.full((length, length), float("-inf"), dtype=query.dtype).triu_(1)
-    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2)).add_(future)  # (B, H, T, T)
-    return torch.matmul(scores.softmax(dim=-1), value).transpose(1, 2)
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Where the real events of a padded batch stand, so that no layer works on padding (on a GPU in half precision)."""
-
-    places: Tensor  # (N,) of each real event in the flattened (B, T)
-    offsets: Tensor  # (B + 1,) int32, where each sequence begins in N
-    longest: int
-
-    @classmethod
-    def of(cls, lengths: Tensor, length: int) -> "Packing":
-        """Return the packing of (B,) lengths, padded on the right to `length`."""
-        real = torch.arange(length, device=lengths.device) < lengths[:, None]  # (B, T)
-        offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        return cls(real.flatten().nonzero().flatten(), offsets, length)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (N, C)."""
-        return x.flatten(0, 1).index_select(0, self.places)
-
-    def unpack(self, x: Tensor, batch: int) -> Tensor:
-        """(N, C) -> (B, T, C), zero at padded places."""
-        padded = x.new_zeros(batch * self.longest, x.shape[-1]).index_copy(0, self.places, x)
-        return padded.view(batch, self.longest, -1)
-
-    def attend(self, heads: Tensor) -> Tensor:
-        """(N, 3, H, D) -> (N, H, D): causal attention within each sequence."""
-        query, key, value = heads.unbind(1)
-        offsets, longest = self.offsets, self.longest
-        if heads.device.type == "cpu":  # for tests: the kernel is CUDA's alone
-            return torch.cat([causal_attention(part[None])[0] for part in heads.split(offsets.diff().tolist())])
-        from torch.nn.attention.varlen import varlen_attn  # a second of imports that no CPU needs
-
-        attended = varlen_attn(query, key, value, offsets, offsets, longest, longest, window_size=(-1, 0))
-        assert isinstance(attended, Tensor)
-        return attended
-
-
-class FeedForward(nn.Module):
-    """SwiGLU layer behind a sigmoid gate of its input: sigmoid(gate(x)) * down(silu(inner(x)) * up(x))."""
-
-    def __init__(self, config: BehaviourEncoderConfig):
-        super().__init__()
-        self.widths = [config.intermediate_size, config.intermediate_size, config.hidden_size]
-        self.inner_up_gate = nn.Linear(config.hidden_size, sum(self.widths), bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
-        inner, up, gate = self.inner_up_gate(x).split(self.widths, dim=-1)
-        return torch.sigmoid(gate) * self.down(F.silu(inner) * up)
-
-
-class LayerNorm(nn.LayerNorm):
-    """Layer norm in float32, also where a sharded block is gathered in half precision."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Any shape (..., C)."""
-        return F.layer_norm(input.float(), self.normalized_shape, self.weight.float(), None, self.eps)
-
-
-class Block(nn.Module):
-    """One pre-norm transformer block."""
-
-    def __init__(self, config: BehaviourEncoderConfig):
-        super().__init__()
-        self.attention_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
-        self.attention = CausalAttention(config)
-        self.feed_forward_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
-        self.feed_forward = FeedForward(config)
-        self.dropout = Dropout(config.dropout)
-
-    def forward(self, x: Tensor, packing: Packing | None) -> Tensor:
-        """(B, T, C) -> (B, T, C), or (N, C) -> (N, C) with a packing."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), packing))
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-
-    def newest(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T, C) -> (B, C): what `forward` gives at each history's newest event; no dropout."""
-        last = x[torch.arange(len(x), device=x.device), lengths - 1]
-        last = last + self.attention.newest(self.attention_norm(x), lengths)
-        return last + self.feed_forward(self.feed_forward_norm(last))
-
-
 class BehaviourEncoder(nn.Module):
     """Reads histories and gives one interest vector per position; the last real position is the user's.
 
@@ -257,7 +104,10 @@ class BehaviourEncoder(nn.Module):
         self.value_embeddings = nn.Embedding(len(config.value_boundaries) + 2, width)  # bucket 0: no value
         self.activation_checkpointing = False  # blocks compute their activations anew in the backward pass
         self.input_dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(
+            Block(width, config.intermediate_size, config.num_attention_heads, config.layer_norm_eps, config.dropout)
+            for _ in range(config.num_hidden_layers)
+        )
         self.final_norm = nn.LayerNorm(width, eps=config.layer_norm_eps, bias=False)
         self.interest_to_item = nn.Parameter(torch.eye(width))  # A in s = uT A v
         # what is popular of late, for people of whom nothing is known; no gradient, but part of every version
@@ -362,12 +212,15 @@ class BehaviourEncoder(nn.Module):
         return hidden if packing is None else packing.unpack(hidden, len(x))
 
     def interests(self, kinds: Tensor, gaps: Tensor, values: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
-        """(B, C): the vector u of each history's newest event; the last block computes nothing of the others."""
+        """Return the vector u of each history's newest event, (B, C): the last block computes nothing of the others."""
         x = self.embedded(kinds, gaps, values, lengths, self.described(self.item_embeddings(rows), rows))
         *others, last = self.blocks
+        assert isinstance(last, Block)
         for block in others:
             x = block(x, None)
-        return unit_length(self.final_norm(last.newest(x, lengths)).float())  # pyright: ignore[reportCallIssue]
+        newest = torch.arange(len(x), device=x.device), lengths - 1
+        padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]  # (B, T)
+        return unit_length(self.final_norm(last.weights().newest(x, newest, padding)).float())
 
     def queries(self, interests: Tensor) -> Tensor:
         """(B, C) u -> (B, C) uT A, whose inner product with an item vector v is the score s = uT A v."""

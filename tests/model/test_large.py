@@ -22,7 +22,8 @@ from jobs.pretrain_settings import PretrainSettings, preset_of
 from jobs.training_loop import training_config
 from lib.errors import InputError
 from lib.model.batches import Batch, SequenceBatches
-from lib.model.encoder import BehaviourEncoder, Block, Packing
+from lib.model.block import Block, Packing
+from lib.model.encoder import BehaviourEncoder
 from lib.model.folder import load_model
 from lib.model.presets import PRESETS, preset_for
 from lib.model.trainer import StepResult, Trainer, TrainingConfig
