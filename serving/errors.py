@@ -51,7 +51,7 @@ async def bad_request(request: Request, error: Exception) -> Response:
         reason = first.get("ctx", {}).get("error", first["msg"])
         return _error(400, f"the body is not valid JSON: {reason}")
     place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ").removeprefix(f"{first['loc'][-1]} ")  # named once
     return _error(422, f"{place}: {message}" if place else message)
 
 

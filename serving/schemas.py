@@ -3,16 +3,22 @@
 The status has its own (serving/status.py).
 """
 
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from lib.data.events import EVENT_FIELDS, EVENT_KINDS, MAX_ID_LENGTH
+from lib.data.events import EVENT_FIELDS, EVENT_KINDS, MAX_ID_LENGTH, checked_id
 
 LARGEST_K = 1000
 LARGEST_EVENT_BATCH = 1000
 LARGEST_ITEM_BATCH = 1000
 LARGEST_BODY = 16 * 2**20  # bytes
+
+# ids in bodies and in paths obey the rules that those of events do
+ID = Field(min_length=1, max_length=MAX_ID_LENGTH)
+UserId = Annotated[str, ID, AfterValidator(partial(checked_id, "user_id"))]
+ItemId = Annotated[str, ID, AfterValidator(partial(checked_id, "item_id"))]
 
 
 class HistoryEvent(BaseModel):
@@ -31,7 +37,7 @@ class RecommendationRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    user_id: str | None = Field(default=None, min_length=1, max_length=MAX_ID_LENGTH)
+    user_id: UserId | None = None
     history: list[HistoryEvent] | None = Field(default=None, max_length=10_000)
     k: int = Field(default=10, ge=1, le=LARGEST_K, description="number of items")
     filter: dict[str, Any] | None = Field(
@@ -84,7 +90,7 @@ class ItemDescription(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
     __pydantic_extra__: dict[str, Attribute]  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    item_id: str = Field(min_length=1, max_length=MAX_ID_LENGTH)
+    item_id: ItemId
 
 
 class ItemsRequest(BaseModel):

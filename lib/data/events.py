@@ -5,6 +5,7 @@ Events in tables and single ones that arrive over HTTP obey the same rules, and 
 reason, never dropped in silence.
 """
 
+import re
 from collections.abc import Mapping
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -67,6 +68,8 @@ EVENT_KINDS = tuple(EVENT_WEIGHTS)
 NEGATIVE_RATING = 2.0  # a rating at or below this is a dislike
 
 MAX_ID_LENGTH = 256  # characters
+# C0, DEL and C1, for Python and for Arrow: an id stands in paths of URLs, lines of logs and names of files.
+CONTROL_CHARACTERS = r"[\x00-\x1f\x7f-\x9f]"
 EARLIEST_TIMESTAMP = 631_152_000_000  # 1990-01-01; today's time in seconds, taken for milliseconds, lies in 1970
 
 FIELDS = frozenset(Event._fields)
@@ -85,8 +88,8 @@ def validate_event(fields: Mapping[str, object], now: int, future_tolerance_ms: 
         future_tolerance_ms: how far a timestamp may be ahead of `now` (CleaningRules has the setting).
 
     Raises:
-        EventRejected: with reason wrong_type, unknown_field, missing_field, empty_id, long_id, malformed_text,
-            unknown_event, value_not_finite, time_too_old or time_in_future.
+        EventRejected: with reason wrong_type, unknown_field, missing_field, empty_id, long_id, control_character,
+            malformed_text, unknown_event, value_not_finite, time_too_old or time_in_future.
     """
     if not isinstance(fields, dict) and not isinstance(fields, Mapping):
         raise EventRejected("wrong_type", "event", f"an event must be an object, not {_json_type(fields)}")
@@ -95,8 +98,8 @@ def validate_event(fields: Mapping[str, object], now: int, future_tolerance_ms: 
         message = f"unknown field {str(unknown)[:40]!r}; the fields of an event are {', '.join(Event._fields)}"
         raise EventRejected("unknown_field", str(unknown), message)
     get = fields.get
-    user_id = _required_id("user_id", get("user_id"))
-    item_id = _required_id("item_id", get("item_id"))
+    user_id = checked_id("user_id", get("user_id"))
+    item_id = checked_id("item_id", get("item_id"))
     event = _event_kind(get("event"))
     value = _value(get("value"))
     timestamp = get("timestamp")
@@ -106,13 +109,14 @@ def validate_event(fields: Mapping[str, object], now: int, future_tolerance_ms: 
     return Event(user_id, item_id, event, value, timestamp, event_id, request_id)
 
 
-def _optional_id(field: str, value: object) -> str | None:
-    return None if value is None else _required_id(field, value)
+def checked_id(field: str, value: object) -> str:
+    """Return an id that obeys the rules for ids, wherever it comes from.
 
-
-def _required_id(field: str, value: object) -> str:
+    Raises:
+        EventRejected: it does not; the reasons are those of `validate_event`.
+    """
     # The common case in one line; the rest says what is wrong.
-    if type(value) is str and 0 < len(value) <= MAX_ID_LENGTH and value.isascii() and not value.isspace():
+    if type(value) is str and len(value) <= MAX_ID_LENGTH and value.isascii() and value.isprintable() and value.strip():
         return value
     if value is None:
         raise EventRejected("missing_field", field, f"{field} is missing; every event needs one")
@@ -124,6 +128,9 @@ def _required_id(field: str, value: object) -> str:
     if len(value) > MAX_ID_LENGTH:
         message = f"{field} has {len(value)} characters; at most {MAX_ID_LENGTH} are allowed: hash longer ids"
         raise EventRejected("long_id", field, message)
+    if (control := re.search(CONTROL_CHARACTERS, value)) is not None:
+        message = f"{field} holds the control character U+{ord(control[0]):04X}; leave it out, or encode the id"
+        raise EventRejected("control_character", field, message)
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -131,6 +138,10 @@ def _required_id(field: str, value: object) -> str:
         message = f"{field} holds half of a surrogate pair; send valid Unicode text"
         raise EventRejected("malformed_text", field, message) from None
     return value
+
+
+def _optional_id(field: str, value: object) -> str | None:
+    return None if value is None else checked_id(field, value)
 
 
 def _event_kind(kind: object) -> str:

@@ -4,12 +4,14 @@
 # pyright: reportAttributeAccessIssue=false
 
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from lib.data.events import (
+    CONTROL_CHARACTERS,
     EARLIEST_TIMESTAMP,
     EVENT_KINDS,
     EVENT_SCHEMA,
@@ -29,6 +31,7 @@ REASONS = (
     "missing_field",
     "empty_id",
     "long_id",
+    "control_character",
     "unknown_event",
     "value_not_finite",
     "time_too_old",
@@ -125,6 +128,13 @@ def partition_of(users: pa.ChunkedArray, count: int) -> np.ndarray:
     return partition[encoded.indices.to_numpy()]
 
 
+def broken_ids(ids: pa.ChunkedArray) -> Iterator[tuple[str, pa.ChunkedArray]]:
+    """Yield each rule of lib.data.events.checked_id with (E,) which of the ids break it; null breaks none."""
+    yield "empty_id", pc.or_(pc.equal(pc.utf8_length(ids), 0), pc.utf8_is_space(ids))
+    yield "long_id", pc.greater(pc.utf8_length(ids), MAX_ID_LENGTH)
+    yield "control_character", pc.match_substring_regex(ids, CONTROL_CHARACTERS)
+
+
 def _convertible(source: pa.DataType, target: pa.DataType) -> bool:
     if pa.types.is_dictionary(source):
         source = source.value_type
@@ -146,9 +156,8 @@ def _broken_rules(table: pa.Table, now: int, rules: CleaningRules) -> np.ndarray
         reasons[rows & (reasons == 0)] = REASONS.index(reason)
 
     def mark_ids(field: str) -> None:
-        ids = table[field]
-        mark("empty_id", pc.or_(pc.equal(pc.utf8_length(ids), 0), pc.utf8_is_space(ids)))
-        mark("long_id", pc.greater(pc.utf8_length(ids), MAX_ID_LENGTH))
+        for reason, broken in broken_ids(table[field]):
+            mark(reason, broken)
 
     for field in ("user_id", "item_id"):
         mark("missing_field", pc.is_null(table[field]))

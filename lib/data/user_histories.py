@@ -107,7 +107,9 @@ class UserHistories:
         Half of the users act now; the other half is drawn from all, so that a crowd of newcomers, however large, is
         never the only judge. Each has some history, and few end at the same item.
         """
-        recent = generator.permutation(list(islice(reversed(self._recent), 4 * count)))
+        latest = list(islice(reversed(self._recent), 4 * count))
+        # places are permuted: an array of strings loses the NULs at their end, so that it names other users
+        recent = [latest[place] for place in generator.permutation(len(latest))]
         drawn = self.sample(2 * count, generator)
         found: dict[str, History] = {}
         items: Counter[str] = Counter()

@@ -4,12 +4,21 @@ from typing import Annotated, Any
 
 import orjson
 from fastapi import Depends, Header, Query, Request, Response
+from starlette.convertors import PathConvertor, register_url_convertor
 
 from serving.errors import DEADLINE_HEADER
 from serving.fast_path import deadline_of
 from serving.recommendations import Recommendations
 from serving.schemas import LARGEST_K
 
+
+class IdConvertor(PathConvertor):
+    """Any text in a path, line breaks included: what an id may hold is for the handler to say, not for the router."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("id", IdConvertor())
 DEADLINE = Header(alias=DEADLINE_HEADER, description="milliseconds to wait for an answer; 504 if it takes longer")
 
 

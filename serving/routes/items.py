@@ -3,7 +3,7 @@
 from fastapi import APIRouter, HTTPException, Response
 
 from serving.routes.dependencies import Replica, json_response
-from serving.schemas import ItemsRequest
+from serving.schemas import ItemId, ItemsRequest
 
 router = APIRouter()
 
@@ -21,8 +21,8 @@ async def put_items(replica: Replica, request: ItemsRequest) -> Response:
     return json_response({"accepted": len(items)})
 
 
-@router.delete("/v1/items/{item_id:path}")
-async def delete_item(replica: Replica, item_id: str) -> Response:
+@router.delete("/v1/items/{item_id:id}")
+async def delete_item(replica: Replica, item_id: ItemId) -> Response:
     """Take an item out of every answer from the next one on, for good, or until it is put again."""
     models = await replica.current_models()
     if not models.has_item(item_id):

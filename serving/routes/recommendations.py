@@ -14,7 +14,7 @@ from lib.ranking.recommender import Question
 from serving.challenger import Answer
 from serving.recommendations import Recommendations
 from serving.routes.dependencies import Deadline, K, Replica, json_response
-from serving.schemas import RecommendationRequest, RecommendationResponse
+from serving.schemas import ItemId, RecommendationRequest, RecommendationResponse, UserId
 
 router = APIRouter()
 
@@ -25,14 +25,14 @@ async def post_recommendations(replica: Replica, request: RecommendationRequest,
     return await answer_request(replica, request, deadline)  # only what FastPath could not read comes here
 
 
-@router.get("/v1/users/{user_id:path}/recommendations", response_model=RecommendationResponse)
-async def get_recommendations(replica: Replica, user_id: str, deadline: Deadline, k: K = 10) -> Response:
+@router.get("/v1/users/{user_id:id}/recommendations", response_model=RecommendationResponse)
+async def get_recommendations(replica: Replica, user_id: UserId, deadline: Deadline, k: K = 10) -> Response:
     """Recommend items to a user; someone unknown gets what is popular, marked as such."""
     return await _recommend(replica, Question(History(), k), user_id, deadline)
 
 
-@router.get("/v1/items/{item_id:path}/similar", response_model=RecommendationResponse)
-async def get_similar(replica: Replica, item_id: str, k: K = 10) -> Response:
+@router.get("/v1/items/{item_id:id}/similar", response_model=RecommendationResponse)
+async def get_similar(replica: Replica, item_id: ItemId, k: K = 10) -> Response:
     """Return the items nearest to an item."""
     models = await replica.current_models()
     try:

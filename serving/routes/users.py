@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, HTTPException, Query, Response
 
 from serving.routes.dependencies import Replica, json_response
+from serving.schemas import UserId
 
 router = APIRouter()
 
@@ -16,8 +17,8 @@ async def get_users(replica: Replica, limit: Annotated[int, Query(ge=1, le=1000)
     return json_response({"users": [{"user_id": user_id, "events": events} for user_id, events in users]})
 
 
-@router.get("/v1/users/{user_id:path}/export")
-async def get_export(replica: Replica, user_id: str) -> Response:
+@router.get("/v1/users/{user_id:id}/export")
+async def get_export(replica: Replica, user_id: UserId) -> Response:
     """Return the events of one user that the service keeps, oldest first."""
     [history] = await replica.aggregators.get_histories([user_id])
     if len(history) == 0:

@@ -69,6 +69,12 @@ BOTH_FORMS = [
     ({"item_id": None}, "missing_field", "item_id"),
     ({"item_id": ""}, "empty_id", "item_id"),
     ({"item_id": "x" * 257}, "long_id", "item_id"),
+    ({"user_id": "u\x00"}, "control_character", "user_id"),
+    ({"user_id": "a\nb"}, "control_character", "user_id"),
+    ({"user_id": "é\x85"}, "control_character", "user_id"),
+    ({"item_id": "\x7fi"}, "control_character", "item_id"),
+    ({"event_id": "e\r"}, "control_character", "event_id"),
+    ({"request_id": "r\x9f"}, "control_character", "request_id"),
     ({"event": None}, "missing_field", "event"),
     ({"event": "Click"}, "unknown_event", "event"),
     ({"event": ""}, "unknown_event", "event"),
@@ -90,6 +96,7 @@ ACCEPTED = [
     {"user_id": "x" * 256},
     {"user_id": "名前"},
     {"user_id": " u "},
+    {"user_id": "\u200d👩\u200d🚀\u2028"},
     {"value": None},
     {"value": 4},
     {"value": -3.4028234663852886e38},
@@ -168,6 +175,8 @@ def test_messages_give_the_remedy():
         validate_event(GOOD | {"event": "zap"}, NOW, RULES.future_tolerance_ms)
     with pytest.raises(EventRejected, match="milliseconds since 1970, not seconds"):
         validate_event(GOOD | {"timestamp": NOW // 1000}, NOW, RULES.future_tolerance_ms)
+    with pytest.raises(EventRejected, match=r"U\+000A; leave it out, or encode the id"):
+        validate_event(GOOD | {"user_id": "a\nb"}, NOW, RULES.future_tolerance_ms)
     with pytest.raises(EventRejected, match="put it in quotes"):
         validate_event(GOOD | {"user_id": 5}, NOW, RULES.future_tolerance_ms)
 
@@ -185,7 +194,7 @@ def test_the_two_forms_agree_on_random_events():
     reasons = [reason_of(event) for event in events]
     kept, counts = clean(table_of(*events), NOW, RULES)
     assert counts == Counter(reason for reason in reasons if reason)
-    assert len(counts) == 7
+    assert len(counts) == 8
     expected = [event["user_id"] for event, reason in zip(events, reasons, strict=True) if reason is None]
     assert sorted(kept["user_id"].to_pylist()) == sorted(expected)
     # Row by row, too: the totals alone could agree by chance.

@@ -583,9 +583,10 @@ def test_items_of_every_format(tmp_path, ingested):
 
 def test_bad_items_are_counted(tmp_path, ingested):
     source = write(tmp_path / "data.csv", f"user,item,time\nu,1,{T}\n")
-    lines = ["id,code", "1,007", "1,008", ",9", f"{'x' * 257},9", "2", "3,0.5"]
+    lines = ["id,code", "1,007", "1,008", ",9", f"{'x' * 257},9", "2", "3,0.5", "\x01,9"]
     report, _ = ingested(source, items=write(tmp_path / "goods.csv", "\n".join(lines)))
-    assert report.rejected_items == {"malformed_line": 1, "empty_id": 1, "long_id": 1, "duplicate": 1}
+    faults = ("malformed_line", "empty_id", "long_id", "control_character", "duplicate")
+    assert report.rejected_items == dict.fromkeys(faults, 1)
     assert report.described_items == 2
     items = read_items(tmp_path / "out")
     assert items is not None

@@ -7,7 +7,7 @@ import numpy as np
 from lib.data.events import Event
 from lib.data.history import History
 from lib.data.replay import ReplaySample
-from lib.data.user_histories import RECENT_USERS, UserHistories
+from lib.data.user_histories import LEAST_HELD_OUT, RECENT_USERS, UserHistories
 from tests.helpers.tiny import NOW
 
 
@@ -94,6 +94,16 @@ def test_what_is_not_learned_yet_or_is_erased_is_not_replayed():
     offsets = {offset for window in windows for offset in window.offsets}
     assert offsets == set(range(2, 21, 2))
     assert UserHistories().windows(ReplaySample(500), 6, 20, np.random.default_rng(0)) == []
+
+
+def test_users_of_any_name_are_held_out():
+    histories = UserHistories()
+    users = ["a", "a\x00", "b\x00\x00", "c\n", "\x00"]
+    for number, user in enumerate(users):
+        for _ in range(LEAST_HELD_OUT):
+            histories.append(event(user, f"i{number}"))
+    found = histories.held_out(2 * len(users), 3, (), np.random.default_rng(0))
+    assert sorted(window.item_ids[-1] for window in found) == [f"i{number}" for number in range(len(users))]
 
 
 def test_who_acted_last_comes_first_and_only_so_many_are_known():

@@ -80,6 +80,7 @@ def test_feedback_on_a_put_item_is_learned(service, new_item):
         ({"items": []}, 422, ["items"]),
         ({"items": [{"title": "no id"}]}, 422, ["items.0.item_id"]),
         ({"items": [{"item_id": ""}]}, 422, ["items.0.item_id"]),
+        ({"items": [{"item_id": "a\x00"}]}, 422, ["items.0.item_id", "U+0000"]),
         ({"items": [{"item_id": "x", "nested": {"a": 1}}]}, 422, ["items.0.nested"]),
         ({"items": [{"item_id": "x", "title": 3}]}, 422, ["title"]),
         ({"items": [{"item_id": "x"}], "more": 1}, 422, ["more"]),

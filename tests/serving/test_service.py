@@ -161,6 +161,10 @@ BAD_EVENTS = [
     ({"user_id": "u", "item_id": "i", "event": "click", "timestamp": 1.7e12}, "timestamp"),
     ({"user_id": "u", "item_id": "i", "event": "click", "event_id": ""}, "event_id"),
     ({"user_id": "u", "item_id": "i", "event": "click", "event_id": 5}, "event_id"),
+    ({"user_id": "u\x00", "item_id": "i", "event": "click"}, "user_id"),
+    ({"user_id": "u", "item_id": "a\nb", "event": "click"}, "item_id"),
+    ({"user_id": "u", "item_id": "i", "event": "click", "event_id": "\x1b"}, "event_id"),
+    ({"user_id": "u", "item_id": "i", "event": "click", "request_id": "\x85"}, "request_id"),
     ({"user_id": "u", "item_id": "i", "event": "click", "request_id": {}}, "request_id"),
     ({"user_id": "u", "item_id": "i", "event": "click", "price": 5}, "price"),
 ]
@@ -188,7 +192,7 @@ def test_odd_but_valid_events_are_learned(service: LiveService, items: list[str]
         click("odd", items[1], value=-3.4e38),
         {"user_id": "odd", "item_id": items[2], "event": "dislike"},
         {"user_id": "odd, and one event only", "item_id": "an item with one dislike", "event": "dislike"},
-        click("odd", "\u2028\x00\t", request_id="r" * 256),
+        click("odd", "\u2028\u202e\ufeff\u0300", request_id="r" * 256),
     )
     service.wait_until_learned()
     assert len(ids(service.recommend("odd"))) == 10
@@ -218,6 +222,8 @@ BAD_BODIES: list[tuple[str, Any, int, tuple[str, ...]]] = [
     (RECOMMENDATIONS, {"user_id": "u", "history": []}, 422, ("user_id", "history")),
     (RECOMMENDATIONS, {"user_id": ""}, 422, ("user_id",)),
     (RECOMMENDATIONS, {"user_id": 5}, 422, ("user_id",)),
+    (RECOMMENDATIONS, {"user_id": "a\x00"}, 422, ("user_id", "U+0000")),
+    (RECOMMENDATIONS, {"history": [{"item_id": "a\nb"}]}, 422, ("history.0.item_id", "U+000A")),
     (RECOMMENDATIONS, b'{"user_id": "\\ud800"}', 422, ("user_id",)),
     (RECOMMENDATIONS, b'{"user_id": "u", "\\ud800": 1}', 422, ()),
     (RECOMMENDATIONS, {"user_id": "u", "k": 0}, 422, ("k", "1")),
@@ -265,6 +271,10 @@ def test_a_bad_body_is_refused_with_its_field(
         ("GET", "/v1/users/u/recommendations?k=ten", 422, ("k",)),
         ("GET", "/v1/items/no-such-item/similar", 404, ("item_id", "no-such-item")),
         ("GET", "/v1/users/nobody/export", 404, ("user_id", "nobody")),
+        ("GET", "/v1/users/a%0Ab/export", 422, ("user_id", "U+000A")),
+        ("GET", "/v1/users/a%0A/recommendations?k=3", 422, ("user_id", "U+000A")),
+        ("GET", "/v1/items/%7F/similar", 422, ("item_id", "U+007F")),
+        ("DELETE", "/v1/items/a%0A", 422, ("item_id", "U+000A")),
         ("GET", "/v1/users?limit=x", 422, ("limit",)),
         ("GET", "/v1/nothing", 404, ("/v1/nothing",)),
         ("GET", "/v1/events", 405, ("GET", "POST")),

@@ -16,10 +16,10 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lib.data.events import MAX_ID_LENGTH
 from lib.data.formats.columns import ALIASES, find_column
 from lib.data.formats.files import COMPRESSED, Layout, SourceBytes, layout_of, parquet_file
 from lib.data.formats.tables import read_lines, read_tables
+from lib.data.tables import broken_ids
 from lib.errors import InputError
 
 _MOVIELENS_GENRES = (
@@ -126,13 +126,8 @@ def _named(table: pa.Table, path: Path, columns: Mapping[str, str] | None) -> pa
 def _unique(table: pa.Table, rejected: Counter[str]) -> tuple[pa.Table, Counter[str]]:
     """Keep the first row of each item; count the others, and rows without a valid id."""
     ids = table["item_id"]
-    broken = {
-        "missing_field": pc.is_null(ids),
-        "empty_id": pc.or_(pc.equal(ids, ""), pc.utf8_is_space(ids)),
-        "long_id": pc.greater(pc.utf8_length(ids), MAX_ID_LENGTH),
-    }
     kept = np.ones(table.num_rows, dtype=bool)
-    for reason, mask in broken.items():
+    for reason, mask in (("missing_field", pc.is_null(ids)), *broken_ids(ids)):
         rows = pc.fill_null(mask, False).to_numpy(zero_copy_only=False).astype(bool) & kept
         if rows.any():
             rejected[reason] += int(rows.sum())
