@@ -30,10 +30,10 @@ from lib.errors import InputError
 from lib.evaluation.protocols import model_scores, remove_seen, target_ranks
 from lib.live.learner import NearlineLearner, Rejection
 from lib.live.micro_batch import micro_batch
+from lib.live.new_items import add_rows
 from lib.live.settings import LearnerConfig
 from lib.log.log_file import LoggedEvent
 from lib.model.batches import SequenceBatches
-from lib.model.delta import grow_items
 from lib.model.encoder import PADDING_ROW, BehaviourEncoder
 from lib.model.folder import load_model
 from lib.model.trainer import Trainer, TrainingConfig
@@ -239,7 +239,9 @@ class Daily(ModelArm):
 
     def _fine_tune(self, histories: UserHistories) -> None:
         every = [histories.get(user_id) for user_id in histories.users(len(histories))]
-        self._add_items(every)
+        known = len(self.catalog)
+        self.catalog.extend(item_id for history in every for item_id in history.item_ids)
+        add_rows(self.trainer, self.catalog, known, seed=self.fine_tunes)
         flat = to_histories(every, self.catalog, self.encoder.config.kind_codes)
         batches = SequenceBatches(flat, self.encoder.config)
         peak = self.trainer.config.learning_rate
@@ -253,20 +255,6 @@ class Daily(ModelArm):
         totals = popularity_of(flat, newest, self.half_life, self.encoder.config.item_rows)
         self.encoder.item_popularity.copy_(torch.from_numpy(totals.astype(np.float32)))
         self.fine_tunes += 1
-
-    def _add_items(self, histories: Sequence[History]) -> None:
-        """Give rows to items that were not in the catalog: the mean of the others, a little apart."""
-        known = len(self.catalog)
-        self.catalog.extend(item_id for history in histories for item_id in history.item_ids)
-        missing = len(self.catalog) + 1 - self.encoder.config.item_rows
-        if missing > 0:
-            grow_items(self.encoder, self.encoder.config.item_rows + missing)
-            self.trainer.row_optimizer.grow(self.encoder.config.item_rows)
-        self.trainer.items = len(self.catalog)
-        table = self.encoder.item_embeddings.weight.detach()
-        added = table[known + 1 : len(self.catalog) + 1]
-        noise = torch.randn(added.shape, generator=torch.Generator().manual_seed(known))
-        added.copy_(table[1 : known + 1].mean(dim=0) + noise * self.encoder.config.initializer_range)
 
     def facts(self) -> dict[str, Any]:
         """How often, and how much."""
