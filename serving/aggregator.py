@@ -9,7 +9,7 @@ import asyncio
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from math import ceil
@@ -28,6 +28,7 @@ from lib.data.guard import CleaningRules, FeedbackGuard
 from lib.data.history import History
 from lib.data.tables import events_of
 from lib.data.user_histories import UserHistories
+from lib.errors import InputError
 from lib.live.micro_batch import MicroBatch, SampleSizes, micro_batch
 from lib.log.board import ChangeBoard
 from lib.log.errors import LogWriteError
@@ -97,7 +98,7 @@ class Aggregator:
         self.shard = shard
         folder = Path(state)
         folder.mkdir(parents=True, exist_ok=True)
-        self.histories = UserHistories(self.config.keep_events, self.config.cleaning.lateness_ms)
+        self.histories = UserHistories(self.config.keep_events)
         if data is not None:
             self._read_dataset(data)
         self.log = (layout or LogLayout()).open(folder, shard)
@@ -224,13 +225,19 @@ class Aggregator:
     def _item_changes(self, revision: int) -> list[ItemChange]:
         return self.items.after(revision) if self.items is not None and revision < self.items.revision else []
 
-    async def change_items(self, items: Sequence[tuple[str, dict[str, Any] | None]]) -> int:
-        """Make changed and deleted (None) items durable, and return their revision.
+    async def change_items(
+        self, items: Sequence[tuple[str, dict[str, Any] | None]], served: Mapping[str, str] | None = None
+    ) -> int | str:
+        """Make changed and deleted (None) items durable; return their revision, or why they are refused.
 
         They are in every answer to a request that comes after this call. A repeated call records the same again.
+        `served` are the kinds of these attributes in the catalog that the caller serves (ItemLog.append).
         """
         assert self.items is not None, "items are changed at the first shard"
-        revision = self.items.append(items)
+        try:
+            revision = self.items.append(items, served)
+        except InputError as refusal:  # raised here, it would reach the caller with a traceback in its text
+            return str(refusal)
         if self.changes is not None:
             self.changes.mark_items()
         self.arrived.set()

@@ -6,7 +6,7 @@ aggregator (serving/aggregator.py).
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from ray.util import list_named_actors
 
 from lib.data.events import Event
 from lib.data.history import History
+from lib.errors import InputError
 from lib.log.board import ChangeBoard, News
 from lib.log.errors import LogWriteError, PartlyWritten
 from lib.log.items import ItemChange
@@ -117,9 +118,18 @@ class Aggregators:
         calls = [self._call(shard, "get_histories", [user for _, user in mine]) for shard, mine in shards.items()]
         return _in_order(shards.values(), await asyncio.gather(*calls), len(user_ids))
 
-    async def change_items(self, items: Sequence[tuple[str, dict[str, Any] | None]]) -> int:
-        """Make changed and deleted (None) items durable, and return their revision."""
-        return await self._call(0, "change_items", items)
+    async def change_items(
+        self, items: Sequence[tuple[str, dict[str, Any] | None]], served: Mapping[str, str] | None = None
+    ) -> int:
+        """Make changed and deleted (None) items durable, and return their revision.
+
+        Raises:
+            InputError: an attribute is not of the kind that it has for other items; nothing of the call is recorded.
+        """
+        outcome = await self._call(0, "change_items", items, served)
+        if isinstance(outcome, str):
+            raise InputError(outcome)
+        return outcome
 
     async def users(self, limit: int) -> list[tuple[str, int]]:
         """Return `limit` users, each with the number of events."""

@@ -108,7 +108,7 @@ def _keep(challenger: PreparedChallenger, registry: Registry) -> None:
     kept = _stored(registry, int(model)) if model.isdecimal() else _pretrained(Path(model))
     if not kept.catalog.row_of.keys() & live.row_of.keys():
         raise InputError(f"challenger: {model} has none of the live model's items; pretrain it on the same shop's data")
-    described = Catalog(kept.catalog.item_ids[1:], live.attributes, live.removed)
+    described = Catalog(kept.catalog.item_ids[1:], live.attributes, live.removed, kept.catalog.all_splits())
     save_with_optimizer(challenger.model, kept.encoder, described, kept.manifest, kept.optimizer)
 
 

@@ -8,11 +8,13 @@ run on a thread; a lock keeps them and the batches apart, so every answer is of 
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from lib.errors import InputError
 from lib.log.items import ItemChange
 from lib.model.delta import Delta, DeltaMismatch
 from lib.ranking.filters import ItemFilter
@@ -34,6 +36,8 @@ class LiveModels:
         self.loading = asyncio.Lock()  # held while a version is loaded beside the one that answers
         self.changing_thread = ThreadPoolExecutor(1, thread_name_prefix="changes")
         self.loading_thread = ThreadPoolExecutor(1, thread_name_prefix="loading")
+        self.preparing_thread = ThreadPoolExecutor(1, thread_name_prefix="preparing")
+        self.filtered: dict[str, Any] = {}  # attributes that were filtered by, each with a condition
         self.counts: Counter[str] = Counter()  # deltas, catch_ups, mismatches
         self.changed_items: dict[str, dict[str, Any] | None] = {}  # that were changed while live; None: deleted
         self.item_revision = 0  # the newest of them
@@ -46,6 +50,8 @@ class LiveModels:
             logger.warning("version %d is the newest whole one: %s", loaded.version, damage)
         recommender = Recommender(loaded.encoder, loaded.catalog, loaded.version, loaded.log_offset, self.rules)
         recommender.change_items(changed_items)
+        with suppress(InputError):  # who asks by a column that is another one now is told
+            recommender.catalog.table.prepare(self.filtered)
         return recommender
 
     async def _change(self, function: Callable[[], Any]) -> Any:
@@ -72,14 +78,31 @@ class LiveModels:
         async with self.unchanging:
             return Answer(self.live.version, self.live.similar(item_id, k))
 
-    async def check_filter(self, filter: ItemFilter) -> None:
-        """Refuse a filter that the catalog does not understand: it is the asker's error, not the batch's.
+    async def check_filter(self, filter: ItemFilter) -> list[str]:
+        """Refuse a filter that does not go with the catalog: it is the asker's error, not the batch's.
+
+        Returns:
+            What is to be noted in the answer.
 
         Raises:
             InputError: it names the attribute.
         """
-        async with self.unchanging:
-            self.live.mask(filter)
+        catalogs = [self.live.catalog]
+        if self.challenger is not None:
+            catalogs.append(self.challenger.recommender.catalog)
+        for catalog in catalogs:
+            if not catalog.table.is_prepared(filter.conditions):
+                known = {name: value for name, value in filter.conditions.items() if name in catalog.table.kinds}
+                prepare = partial(catalog.table.prepare, known)
+                await asyncio.get_running_loop().run_in_executor(self.preparing_thread, prepare)
+                self.filtered |= known
+        if self.live.is_checked(filter):
+            return self.live.check(filter)
+        return await self._change(lambda: self.live.check(filter))
+
+    def knows(self, filter: ItemFilter) -> bool:
+        """Return whether an item of the catalog has had each attribute that a filter names."""
+        return filter.conditions.keys() <= self.live.catalog.table.kinds.keys()
 
     async def run_challenger(self, challenger: Challenger) -> None:
         """Let an experiment run to its end, after which there is one model again."""
@@ -99,14 +122,10 @@ class LiveModels:
             catalogs.append(self.challenger.recommender.catalog)
         return put or any(item_id in known.row_of and item_id not in known.removed for known in catalogs)
 
-    async def check_items(self, items: Mapping[str, Mapping[str, Any]]) -> None:
-        """Refuse attributes that the catalog cannot take.
-
-        Raises:
-            InputError: it names the item and the attribute.
-        """
+    async def served_kinds(self, columns: Collection[str]) -> dict[str, str]:
+        """Return the kinds that attributes have in the catalog that was loaded; the item log has those put since."""
         async with self.unchanging:
-            self.live.catalog.check(items)
+            return self.live.catalog.table.loaded_kinds(columns)
 
     async def change_items(self, changes: Sequence[ItemChange]) -> None:
         """Make changes of items part of the catalog, whatever version answers."""

@@ -78,6 +78,10 @@ class RecommendationResponse(BaseModel):
         default=None,
         description="of two models side by side: live, challenger, or shadow (answered by the live one)",
     )
+    notes: list[str] | None = Field(
+        default=None,
+        description="what the question may have been meant otherwise: attributes of its filter that no item has",
+    )
     items: list[RecommendedItem]
 
 

@@ -1,16 +1,15 @@
 """Attributes of items as codes: what of the catalog a model can learn from.
 
 An attribute is a column and one of its values, "genres=Comedy". A list gives one for each member, a text one for each
-of its parts (`text_parts`), a number that of its quantile bucket (of 16), any other value one. A column whose values
-few items share (a title, a description) says no more than the item's id, and is left out. An item that nobody has met
-yet is known by its attributes alone.
+of its parts (lib/data/text_splits.py), a number that of its quantile bucket (of 16), any other value one. A column
+whose values few items share (a title, a description) says no more than the item's id, and is left out. An item that
+nobody has met yet is known by its attributes alone.
 """
 
 # pyarrow.compute makes its functions as it is imported, so a type checker cannot see them.
 # pyright: reportAttributeAccessIssue=false
 
-import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,13 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lib.data.catalog import TITLE_COLUMNS, Catalog
+from lib.data.text_splits import PROSE, parts_of
 
 MOST_PER_ITEM = 16
 LEAST_ITEMS = 5  # an attribute of fewer items is left out
 LEAST_SHARED = 0.5  # a column is left out where fewer of the items with a value share one
-LONGEST_TEXT = 100  # characters on average; longer text is prose
 NUMBER_BUCKETS = 16
-SEPARATORS = re.compile(r"[|,;]")
 
 
 def attribute_values(catalog: Catalog) -> list[str]:
@@ -35,7 +33,7 @@ def attribute_values(catalog: Catalog) -> list[str]:
     for column in catalog.attributes.column_names:
         if column == "item_id" or column.lower() in TITLE_COLUMNS:
             continue
-        items = _values_of(catalog.attributes[column], column)
+        items = _values_of(catalog, column)
         counts = Counter(value for members in items for value in members)
         shared = {value for value, count in counts.items() if count >= LEAST_ITEMS}
         described = [members for members in items if members]
@@ -51,15 +49,15 @@ def attribute_codes(catalog: Catalog, values: Sequence[str], width: int | None =
     F is `width`, or else the most attributes that an item has, between 1 and 16; an item with more keeps those that
     come first in `values`.
     """
-    code_of = {value: place + 1 for place, value in enumerate(values)}
     codes: list[list[int]] = [[] for _ in catalog.item_ids]
     if catalog.attributes is not None and values:
+        code_of = {value: place + 1 for place, value in enumerate(values)}
         rows = [catalog.row_of.get(item_id) for item_id in catalog.attributes["item_id"].to_pylist()]
-        for column in {value.partition("=")[0] for value in values}:
-            if column not in catalog.attributes.column_names:
-                continue
-            own = [value.partition("=")[2] for value in values if value.partition("=")[0] == column]
-            for row, members in zip(rows, _values_of(catalog.attributes[column], column, own), strict=True):
+        known = defaultdict(list)
+        for column, _, value in (value.partition("=") for value in values):
+            known[column].append(value)
+        for column in known.keys() & catalog.attributes.column_names:
+            for row, members in zip(rows, _values_of(catalog, column, known[column]), strict=True):
                 if row is not None:
                     codes[row] += [code_of[value] for value in members if value in code_of]
     width = width or min(max(max(map(len, codes)), 1), MOST_PER_ITEM)
@@ -70,8 +68,10 @@ def attribute_codes(catalog: Catalog, values: Sequence[str], width: int | None =
     return table
 
 
-def _values_of(column: pa.ChunkedArray, name: str, known: Sequence[str] = ()) -> list[list[str]]:
+def _values_of(catalog: Catalog, name: str, known: Sequence[str] = ()) -> list[list[str]]:
     """Return the attributes that a column gives to each item, without repeats; numbers in the known buckets, if any."""
+    assert catalog.attributes is not None
+    column = catalog.attributes[name]
     kind = column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return [_named(name, [str(member) for member in members or ()]) for members in column.to_pylist()]
@@ -79,27 +79,9 @@ def _values_of(column: pa.ChunkedArray, name: str, known: Sequence[str] = ()) ->
         return [[] if value is None else _named(name, [str(value).lower()]) for value in column.to_pylist()]
     if pa.types.is_floating(kind) or pa.types.is_integer(kind):
         return _number_values(column, name, [float(value) for value in known])
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)) or (split := catalog.split(name)) == PROSE:
         return [[] for _ in range(len(column))]
-    texts = [text or "" for text in column.to_pylist()]
-    if sum(map(len, texts)) > LONGEST_TEXT * max(sum(map(bool, texts)), 1):
-        return [[] for _ in texts]
-    return [_named(name, parts) for parts in text_parts(texts)]
-
-
-def text_parts(texts: list[str]) -> list[list[str]]:
-    """Split each text at | , or ;, or else at blanks where that makes far fewer distinct values.
-
-    "Comedy Drama" and "Drama War" share "Drama", though no two films have the same text; "Tools & Home" stays whole
-    where no other value has any of its words.
-    """
-    if any(SEPARATORS.search(text) for text in texts):
-        return [[part.strip() for part in SEPARATORS.split(text)] for text in texts]
-    whole = {text for text in texts if text}
-    words = {word for text in whole for word in text.split()}
-    if len(words) * 2 <= len(whole):
-        return [text.split() for text in texts]
-    return [[text] for text in texts]
+    return [_named(name, parts_of(text or "", split)) for text in column.to_pylist()]
 
 
 def _number_values(column: pa.ChunkedArray, name: str, known: Sequence[float]) -> list[list[str]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lib.data.catalog import Catalog
 from lib.data.popularity import event_counts
-from lib.live.new_items import add_rows, encode_attributes
+from lib.live.new_items import Likes, add_rows
 from lib.live.settings import LearnerConfig
 from lib.live.undo import UndoJournal
 from lib.log.items import ItemChange
@@ -50,7 +50,8 @@ class LearningModel:
         self.popularity_half_life = popularity_half_life(config.popularity_half_life, self.catalog)
         train_top_layers(self.encoder, config.trained_bytes)
         self.trainer = _trainer_of(loaded, _training_config(config, self.encoder))
-        add_rows(self.trainer, self.catalog, known=len(loaded.catalog), seed=config.seed)
+        self.likes = Likes(self.encoder, self.catalog)
+        add_rows(self.trainer, self.catalog, known=len(loaded.catalog), seed=config.seed, likes=self.likes)
         self.published_items = len(self.catalog)  # later ones wait for the next delta: theirs was rejected
         self.fingerprint = Fingerprint(self.encoder)  # of the published weights
 
@@ -58,7 +59,7 @@ class LearningModel:
         """Give rows to the unknown ones among these items: the mean of those that are like each, a little apart."""
         known = len(self.catalog)
         self.catalog.extend(item_ids)
-        add_rows(self.trainer, self.catalog, known, self.config.seed)
+        add_rows(self.trainer, self.catalog, known, self.config.seed, self.likes)
 
     def change_items(self, changes: Sequence[ItemChange]) -> Tensor:
         """Take over items that were put or deleted; returns the known rows (R,) whose attributes are others now."""
@@ -67,7 +68,7 @@ class LearningModel:
         known = torch.tensor(self.catalog.rows(put), dtype=torch.long)
         before = self.encoder.item_attributes[known]
         self.add_items(put)
-        encode_attributes(self.encoder, self.catalog, known)
+        self.likes.encode(known)
         return known[(self.encoder.item_attributes[known] != before).any(dim=1)]
 
     def rows_to_publish(self, *changed: Tensor) -> Tensor:
@@ -108,6 +109,7 @@ class LearningModel:
         changes = Changes(rows, {name: np.array(value) for name, value in tensors.items()})
         for name, tensor in own.items():
             tensor.copy_(target[name])
+        self.likes.forget()
         self.trainer.load_optimizer_state(trainer.optimizer_state())
         return changes
 

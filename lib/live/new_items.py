@@ -1,5 +1,8 @@
 """Rows of the item table for items that came while live: each starts as those that are like it."""
 
+from collections import defaultdict
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,8 +12,71 @@ from lib.model.delta import grow_items
 from lib.model.encoder import BehaviourEncoder
 from lib.model.trainer import Trainer
 
+MOST_LOOKED_AT = 2000  # rows of a code
 
-def add_rows(trainer: Trainer, catalog: Catalog, known: int, seed: int) -> None:
+
+class Likes:
+    """Finds the rows that are most like a new one: by attribute codes where the model reads them, else by words.
+
+    Rows are listed by code once, when they are first asked for, and from then on as they are encoded. A row stays
+    listed under codes that it had before; the codes of what is found are compared. So a look costs the same in a
+    catalog of any size.
+    """
+
+    def __init__(self, encoder: BehaviourEncoder, catalog: Catalog):
+        self.encoder = encoder
+        self.catalog = catalog
+        self.forget()
+
+    def forget(self) -> None:
+        """List all rows anew when they are next asked for: the encoder has other codes now."""
+        self._listed: tuple[np.ndarray, np.ndarray] | None = None  # rows by code, and where each code's rows start
+        self._added: defaultdict[int, set[int]] = defaultdict(set)
+
+    def encode(self, rows: Tensor) -> None:
+        """Have the encoder read what the catalog says of these rows' items."""
+        values, width = self.encoder.config.attribute_values, self.encoder.item_attributes.shape[1]
+        if not values or not len(rows):
+            return
+        items = self.catalog.described([self.catalog.item_ids[row] for row in rows.tolist()])
+        codes = attribute_codes(items, values, width)[1:]
+        self.encoder.item_attributes[rows] = torch.from_numpy(codes)
+        for row, own in zip(rows.tolist(), codes.tolist(), strict=True):
+            for code in filter(None, own):
+                self._added[code].add(row)
+
+    def of(self, row: int, known: int) -> np.ndarray:
+        """Return (R,) of the rows up to `known` those most like a row; none where none is."""
+        if not self.encoder.config.attribute_values:
+            return self.catalog.likes(self.catalog.item_ids[row], known)
+        codes = self.encoder.item_attributes.numpy()
+        own = codes[row][codes[row] > 0]
+        lists = sorted((self._rows_of(code, known) for code in own.tolist()), key=len)
+        found, best = np.zeros(0, dtype=np.int64), 0
+        for place, rows in enumerate(lists):
+            if best > len(lists) - place:  # what has none of the codes before shares fewer
+                break
+            shared = np.isin(codes[rows], own).sum(axis=1)
+            most = int(shared.max(initial=0))
+            kept = rows[shared == most] if most >= best else rows[:0]
+            found, best = np.union1d(found, kept) if most <= best else kept, max(best, most)
+        return found
+
+    def _rows_of(self, code: int, known: int) -> np.ndarray:
+        """Return (R,) of the known rows those of a code; of very many some, spread evenly."""
+        if self._listed is None:
+            codes = self.encoder.item_attributes.numpy()
+            rows, places = codes.nonzero()
+            keys = np.sort(codes[rows, places].astype(np.int64) << 32 | rows)
+            starts = np.searchsorted(keys, np.arange(len(self.encoder.attribute_embeddings.weight) + 1) << 32)
+            self._listed = keys & 0xFFFFFFFF, starts
+        rows, starts = self._listed
+        added = np.array(sorted(self._added[code]), dtype=np.int64)
+        found = np.union1d(_some(rows[starts[code] : starts[code + 1]]), _some(added))
+        return found[found <= known]
+
+
+def add_rows(trainer: Trainer, catalog: Catalog, known: int, seed: int, likes: Likes) -> None:
     """Give weights to the items of a catalog beyond the first `known`: the mean of those that are like each, or of all.
 
     Equal items lie a little apart, so that each can go its own way.
@@ -22,31 +88,20 @@ def add_rows(trainer: Trainer, catalog: Catalog, known: int, seed: int) -> None:
         grow_items(encoder, needed + needed // 10)
         trainer.row_optimizer.grow(encoder.config.item_rows)
     added = torch.arange(known + 1, needed)
-    encode_attributes(encoder, catalog, added)
+    likes.encode(added)
     generator = torch.Generator().manual_seed(seed + needed)
     table = encoder.item_embeddings.weight.detach()
     table[added] = torch.randn(len(added), table.shape[1], generator=generator) * encoder.config.initializer_range
-    mean = table[1 : known + 1].mean(dim=0) if known else torch.zeros(table.shape[1])
+    mean = None
     for row in added.tolist():
-        likes = _likes(encoder, catalog, row, known)
-        table[row] += table[likes].mean(dim=0) if len(likes) else mean
+        alike = torch.from_numpy(likes.of(row, known))
+        if len(alike):
+            table[row] += table[alike].mean(dim=0)
+        elif known:
+            mean = table[1 : known + 1].mean(dim=0) if mean is None else mean
+            table[row] += mean
     trainer.items = len(catalog)
 
 
-def encode_attributes(encoder: BehaviourEncoder, catalog: Catalog, rows: Tensor) -> None:
-    """Have the encoder read what the catalog says of these rows' items."""
-    values, width = encoder.config.attribute_values, encoder.item_attributes.shape[1]
-    if values and len(rows):
-        items = catalog.described([catalog.item_ids[row] for row in rows.tolist()])
-        encoder.item_attributes[rows] = torch.from_numpy(attribute_codes(items, values, width)[1:])
-
-
-def _likes(encoder: BehaviourEncoder, catalog: Catalog, row: int, known: int) -> Tensor:
-    """(R,) of the known rows those that share the most attributes with a row; none where none shares any."""
-    if encoder.config.attribute_values:
-        codes = encoder.item_attributes
-        own = codes[row][codes[row] > 0]
-        shared = torch.isin(codes[: known + 1], own).sum(dim=1)
-        return ((shared > 0) & (shared == shared.max())).nonzero().flatten()
-    likes = torch.from_numpy(catalog.likes(catalog.item_ids[row]))
-    return likes[likes <= known]
+def _some(rows: np.ndarray) -> np.ndarray:
+    return rows[:: max(-(-len(rows) // MOST_LOOKED_AT), 1)]

@@ -30,7 +30,7 @@ from lib.errors import InputError
 from lib.evaluation.protocols import model_scores, remove_seen, target_ranks
 from lib.live.learner import NearlineLearner, Rejection
 from lib.live.micro_batch import micro_batch
-from lib.live.new_items import add_rows
+from lib.live.new_items import Likes, add_rows
 from lib.live.settings import LearnerConfig
 from lib.log.log_file import LoggedEvent
 from lib.model.batches import SequenceBatches
@@ -241,7 +241,7 @@ class Daily(ModelArm):
         every = [histories.get(user_id) for user_id in histories.users(len(histories))]
         known = len(self.catalog)
         self.catalog.extend(item_id for history in every for item_id in history.item_ids)
-        add_rows(self.trainer, self.catalog, known, seed=self.fine_tunes)
+        add_rows(self.trainer, self.catalog, known, self.fine_tunes, Likes(self.encoder, self.catalog))
         flat = to_histories(every, self.catalog, self.encoder.config.kind_codes)
         batches = SequenceBatches(flat, self.encoder.config)
         peak = self.trainer.config.learning_rate

@@ -1,4 +1,8 @@
-"""Filters: which items an answer may hold, by their attributes and ids."""
+"""Filters: which items an answer may hold, by their attributes and ids.
+
+What a filter may cost is bounded when it is read. What it means is known by the live catalog alone: an attribute that
+no item has had yet matches nothing, and the answer says so in a note.
+"""
 
 import json
 from collections.abc import Mapping
@@ -8,9 +12,14 @@ from typing import Any
 import numpy as np
 
 from lib.data.catalog import Catalog
+from lib.data.conditions import check_condition
 from lib.errors import InputError
 
 FILTER_LISTS = ("allow", "deny")
+MOST_CONDITIONS = 50  # attributes of a filter
+MOST_VALUES = 1000  # of all its conditions together
+MOST_IDS = 10_000  # allowed or denied
+MOST_NAMED = 20  # attributes that a note lists
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class ItemFilter:
         """Read the JSON form: {"genres": "Comedy", "price": {"max": 20}, "allow": [...], "deny": [...]}.
 
         Raises:
-            InputError: it is no object, or allow or deny is not a list of item ids.
+            InputError: it is no object, a part of it has another form, or it is larger than the caps above.
         """
         if filter is not None and not isinstance(filter, Mapping):
             raise InputError('filter: give an object such as {"genres": "Comedy", "deny": ["id"]}')
@@ -37,12 +46,35 @@ class ItemFilter:
             ids = filter.get(name, [])
             if not isinstance(ids, list) or not all(isinstance(item_id, str) for item_id in ids):
                 raise InputError(f"filter.{name}: give a list of item ids")
+            if len(ids) > MOST_IDS:
+                raise InputError(f"filter.{name}: {len(ids)} ids are more than {MOST_IDS}; filter by an attribute")
         conditions = {name: value for name, value in filter.items() if name not in FILTER_LISTS}
+        if len(conditions) > MOST_CONDITIONS:
+            raise InputError(f"filter: {len(conditions)} attributes are more than {MOST_CONDITIONS}; ask for fewer")
+        values = 0
+        for name, condition in conditions.items():
+            values += check_condition(name, condition)
+            if values > MOST_VALUES:
+                raise InputError(
+                    f"filter.{name}: more than {MOST_VALUES} values in one filter; put an attribute for them"
+                )
         allow = tuple(filter["allow"]) if "allow" in filter else None
         return cls(json.dumps(filter, sort_keys=True), conditions, allow, tuple(filter.get("deny", ())))
 
+    def notes(self, catalog: Catalog) -> list[str]:
+        """Name the attributes that no item of the catalog has had."""
+        known = [name for name in catalog.table.columns if name != "item_id"]
+        there_are = f"there are {', '.join(known[:MOST_NAMED])}" if known else "there are no attributes yet"
+        more = f" and {len(known) - MOST_NAMED} more" if len(known) > MOST_NAMED else ""
+        unknown = [name for name in self.conditions if name not in catalog.table.kinds]
+        return [f"filter.{name}: no item has this attribute, so none matches; {there_are}{more}" for name in unknown]
+
     def mask(self, catalog: Catalog) -> np.ndarray:
-        """Return (len(catalog) + 1,) bool: the rows that pass."""
+        """Return (len(catalog) + 1,) bool: the rows that pass.
+
+        Raises:
+            InputError: a condition does not go with the values of its attribute.
+        """
         mask = catalog.mask(self.conditions).copy() if self.conditions else np.ones(len(catalog) + 1, dtype=bool)
         if self.allow is not None:
             allowed = np.zeros_like(mask)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lib.data.catalog import Catalog
 from lib.data.history import EncodedHistory, History, to_histories
+from lib.errors import InputError
 from lib.model.batches import SequenceBatches, group_by_length
 from lib.model.delta import ATTRIBUTE_TABLE, Delta, DeltaMismatch, apply_delta, state_of
 from lib.model.encoder import PADDING_ROW, BehaviourEncoder
@@ -26,7 +27,7 @@ from lib.retrieval.faiss_lists import search_device
 from lib.retrieval.index import ItemIndex
 
 EVENTS_PER_BATCH = 8192  # padding counted; bounds the memory of one pass of the encoder
-MOST_MASKS = 256  # of filters that were asked for lately, a byte an item each
+MASK_BYTES = 64 * 2**20  # of the masks of filters that were asked for lately, a byte an item each
 NUMBERS = itertools.count()
 NOTHING_SEEN = np.zeros(0, dtype=np.int32)
 
@@ -75,6 +76,7 @@ class Recommender:
         self.reader = InferenceEncoder(encoder)
         self.fingerprint = Fingerprint(encoder)
         self._masks: dict[ItemFilter | None, np.ndarray] = {}
+        self._mask_bytes = 0  # of all of them, with the filters
         self.rules = rules or RankingRules()
         self._bound: BoundRules | None = None
         self.generator = np.random.default_rng()  # of exploration
@@ -113,12 +115,13 @@ class Recommender:
             raise DeltaMismatch(f"delta {delta.version} follows version {delta.parent}, this is {self.version}")
         apply_delta(self.encoder, delta)
         self.catalog.extend(delta.new_items)
-        self._masks.clear()
         self.reader = InferenceEncoder(self.encoder)
         rows = np.union1d(delta.rows, np.arange(len(self.index), delta.item_rows))
         if ATTRIBUTE_TABLE in delta.tensors:  # every item's vector has moved
             rows = np.arange(delta.item_rows)
         self.index.update(rows, self._vectors(rows))
+        if delta.new_items or any(len(mask) != len(self.index) for mask in self._masks.values()):
+            self._forget_masks()
         checksum = self.fingerprint.update(state_of(self.encoder), delta.rows, set(delta.tensors))
         if checksum != delta.checksum:
             raise DeltaMismatch(f"version {delta.version} came out as {checksum}, its maker had {delta.checksum}")
@@ -129,7 +132,7 @@ class Recommender:
         """Give items other attributes, or remove them (None), from the next answer on, whatever version it is of."""
         if items:
             self.catalog.change(items)
-            self._masks.clear()
+            self._forget_masks()
 
     # --------------------------------------------------------------------------- the answer: encode, retrieve and rank
 
@@ -236,16 +239,31 @@ class Recommender:
         )
         return [item._replace(reason=reason) for item, reason in zip(items, named, strict=True)]
 
+    def is_checked(self, filter: ItemFilter) -> bool:
+        """Return whether the mask of a filter is known."""
+        return filter in self._masks
+
+    def check(self, filter: ItemFilter) -> list[str]:
+        """Return what is to be noted of a filter; its mask is kept for the answer.
+
+        Raises:
+            InputError: a condition does not go with the values of its attribute; the message names it.
+        """
+        if filter not in self._masks:
+            self._keep(filter, self._mask(filter))
+        return filter.notes(self.catalog)
+
     def mask(self, filter: ItemFilter | None) -> np.ndarray:
         """Return (rows of the index,) bool: rows of known items that pass the filter.
 
-        Raises:
-            InputError: the catalog does not understand the filter; the message names the attribute.
+        One that no longer goes with the catalog, which changes after filters are checked, is passed by nothing.
         """
         if filter not in self._masks:
-            if len(self._masks) >= MOST_MASKS:
-                self._masks.clear()
-            self._masks[filter] = self._mask(filter)
+            try:
+                mask = self._mask(filter)
+            except InputError:
+                mask = np.zeros(len(self.index), dtype=bool)
+            self._keep(filter, mask)
         return self._masks[filter]
 
     def _mask(self, filter: ItemFilter | None) -> np.ndarray:
@@ -255,6 +273,18 @@ class Recommender:
             mask[: len(self.catalog) + 1] &= filter.mask(self.catalog)
         mask[self.catalog.rows(self.catalog.removed)] = False
         return mask
+
+    def _keep(self, filter: ItemFilter | None, mask: np.ndarray) -> None:
+        """Keep a mask, and forget the oldest ones beyond MASK_BYTES."""
+        self._masks[filter] = mask
+        self._mask_bytes += _bytes_of(filter, mask)
+        while self._mask_bytes > MASK_BYTES and len(self._masks) > 1:
+            oldest = next(iter(self._masks))
+            self._mask_bytes -= _bytes_of(oldest, self._masks.pop(oldest))
+
+    def _forget_masks(self) -> None:
+        self._masks.clear()
+        self._mask_bytes = 0
 
     def _items(self, scores: np.ndarray, rows: np.ndarray) -> list[RankedItem]:
         ids = self.catalog.item_ids
@@ -289,3 +319,8 @@ class Recommender:
         row = self.catalog.row_of[item_id]
         scores, rows = self.index.search(self.index.vectors[[row]], k, self.mask(filter), [np.array([row])])
         return self._items(scores[0][rows[0] >= 0], rows[0][rows[0] >= 0])
+
+
+def _bytes_of(filter: ItemFilter | None, mask: np.ndarray) -> int:
+    """Return about how much memory a filter and its mask take."""
+    return mask.nbytes + (0 if filter is None else 4 * len(filter.key))

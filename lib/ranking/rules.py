@@ -7,7 +7,7 @@ Weights and temperature are in units of the score s = uT A v, about a cosine: fr
 some hundredths apart. 0.05 moves an item by a few places, 0.3 past most others, 2 past all.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import AfterValidator, Field, field_validator
 
-from lib.data.attributes import text_parts
+from lib.data.attribute_kinds import TEXT, kind_of_type
 from lib.data.catalog import Catalog
+from lib.data.text_splits import WHOLE, parts_of
 from lib.errors import InputError
 from lib.ranking.filters import ItemFilter
 from lib.settings import Settings
@@ -142,8 +143,7 @@ class BoundRules:
     """
 
     rules: RankingRules
-    attributes: pa.Table | None  # of the catalog that it was made for
-    items: int
+    changes: int  # of the catalog that it was made for
     pins: Mapping[int, int]  # row -> place, from 0
     weights: np.ndarray  # (R,) float64, added to a row's score
     searches: tuple[np.ndarray | None, ...]  # (R,) bool each, no row in two; None is all rows
@@ -164,8 +164,7 @@ class BoundRules:
         whole = len(groups) == 1 and not pins
         return cls(
             rules=rules,
-            attributes=catalog.attributes,
-            items=len(catalog),
+            changes=catalog.changes,
             pins=pins,
             weights=weights,
             searches=(None,) if whole else tuple(groups),
@@ -174,7 +173,7 @@ class BoundRules:
 
     def fits(self, catalog: Catalog, rows: int) -> bool:
         """Return whether the catalog and the number of rows are those that the rules were bound to."""
-        return self.attributes is catalog.attributes and self.items == len(catalog) and len(self.weights) == rows
+        return self.changes == catalog.changes and len(self.weights) == rows
 
     def candidates(self, k: int) -> int:
         """Return how many rows each search has to find for an answer of k."""
@@ -227,11 +226,11 @@ def _limited(at_most: Mapping[str, int], catalog: Catalog, rows: int) -> tuple[C
             raise InputError(f"at_most.{name}: no such attribute; the catalog has {', '.join(known)}")
     row_of = catalog.row_of  # an item that is described need not have a row yet
     described = np.array([row_of.get(item_id, 0) for item_id in attributes["item_id"].to_pylist()], dtype=np.int64)
-    return tuple(_categories(attributes[name], name, limit, described, rows) for name, limit in at_most.items())
+    return tuple(_categories(catalog, name, limit, described, rows) for name, limit in at_most.items())
 
 
-def _categories(column: pa.ChunkedArray, name: str, limit: int, described: np.ndarray, rows: int) -> Categories:
-    entries, values = _distinct(column, name)
+def _categories(catalog: Catalog, name: str, limit: int, described: np.ndarray, rows: int) -> Categories:
+    entries, values = _distinct(catalog, name)
     code_of: dict[str, int] = {}
     own = [sorted({code_of.setdefault(value, len(code_of) + 1) for value in line if value}) for line in values]
     codes = np.zeros((len(own) + 1, max(map(len, own), default=0)), dtype=np.int32)
@@ -243,8 +242,10 @@ def _categories(column: pa.ChunkedArray, name: str, limit: int, described: np.nd
     return Categories(limit, entry_of_row, codes)
 
 
-def _distinct(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, list[list[str]]]:
+def _distinct(catalog: Catalog, name: str) -> tuple[np.ndarray, list[list[str]]]:
     """Return (items,) each item's place among the distinct values, or their number for none; and their parts."""
+    assert catalog.attributes is not None
+    column = catalog.attributes[name]
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         places: dict[tuple[str, ...], int] = {}
         members = (tuple(str(member) for member in line or () if member is not None) for line in column.to_pylist())
@@ -256,12 +257,6 @@ def _distinct(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, list[list
         raise InputError(f"at_most.{name}: type {column.type} has no values to count; use another attribute") from error
     encoded = texts.combine_chunks().dictionary_encode()
     distinct = encoded.dictionary.to_pylist()
-    split: Callable[[list[str]], list[list[str]]] = (
-        text_parts if _is_text(column.type) else lambda lines: [[x] for x in lines]
-    )
-    return encoded.indices.fill_null(len(distinct)).to_numpy(zero_copy_only=False), split(distinct)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    split = catalog.split(name) if kind_of_type(column.type) == TEXT else WHOLE
+    entries = encoded.indices.fill_null(len(distinct)).to_numpy(zero_copy_only=False)
+    return entries, [parts_of(value, split) for value in distinct]

@@ -12,12 +12,13 @@ router = APIRouter()
 async def put_items(replica: Replica, request: ItemsRequest) -> Response:
     """Add items, or change the attributes of known ones; 200 means that it is durable.
 
-    Filters and titles know them from the next answer on; a new item can be recommended within a second.
+    Filters and titles know them from the next answer on; a new item can be recommended within a second. An attribute is
+    of one kind for all items: text, true or false, numbers, or lists of texts. What is of another kind is refused with
+    422, and nothing of the request is taken.
     """
     items = {item.item_id: item.__pydantic_extra__ for item in request.items}
-    models = await replica.current_models()
-    await models.check_items(items)
-    await replica.aggregators.change_items(list(items.items()))
+    served = await replica.models.served_kinds({name for attributes in items.values() for name in attributes})
+    await replica.aggregators.change_items(list(items.items()), served)
     return json_response({"accepted": len(items)})
 
 

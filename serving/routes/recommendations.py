@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Response
@@ -45,18 +46,23 @@ async def get_similar(replica: Replica, item_id: ItemId, k: K = 10) -> Response:
 async def answer_request(replica: Recommendations, request: RecommendationRequest, deadline: float | None) -> Response:
     """Answer a request within `deadline` seconds, if there is a deadline."""
     history = _history(request, replica.cleaning.future_tolerance_ms)
-    filter = ItemFilter.of(request.filter)
+    filter, notes = ItemFilter.of(request.filter), []
     if filter is not None:
-        await replica.models.check_filter(filter)
+        models = replica.models if replica.models.knows(filter) else await replica.current_models()
+        notes = await models.check_filter(filter)
     question = Question(history, request.k, filter=filter, exclude_seen=request.exclude_seen, explain=request.explain)
-    return await _recommend(replica, question, request.user_id, deadline)
+    return await _recommend(replica, question, request.user_id, deadline, notes)
 
 
 async def _recommend(
-    replica: Recommendations, question: Question, user_id: str | None, deadline: float | None
+    replica: Recommendations,
+    question: Question,
+    user_id: str | None,
+    deadline: float | None,
+    notes: Sequence[str] = (),
 ) -> Response:
     request_id, answer = await replica.recommend(question, user_id, deadline)
-    return json_response(_content(replica, request_id, answer))
+    return json_response(_content(replica, request_id, answer, notes))
 
 
 def _history(request: RecommendationRequest, future_tolerance_ms: int) -> History:
@@ -72,7 +78,7 @@ def _history(request: RecommendationRequest, future_tolerance_ms: int) -> Histor
     return History.of(events)
 
 
-def _content(replica: Recommendations, request_id: str, answer: Answer) -> dict[str, Any]:
+def _content(replica: Recommendations, request_id: str, answer: Answer, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Return what an answer shows: a RecommendationResponse without the fields that it does not have."""
     titles = replica.models.live.catalog.titles
     listed = []
@@ -85,5 +91,7 @@ def _content(replica: Recommendations, request_id: str, answer: Answer) -> dict[
         if propensity is not None:
             fields["propensity"] = propensity
         listed.append(fields)
-    shown = {} if answer.arm is None else {"arm": answer.arm}
+    shown: dict[str, Any] = {} if answer.arm is None else {"arm": answer.arm}
+    if notes:
+        shown["notes"] = notes
     return {"request_id": request_id, "model_version": answer.version, **shown, "items": listed}

@@ -9,8 +9,8 @@ import torch
 
 from lib.data.attributes import attribute_codes, attribute_values
 from lib.data.catalog import Catalog
-from lib.errors import InputError
 from lib.live.learner import NearlineLearner
+from lib.live.new_items import Likes
 from lib.live.settings import LearnerConfig
 from lib.log.items import ItemChange
 from lib.model.encoder import BehaviourEncoder
@@ -163,14 +163,123 @@ def test_feedback_for_a_described_item_that_nobody_met_finds_its_row(learner):
     ("attributes", "word"),
     [({"year": "last"}, "year"), ({"kind": 3}, "kind"), ({"kind": ["a"]}, "kind"), ({"item_id": "x"}, "item_id")],
 )
-def test_attributes_of_another_type_are_refused_and_change_nothing(attributes, word):
+def test_attributes_of_another_type_are_left_out_counted_and_logged(attributes, word, caplog):
+    """The item log refuses them; what is durable all the same must not stop those who read it."""
     catalog = described()
-    before = catalog.attributes
-    for refuse in (catalog.check, catalog.change):
-        with pytest.raises(InputError, match=word):
-            refuse({"good": {"kind": "kind1"}, "bad": attributes})
-    assert catalog.attributes is before
-    assert catalog.removed == set()
+    catalog.change({"good": {"kind": "kind1"}, "i2": attributes | {"colour": "red"}})
+    assert catalog.table.attributes_of("i2") == {"colour": "red"}
+    assert catalog.table.attributes_of("good") == {"kind": "kind1"}
+    assert catalog.table.skipped == 1
+    [record] = caplog.records
+    assert record.getMessage().startswith(f"an attribute is left out: {word}: ")
+    catalog.change({"i2": {"kind": "kind1"}})
+    assert catalog.table.attributes_of("i2") == {"kind": "kind1"}
+
+
+def test_a_learner_and_a_replica_advance_over_what_they_cannot_apply(registry, learner):
+    changes = [put("a", 1, size="XL"), put("b", 2, size=42, kind="kind1"), put("c", 3, size="M")]
+    learner.change_items(changes)
+    assert learner.item_revision == 3
+    learner.learn(micro_batch(1, [history([3, "b"])]))
+    learner.lineage.save_snapshot(learner.model)
+    again = NearlineLearner(registry, LearnerConfig())
+    again.change_items(changes)
+    assert again.item_revision == 3
+    models = LiveModels(registry, RankingRules())
+    asyncio.run(models.change_items(changes))
+    assert models.item_revision == 3
+    assert recommended(models.live, size=["XL", "M"])
+    assert sorted(recommended(models.live, size=["XL", "M"])) == ["a", "c"]
+    assert "b" in recommended(models.live, kind="kind1")
+
+
+def test_whole_numbers_widen_and_nothing_is_cut(tmp_path):
+    catalog = described()
+    catalog.change({"i5": {"year": 19.99}})
+    catalog.change({"i6": {"year": 20}})
+    catalog.save(tmp_path / "catalog.parquet")
+    for one in (catalog, Catalog.load(tmp_path / "catalog.parquet")):
+        assert np.flatnonzero(one.mask({"year": {"min": 19.5, "max": 20}})).tolist() == [5, 6, 20]
+        assert np.flatnonzero(one.mask({"year": {"min": 18.5, "max": 19.5}})).tolist() == [19]
+        assert one.table.kinds["year"] == "numbers"
+        assert one.table.attributes_of("i5") == {"year": 19.99}
+
+
+@pytest.mark.parametrize("empty", [[], None])
+def test_an_empty_list_and_null_fix_no_type(tmp_path, empty):
+    for first, last, found in ((["a"], "b", "a"), ("a", ["b"], "a"), (3, "x", 3)):
+        catalog = described()
+        catalog.change({"i1": {"tags": empty}})
+        catalog.save(tmp_path / "catalog.parquet")
+        for one in (catalog, Catalog.load(tmp_path / "catalog.parquet")):
+            one.change({"i2": {"tags": first}, "i3": {"tags": empty}})
+            one.change({"i4": {"tags": last}})  # of another kind
+            assert one.table.skipped == 1
+            assert np.flatnonzero(one.mask({"tags": found})).tolist() == [2]
+            one.save(tmp_path / "again.parquet")
+            assert np.flatnonzero(Catalog.load(tmp_path / "again.parquet").mask({"tags": found})).tolist() == [2]
+
+
+def test_numbers_of_few_bits_and_large_whole_numbers_are_not_cut(tmp_path):
+    attributes = {
+        "item_id": ["a", "b"],
+        "small": pa.array([1, 200], pa.uint8()),
+        "single": pa.array([1.5, 2.5], pa.float32()),
+        "huge": pa.array([2**63 + 5, 1], pa.uint64()),
+        "code": pa.array(["x", "y"]).dictionary_encode(),
+    }
+    catalog = Catalog(["a", "b"], pa.table(attributes))
+    catalog.change({"a": {"small": -70_000, "single": 19.99, "huge": -1, "code": "z"}})
+    catalog.save(tmp_path / "catalog.parquet")
+    for one in (catalog, Catalog.load(tmp_path / "catalog.parquet")):
+        expected = {"small": -70_000, "single": 19.99, "huge": -1, "code": "z"}
+        assert one.table.attributes_of("a") == expected
+        assert np.flatnonzero(one.mask({"single": {"min": 19.99, "max": 19.99}})).tolist() == [1]
+        assert np.flatnonzero(one.mask({"small": -70_000, "code": "z"})).tolist() == [1]
+
+
+def test_a_put_of_an_unchanged_film_keeps_its_codes():
+    """How a text is split belongs to the model: one film alone says nothing of it."""
+    genres = ["Drama War", "Comedy", "Drama Comedy", "War", "Drama", "Comedy War", "Drama Comedy War"] * 5
+    shops = ["Tools & Home", "Toys", "The North Face"] * 11 + ["Toys", "Toys"]
+    parts = ["a|b c", "b c", "a|d e"] * 11 + ["a", "b c"]
+    prices = [float(number) for number in range(35)]
+    names = item_ids(35)
+    columns = {"genres": genres, "shop": shops, "parts": parts, "price": prices}
+    catalog = Catalog(names, pa.table({"item_id": names, **columns}))
+    values = attribute_values(catalog)
+    learned = attribute_codes(catalog, values, 8)
+    encoder = tiny_encoder(35, attribute_values=values, attributes_per_item=8)
+    encoder.item_attributes.copy_(torch.from_numpy(learned))
+    likes = Likes(encoder, catalog)
+    for place, name in enumerate(names):
+        catalog.change({name: {column: values[place] for column, values in columns.items()}})
+        likes.encode(torch.tensor([place + 1]))
+        assert encoder.item_attributes[place + 1].tolist() == learned[place + 1].tolist()
+    long = "Drama " * 100
+    catalog.change({"i1": {"genres": long}})
+    likes.encode(torch.tensor([1]))
+    assert (
+        encoder.item_attributes[1].tolist()
+        == attribute_codes(
+            Catalog(["x"], pa.table({"item_id": ["x"], "genres": ["Drama"]}), splits={"genres": "at blanks"}), values, 8
+        )[1].tolist()
+    )
+
+
+def test_how_texts_are_split_is_stored_with_the_model_and_survives_other_texts(tmp_path):
+    names = item_ids(12)
+    genres = ["Drama War", "Comedy", "Drama Comedy", "War", "Drama", "Comedy War"] * 2
+    catalog = Catalog(names, pa.table({"item_id": names, "genres": genres}))
+    values = ["genres=Comedy", "genres=Drama", "genres=War"]
+    learned = attribute_codes(catalog, values, 3)
+    catalog.change({name: {"genres": "Comedy, War"} for name in names[6:]})  # as texts of another rule are written
+    for _ in range(2):
+        catalog.save(tmp_path / "catalog.parquet")
+        catalog = Catalog.load(tmp_path / "catalog.parquet")
+        assert attribute_codes(catalog.described(names[:6]), values, 3)[1:].tolist() == learned[1:7].tolist()
+    joined = catalog.joined(Catalog(["new"], pa.table({"item_id": ["new"], "genres": ["Drama|War"]})))
+    assert attribute_codes(joined.described(names[:6]), values, 3)[1:].tolist() == learned[1:7].tolist()
 
 
 def test_described_items_keep_what_the_others_have(tmp_path):

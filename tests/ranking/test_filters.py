@@ -67,11 +67,46 @@ def test_a_malformed_filter_names_the_field(written, message):
         ItemFilter.of(written)
 
 
-def test_an_unknown_attribute_is_named(catalog):
-    filter = ItemFilter.of({"size": 3, "deny": ["a"]})
+def test_an_attribute_that_no_item_has_matches_nothing_and_is_noted(catalog):
+    filter = ItemFilter.of({"size": 3, "colour": "red", "deny": ["a"]})
     assert filter is not None
-    with pytest.raises(InputError, match=r"filter\.size: no such attribute; the catalog has item_id, colour, price"):
-        filter.mask(catalog)
+    assert not filter.mask(catalog).any()
+    assert filter.notes(catalog) == [
+        "filter.size: no item has this attribute, so none matches; there are colour, price",
+    ]
+    catalog.change({"b": {"size": 3, "colour": "red"}})
+    assert np.flatnonzero(filter.mask(catalog)).tolist() == [2]
+    assert filter.notes(catalog) == []
+
+
+def test_a_catalog_without_attributes_says_so():
+    filter = ItemFilter.of({"size": 3})
+    assert filter is not None
+    [note] = filter.notes(Catalog(["a"]))
+    assert note.endswith("there are no attributes yet")
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"colour": [str(n) for n in range(1001)]}, r"filter\.colour: more than 1000 values in one filter"),
+        ({"colour": ["x"] * 600, "price": [1] * 600}, r"filter\.price: more than 1000 values in one filter"),
+        ({f"a{n}": 1 for n in range(51)}, "filter: 51 attributes are more than 50"),
+        ({"allow": [str(n) for n in range(10_001)]}, r"filter\.allow: 10001 ids are more than 10000"),
+        ({"deny": [str(n) for n in range(10_001)]}, r"filter\.deny: 10001 ids are more than 10000"),
+        ({"size": {"from": 3}}, r"filter\.size: a range is written"),
+        ({"size": [[3]]}, r"filter\.size: give a value, a list of values, or a range"),
+    ],
+)
+def test_what_a_filter_costs_is_bounded_when_it_is_read(written, message):
+    with pytest.raises(InputError, match=message):
+        ItemFilter.of(written)
+
+
+def test_a_filter_of_500_values_is_read(catalog):
+    filter = ItemFilter.of({"colour": [f"c{n}" for n in range(499)] + ["blue"]})
+    assert filter is not None
+    assert np.flatnonzero(filter.mask(catalog)).tolist() == [3]
 
 
 def test_equal_filters_are_one(catalog):

@@ -152,10 +152,36 @@ def test_a_filter_that_leaves_one_item(recommender):
     assert ask(recommender, filter=filter_of(number=17, deny=["i17"])) == []
 
 
-def test_an_unknown_attribute_is_bad_input(recommender):
+def test_an_attribute_that_no_item_has_matches_nothing_until_one_has(recommender):
+    red = filter_of(colour="red")
     for asked in ((1, 2), ()):
-        with pytest.raises(InputError, match=r"filter\.colour: no such attribute"):
-            ask(recommender, *asked, filter=filter_of(colour="red"))
+        assert ask(recommender, *asked, filter=red) == []
+    assert recommender.check(red)[0].startswith("filter.colour: no item has this attribute")
+    recommender.change_items({"i9": {"colour": "red"}})
+    assert ids(ask(recommender, 1, 2, filter=red)) == ["i9"]
+    assert recommender.check(red) == []
+
+
+def test_a_filter_that_no_longer_goes_with_the_catalog_fails_nobody(recommender):
+    """It was checked when the attribute was of numbers, or of nothing; the batch may hold others' questions."""
+    sized = filter_of(size={"min": 3})
+    recommender.check(sized)
+    recommender.change_items({"i9": {"size": "XL"}})
+    with pytest.raises(InputError, match=r"filter\.size: a range needs numbers, and this attribute is text"):
+        recommender.check(sized)
+    assert ask(recommender, 1, 2, filter=sized) == []
+
+
+def test_masks_are_bounded_by_their_bytes(recommender, monkeypatch):
+    monkeypatch.setattr("lib.ranking.recommender.MASK_BYTES", 100_000)
+    for number in range(1000):
+        recommender.check(filter_of(deny=[f"{number}" * 100]))
+    assert 1 < len(recommender._masks) < 1000
+    assert recommender._mask_bytes <= 100_000
+    last = filter_of(deny=["999" * 100])
+    assert last in recommender._masks
+    recommender.change_items({"i9": {"colour": "red"}})
+    assert (len(recommender._masks), recommender._mask_bytes) == (0, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,8 +268,8 @@ def test_similar_items_are_the_nearest_without_itself(recommender):
 
 def test_an_explanation_names_the_events_that_raised_the_score_most(recommender):
     mixed = history([3])
-    mixed.add(Event("u", "i4", "purchase", None, NOW + 60_000))
-    mixed.add(Event("u", "unknown", "click", None, NOW + 61_000))
+    mixed.append(Event("u", "i4", "purchase", None, NOW + 60_000))
+    mixed.append(Event("u", "unknown", "click", None, NOW + 61_000))
     names, alone = ("click i3", "purchase i4"), (mixed.slice(1, 2), mixed.slice(0, 1))
 
     def scores(events: History) -> dict[str, float]:

@@ -145,7 +145,6 @@ def test_a_wrong_rule_is_named(written, message):
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ({"boost": [{"filter": {"size": 3}, "weight": 1}]}, "boost.0.filter.size: no such attribute; the catalog has"),
         ({"bury": [{"filter": {"price": {"low": 1}}}]}, "bury.0.filter.price: a range is written"),
         ({"at_most": {"size": 3}}, "at_most.size: no such attribute; the catalog has colour, genres, tags, price"),
         ({"at_most": {"item_id": 3}}, "at_most.item_id: no such attribute"),

@@ -1,8 +1,11 @@
 """Items that are put and deleted through the running service, and requests with a deadline."""
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.helpers.service import LiveService, assert_refused, ids
@@ -90,6 +93,80 @@ def test_feedback_on_a_put_item_is_learned(service, new_item):
 )
 def test_bad_items_are_refused_with_their_field(service, body, status, words):
     assert_refused(service.client.put("/v1/items", json=body), status, *words)
+
+
+def test_of_two_concurrent_puts_that_disagree_on_a_type_one_is_refused_and_answers_go_on(service):
+    for number in range(4):  # the requests go to both replicas, neither of which has seen the other's
+        column, barrier = f"size{number}", threading.Barrier(2)
+
+        def put_one(value: Any, column: str = column, barrier: threading.Barrier = barrier) -> httpx.Response:
+            barrier.wait()
+            return put(service, {"item_id": f"sized{value}", column: value})
+
+        with ThreadPoolExecutor(2) as threads:
+            text, whole = threads.map(put_one, ("XL", 42))
+        assert sorted([text.status_code, whole.status_code]) == [200, 422], (text.text, whole.text)
+        refused, value = (whole, 42) if whole.status_code == 422 else (text, "'XL'")
+        assert_refused(refused, 422, column, str(value), "send ")
+        for _ in range(REPLICAS_ASKED):
+            assert recommended(service)
+        assert put(service, {"item_id": "after", "title": "After"}).status_code == 200
+    service.client.delete("/v1/items/after").raise_for_status()
+    put(service, {"item_id": "learned", "title": "Learned"}).raise_for_status()
+    live_everywhere(service, "learned")  # the learner has gone on, too
+    for item in ("sizedXL", "sized42", "learned"):
+        service.client.delete(f"/v1/items/{item}")
+
+
+def test_a_fraction_widens_a_column_of_whole_numbers(service, new_item):
+    put(service, {"item_id": new_item, "shelf_number": 19}).raise_for_status()
+    put(service, {"item_id": new_item, "shelf_number": 19.99}).raise_for_status()
+    service.wait_until("the item has a row", lambda _: new_item in recommended(service))
+    for _ in range(REPLICAS_ASKED):
+        assert recommended(service, shelf_number={"max": 19.5}) == []
+        assert recommended(service, shelf_number={"min": 19.5, "max": 19.99}) == [new_item]
+
+
+def test_an_empty_list_fixes_no_type(service, new_item):
+    put(service, {"item_id": new_item, "labels": []}).raise_for_status()
+    put(service, {"item_id": new_item, "labels": ["sale"]}).raise_for_status()
+    service.wait_until("the item has a row", lambda _: new_item in recommended(service))
+    assert recommended(service, labels="sale") == [new_item]
+
+
+def test_a_newly_put_attribute_filters_on_every_replica_at_once(service, new_item):
+    live_everywhere(service, new_item)
+    history = [{"item_id": item, "event": "click"} for item in service.items()[:2]]
+    for number in range(5):
+        column = f"fresh{number}"
+        question = {"history": history, "filter": {column: True}}
+        for _ in range(REPLICAS_ASKED):
+            answer = service.client.post("/v1/recommendations", json=question).raise_for_status().json()
+            assert answer["items"] == []
+            [note] = answer["notes"]
+            assert note.startswith(f"filter.{column}: no item has this attribute, so none matches; there are ")
+        put(service, {"item_id": new_item, column: True}).raise_for_status()
+        for _ in range(REPLICAS_ASKED):
+            answer = service.client.post("/v1/recommendations", json=question).raise_for_status().json()
+            assert ids(answer) == [new_item]
+            assert "notes" not in answer
+
+
+def test_notes_are_documented(service):
+    schemas = service.client.get("/openapi.json").raise_for_status().json()["components"]["schemas"]
+    assert "notes" in schemas["RecommendationResponse"]["properties"]
+
+
+def test_a_filter_that_costs_too_much_is_refused_with_the_cap(service):
+    def ask(**filter: Any) -> Any:
+        body = {"user_id": "visitor-00001", "filter": filter}
+        return service.client.post("/v1/recommendations", json=body)
+
+    assert ask(brand=[f"brand {number}" for number in range(500)]).status_code == 200
+    assert_refused(ask(brand=[f"brand {number}" for number in range(1001)]), 422, "filter.brand", "1000")
+    assert_refused(ask(**{f"a{number}": 1 for number in range(51)}), 422, "filter", "50")
+    assert_refused(ask(deny=[str(number) for number in range(10_001)]), 422, "filter.deny", "10000")
+    assert_refused(ask(title={"min": 3}), 422, "filter.title", "needs numbers")
 
 
 def test_an_item_that_does_not_exist_cannot_be_deleted(service):

@@ -1,0 +1,130 @@
+"""The table of attributes: any puts give the filters that a catalog made at once would give, and indexes say so."""
+
+import re
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from lib.data.catalog import Catalog
+from lib.data.column_index import LONGEST_INDEXED, WordIndex
+from lib.data.item_table import ItemTable
+
+WORDS = ["red", "blue", "The North Face", "a|b", "b, c", "x y", "", "red blue", "Crime Thriller|War", "é"]
+LISTS = [["red"], ["x y", "blue"], ["a"], ["b", "a", "red"]]
+
+
+def random_item(generator: np.random.Generator) -> dict:
+    """Attributes of every kind, some of them not there."""
+    item = {
+        "text": str(generator.choice(WORDS)),
+        "long": " ".join(generator.choice(WORDS, 40)),
+        "tags": LISTS[generator.integers(len(LISTS))],
+        "whole": int(generator.integers(-3, 4)),
+        "number": float(generator.choice([0.5, 1.0, 19.99, -2.0])),
+        "flag": bool(generator.integers(2)),
+    }
+    return {name: value for name, value in item.items() if generator.random() < 0.8}
+
+
+def meets(value, condition) -> bool:
+    """What README.md says of a condition, one item at a time."""
+    if value is None:
+        return False
+    if isinstance(condition, dict):
+        return condition.get("min", -np.inf) <= value <= condition.get("max", np.inf)
+    wanted = condition if isinstance(condition, list) else [condition]
+    if isinstance(value, list):
+        return any(member in wanted for member in value)
+    if isinstance(value, str):
+        parts = [part.strip() for part in re.split(r"[|,;]", value)]
+        found = {value, *(part for part in parts if part), *filter(None, re.split(r"[ \t\n\r\f|,;]", value))}
+        return any(text in found for text in wanted)
+    return any(type(value) is type(one) and value == one for one in wanted)
+
+
+CONDITIONS = [
+    {"text": "red"},
+    {"text": ["The North Face", "b", "c"]},
+    {"text": ""},
+    {"text": "Crime Thriller"},
+    {"text": "North Face"},
+    {"long": "Thriller"},
+    {"long": "a"},
+    {"tags": "red"},
+    {"tags": ["x y", "nothing"]},
+    {"tags": "x"},
+    {"whole": 2},
+    {"whole": [0, 3]},
+    {"whole": {"min": -1, "max": 2}},
+    {"number": 19.99},
+    {"number": {"max": 1.0}},
+    {"number": {"min": 19.98, "max": 20}},
+    {"flag": False},
+    {"text": "red", "number": {"min": 0}, "flag": True},
+]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_puts_give_what_the_items_say_one_by_one(tmp_path, seed):
+    generator = np.random.default_rng(seed)
+    names = [f"i{number}" for number in range(60)]
+    items = {name: random_item(generator) for name in names[: generator.integers(0, 40)]}
+    loaded = [{"item_id": name, **attributes} for name, attributes in items.items()]
+    types = {"text": pa.string(), "long": pa.large_string(), "tags": pa.list_(pa.string()), "whole": pa.int32()}
+    schema = pa.schema([("item_id", pa.string()), *types.items(), ("number", pa.float64()), ("flag", pa.bool_())])
+    catalog = Catalog(names[:30], pa.Table.from_pylist(loaded, schema) if loaded else None)
+    for round in range(6):
+        if round == 3:
+            catalog.extend(names)
+        for conditions in CONDITIONS if round % 2 else CONDITIONS[round::3]:  # some indexes are made late
+            expected = [
+                catalog.row_of[name]
+                for name, own in items.items()
+                if name in catalog.row_of and all(meets(own.get(column), value) for column, value in conditions.items())
+            ]
+            assert np.flatnonzero(catalog.mask(conditions)).tolist() == sorted(expected), conditions
+        for name in generator.choice(names, 8):
+            items[str(name)] = random_item(generator)
+            catalog.change({str(name): items[str(name)]})
+        if round == 4:
+            catalog.save(tmp_path / "catalog.parquet")
+            catalog = Catalog.load(tmp_path / "catalog.parquet")
+            known = {name: own for name, own in items.items() if name in catalog.row_of}
+            for name, own in known.items():
+                assert {k: v for k, v in catalog.table.attributes_of(name).items() if v != []} == own
+    table = catalog.attributes
+    assert table is not None
+    assert len(set(table["item_id"].to_pylist())) == len(table)
+
+
+def test_a_put_touches_neither_the_table_nor_its_index():
+    table = ItemTable(pa.table({"item_id": [f"i{n}" for n in range(1000)], "colour": ["red", "blue"] * 500}))
+    index, loaded = table.words("colour"), table.loaded
+    for number in range(500):
+        table.put(f"i{number}", {"colour": "green"})
+        table.put(f"new{number}", {"colour": "green", "size": number})
+    assert table.words("colour") is index
+    assert table.loaded is loaded
+    assert len(table) == 2000
+    for number in range(500):  # once more: the line of a changed item is its own for good
+        table.put(f"i{number}", {"colour": "white"})
+    assert len(table) == 2000
+    assert index.count("white") == 500
+    assert len(index.lines(["green"])) == 500
+
+
+def test_long_texts_are_found_as_a_whole_too():
+    long = "word " * 40 + "end"
+    assert len(long) > LONGEST_INDEXED
+    column = pa.chunked_array([[long, "end", None, "x" * 200], [f"{long} more"]])
+    index = WordIndex(column)
+    assert index.lines([long]).tolist() == [0]
+    assert sorted(index.lines(["end"]).tolist()) == [0, 1, 4]
+    assert index.lines(["x" * 200]).tolist()[0] == 3
+    assert index.lines(["word end"]).tolist() == []
+
+
+def test_a_column_without_values_is_indexed():
+    for column in (pa.chunked_array([], pa.string()), pa.chunked_array([[None, None]], pa.null())):
+        assert WordIndex(column).lines(["x"]).tolist() == []
