@@ -20,7 +20,7 @@ from rich.console import Console
 from jobs.configuration import write_json
 from jobs.pretrain_settings import PretrainSettings
 from jobs.reports import check_plot, plot_comparison, print_comparison
-from lib.data.dataset import read_events
+from lib.data.dataset import read_events, read_rating_scale
 from lib.data.events import EVENT_KINDS
 from lib.data.popularity import DAY
 from lib.errors import InputError
@@ -128,11 +128,11 @@ def evaluate_models(
     for model in loaded:
         items.extend(model.catalog.item_ids[1:])
     histories = histories_of(events, items.row_of, EVENT_KINDS)
-    cases = cases_of(histories, protocol)
+    cases = cases_of(histories, protocol, read_rating_scale(data))
     if len(cases.users) == 0:
         raise InputError(
-            f"data: {data} has no case for {protocol}: no event that earlier ones of its user could predict; "
-            "ingest more events"
+            f"data: {data} has no case for {protocol}: no event that is no dislike and that earlier ones of its user "
+            "could predict; ingest more events"
         )
     training = training_part(histories, protocol)
     counts = np.bincount(training.rows, minlength=len(items) + 1)

@@ -24,11 +24,12 @@ import ray.data
 from ray.data import Dataset, TaskPoolStrategy
 
 from lib.data.catalog import Catalog
-from lib.data.dataset import events_file, read_items
+from lib.data.dataset import events_file, read_items, read_rating_scale
 from lib.data.events import EVENT_KINDS
 from lib.data.formats.files import parquet_file
 from lib.data.histories import Histories, histories_of
 from lib.data.pieces import Piece, merged, pieces_of, read_piece, survey
+from lib.data.ratings import RatingScale
 from lib.data.tables import order_events
 from lib.durable import make_durably, write_durably
 from lib.model.buckets import (
@@ -63,6 +64,7 @@ class StreamedData:
     folder: Path
     catalog: Catalog  # of all items
     figures: Figures  # of the events that are trained on
+    ratings: RatingScale
 
     def parts(self, buckets: Sequence[int] | None = None) -> Iterator[Histories]:
         """Stream the histories of these buckets (or of all), one bucket after another."""
@@ -119,7 +121,7 @@ def read_stream(data: str | Path, folder: Path) -> StreamedData:
     """Return what `prepare_stream` has made of a dataset."""
     item_ids = pq.read_table(folder / ITEMS_FILE)["item_id"].to_pylist()
     catalog = Catalog.of_dataset(item_ids, read_items(data))
-    return StreamedData(folder, catalog, _read_figures(folder))
+    return StreamedData(folder, catalog, _read_figures(folder), read_rating_scale(data))
 
 
 def stream_buckets(folder: Path, buckets: Sequence[int]) -> Iterator[Histories]:

@@ -21,6 +21,7 @@ from lib.data.events import EVENT_KINDS, EVENT_SCHEMA
 from lib.data.formats.files import FORMATS
 from lib.data.ingest import IngestReport, ingest
 from lib.data.ingest import Progress as ProgressFunction
+from lib.data.ratings import RatingScale
 from lib.errors import InputError
 
 _KINDS = ", ".join(EVENT_KINDS)
@@ -56,12 +57,22 @@ def ingest_command(
     items: Annotated[
         Path | None, typer.Option("--items", help="Descriptions of the items: a CSV, JSON lines or Parquet file.")
     ] = None,
+    rating_scale: Annotated[
+        str | None,
+        typer.Option(
+            "--rating-scale",
+            metavar="WORST-BEST",
+            help="The scale of the ratings, such as 1-10, or implicit where they are no opinions; otherwise told from "
+            "the data.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the dataset that --out holds.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report to this file, too.")] = None,
 ) -> None:
     """Read event files of any common format, clean them and write a dataset folder."""
     columns = _pairs("--column", column or [])
     kinds = _pairs("--event-kind", event_kind or [])
+    scale = None if rating_scale is None else RatingScale.parse(rating_scale)
     console = Console()
     with _progress(Console(stderr=True)) as progress:
         report = ingest(
@@ -73,6 +84,7 @@ def ingest_command(
             default_kind=default_kind,
             delimiter=_delimiter(delimiter),
             items=items,
+            rating_scale=scale,
             overwrite=overwrite,
             progress=progress,
         )
@@ -154,6 +166,7 @@ def _print_report(console: Console, report: IngestReport, out: Path) -> None:
         ("items described", f"{report.described_items:,}"),
         *((f"descriptions rejected: {reason}", f"{count:,}") for reason, count in report.rejected_items.items()),
         ("period", report.period),
+        *_rating_rows(report),
         *(
             (f"unknown kind {kind!r}", f"{count:,} (map it with --event-kind)")
             for kind, count in report.unknown_kinds.items()
@@ -169,6 +182,23 @@ def _print_report(console: Console, report: IngestReport, out: Path) -> None:
     for name, value in rows:
         table.add_row(escape(name), escape(value))
     console.print(table)
+
+
+def _rating_rows(report: IngestReport) -> list[tuple[str, str]]:
+    """Say what was taken for dislikes, and what looks wrong about it."""
+    if report.rating_scale is None:
+        return []
+    scale = RatingScale.parse(report.rating_scale)
+    rows = [("ratings", f"{report.ratings:,}, scale {scale}")]
+    if report.ratings_off_scale:
+        rows.append(("ratings beyond the scale", f"{report.ratings_off_scale:,} (kept without their value)"))
+    if scale.worst == scale.best:
+        return [*rows, ("ratings taken for dislikes", "none: the values are no opinions (else give --rating-scale)")]
+    rows.append(("ratings taken for dislikes", f"{report.dislikes:,}, those below {scale.dislikes_below:g}"))
+    if report.dislikes == 0 or report.dislikes > report.ratings / 2:
+        found = "no rating is a dislike" if report.dislikes == 0 else "most ratings are dislikes"
+        rows.append(("warning", f"{found}; if that is wrong give --rating-scale"))
+    return rows
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from jobs.pretrain import pretrain
 from jobs.pretrain_settings import PretrainSettings
 from jobs.replay_service import through_service
 from jobs.reports import check_plot, plot_replay, print_replay
-from lib.data.dataset import read_events, read_items, write_dataset
+from lib.data.dataset import read_events, read_items, read_rating_scale, write_dataset
 from lib.data.tables import order_events
 from lib.errors import InputError
 from lib.live.prequential import Daily, Frozen, Live, Outcome, Stream, replay, split_by_time
@@ -92,7 +92,7 @@ def _pretrained(stream: Stream, data: Path, folder: Path, settings: PretrainSett
         if any(not kept[name].equals(events[name]) for name in ("user_id", "item_id", "timestamp")):
             raise InputError(f"out: {oldest} is not the oldest part of {data}; name another folder")
         return model
-    write_dataset(oldest, stream.oldest, read_items(data))
+    write_dataset(oldest, stream.oldest, read_items(data), read_rating_scale(data))
     pretrain(oldest, model, settings)
     return model
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from lib.data.catalog import Catalog
-from lib.data.dataset import read_events, read_items
+from lib.data.dataset import read_events, read_items, read_rating_scale
 from lib.data.events import EVENT_KINDS
 from lib.data.histories import Histories, histories_of
 from lib.data.holdout import training_part
+from lib.data.ratings import STARS, RatingScale
 from lib.errors import InputError
 from lib.live.finetuning import WeightedBatches
 from lib.model.batches import SequenceBatches
@@ -25,6 +26,7 @@ class TrainingData:
 
     catalog: Catalog
     histories: Histories
+    ratings: RatingScale = STARS
 
     @cached_property
     def figures(self) -> Figures:
@@ -40,7 +42,7 @@ class TrainingData:
         return SequenceBatches(self.histories, config)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class WeightedData(TrainingData):
     """The data of a fine-tune, in which each event has a weight of its own as a target."""
 
@@ -60,7 +62,7 @@ def read_training_data(data: str | Path, holdout: str) -> TrainingData:
     events = read_events(data)
     catalog = Catalog.of_dataset(events["item_id"].unique().to_pylist(), read_items(data))
     histories = training_part(histories_of(events, catalog.row_of, EVENT_KINDS), holdout)
-    training_data = TrainingData(catalog, histories)
+    training_data = TrainingData(catalog, histories, read_rating_scale(data))
     refuse_too_small(data, holdout, training_data.figures)
     return training_data
 

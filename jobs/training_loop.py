@@ -105,7 +105,7 @@ def read_material(run: TrainingRun) -> Material:
         origin = load_folder(run.start)
         marked = MarkedHistories.load(run.data)
         weights = np.where(marked.marked, 1.0, run.older_weight)
-        data = WeightedData(origin.catalog, marked.histories, weights)
+        data = WeightedData(origin.catalog, marked.histories, weights=weights)
         return Material(data, preset_of(settings, data.histories), origin)
     if settings.stream:
         data = read_stream(run.data, run.storage / STREAM)
@@ -253,6 +253,7 @@ def new_encoder(
         **preset.shape(),
         event_kinds=list(EVENT_KINDS),
         value_boundaries=training_data.figures.value_boundaries,
+        rating_scale=str(training_data.ratings),
         inputs=list(inputs),
         attribute_values=attributes,
         attributes_per_item=codes.shape[1],

@@ -83,9 +83,12 @@ async def _run_live(
     """Let visitors click and show what happens; return the tally and the last status."""
     from jobs.demo.tally import Tally
     from jobs.demo.visitors import run_visitors
+    from lib.data.dataset import read_rating_scale
 
-    tally, stop = Tally(), asyncio.Event()
-    visitors = asyncio.create_task(run_visitors(url, world.source, frozen, tally, stop, past=world.past))
+    tally, stop, ratings = Tally(), asyncio.Event(), read_rating_scale(world.data)
+    visitors = asyncio.create_task(
+        run_visitors(url, world.source, frozen, tally, stop, past=world.past, ratings=ratings)
+    )
     deadline = time.monotonic() + seconds if seconds is not None else float("inf")
     async with httpx.AsyncClient(base_url=url, timeout=10) as client:
         while not visitors.done() and time.monotonic() < deadline and not stopped():

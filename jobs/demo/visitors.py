@@ -20,8 +20,9 @@ import httpx
 from jobs.demo.frozen import Frozen, FrozenBatches
 from jobs.demo.tally import Tally
 from jobs.demo.worlds import Source
-from lib.data.events import EVENT_WEIGHTS, NEGATIVE_RATING, Event
+from lib.data.events import Event
 from lib.data.history import History
+from lib.data.ratings import STARS, RatingScale, is_dislike
 from lib.data.user_histories import UserHistories
 from lib.errors import InputError
 
@@ -38,6 +39,7 @@ async def run_visitors(
     events_per_second: float = 50,
     k: int = 10,
     past: Iterable[Event] = (),
+    ratings: RatingScale = STARS,
 ) -> None:
     """Let visitors ask, choose and react until `stop` is set or the source ends.
 
@@ -51,6 +53,7 @@ async def run_visitors(
         events_per_second: at most so many events are sent, reactions included.
         k: how many items both models recommend.
         past: the events that the service knows at the start.
+        ratings: their scale.
 
     Raises:
         InputError: a number out of its range.
@@ -63,7 +66,9 @@ async def run_visitors(
     histories = histories_of(past)
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     async with httpx.AsyncClient(base_url=base_url, timeout=REQUEST_TIMEOUT_SECONDS, limits=limits) as client:
-        visits = _Visits(client, source, FrozenBatches(frozen, k), tally, _Pace(events_per_second), k, histories)
+        visits = _Visits(
+            client, source, FrozenBatches(frozen, k), tally, _Pace(events_per_second), k, histories, ratings
+        )
         async with asyncio.TaskGroup() as workers:
             for _ in range(concurrency):
                 workers.create_task(visits.work(stop))
@@ -104,9 +109,11 @@ class _Visits:
         pace: _Pace,
         k: int,
         histories: UserHistories,
+        ratings: RatingScale,
     ):
         self.client, self.source, self.frozen, self.tally, self.pace, self.k = client, source, frozen, tally, pace, k
         self.histories = histories
+        self.ratings = ratings
         self.turns: dict[str, asyncio.Lock] = {}  # a lock serves in the order of asking: a user's events stay in order
         self.busy: dict[str, int] = defaultdict(int)
         self.unsure: set[str] = set()
@@ -149,9 +156,7 @@ class _Visits:
         Both leave out what the user already had; a dislike is nothing to recommend; and where a failed request
         leaves open what the service knows of a user, the two histories may differ.
         """
-        disliked = EVENT_WEIGHTS[event.event] < 0 or (
-            event.event == "rating" and event.value is not None and event.value <= NEGATIVE_RATING
-        )
+        disliked = is_dislike(event, self.ratings)
         return not disliked and event.user_id not in self.unsure and event.item_id not in history.item_ids
 
     async def recommend(self, user_id: str) -> dict[str, Any] | None:

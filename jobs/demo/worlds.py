@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from jobs.demo.shop import Shop
 from jobs.pretrain_settings import PretrainSettings
-from lib.data.dataset import read_events, read_items, write_dataset
+from lib.data.dataset import read_events, read_items, read_rating_scale, write_dataset
 from lib.data.events import Event
 from lib.data.holdout import NONE
 from lib.live.prequential import events_of, split_by_time
@@ -93,7 +93,7 @@ def replay_world(data: Path, folder: Path) -> World:
         InputError: it has too few events to split.
     """
     stream, items = split_by_time(read_events(data), 1 - REPLAYED_SHARE), read_items(data)
-    write_dataset(folder, stream.oldest, items)
+    write_dataset(folder, stream.oldest, items, read_rating_scale(data))
     titles: dict[str, str] = {}
     if items is not None and "title" in items.column_names:
         titles = dict(zip(items["item_id"].to_pylist(), items["title"].to_pylist(), strict=True))

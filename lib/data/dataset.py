@@ -12,11 +12,13 @@ import pyarrow.parquet as pq
 from lib.data.events import EVENT_KINDS, EVENT_SCHEMA
 from lib.data.formats.files import parquet_file
 from lib.data.formats.items import with_plain_strings
+from lib.data.ratings import STARS, RatingScale
 from lib.data.tables import conform, order_events
 from lib.errors import InputError
 
 EVENTS_FILE = "events.parquet"
 ITEMS_FILE = "items.parquet"
+RATING_SCALE = b"rating_scale"  # among the metadata of the events file
 
 
 def read_events(data: str | Path) -> pa.Table:
@@ -32,6 +34,17 @@ def read_events(data: str | Path) -> pa.Table:
         # Further columns are of no use here; ingested data has none.
         table = file.read([name for name in file.schema_arrow.names if name in EVENT_SCHEMA.names])
     return order_events(checked_events(table, path))
+
+
+def read_rating_scale(data: str | Path) -> RatingScale:
+    """Return the scale of a dataset's ratings; 1 to 5 where the dataset does not say.
+
+    Raises:
+        InputError: there is no such dataset, or its scale is none.
+    """
+    with parquet_file(events_file(data)) as file:
+        text = (file.metadata.metadata or {}).get(RATING_SCALE)
+    return STARS if text is None else RatingScale.parse(text.decode())
 
 
 def events_file(data: str | Path) -> Path:
@@ -94,10 +107,10 @@ def checked_events(table: pa.Table, path: Path) -> pa.Table:
     return table.cast(EVENT_SCHEMA)
 
 
-def write_dataset(folder: Path, events: pa.Table, items: pa.Table | None) -> None:
+def write_dataset(folder: Path, events: pa.Table, items: pa.Table | None, ratings: RatingScale = STARS) -> None:
     """Write tables as an ingested dataset; make the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(events, folder / EVENTS_FILE)
+    pq.write_table(events.replace_schema_metadata({RATING_SCALE: str(ratings)}), folder / EVENTS_FILE)
     if items is not None:
         pq.write_table(items, folder / ITEMS_FILE)
 

@@ -65,7 +65,6 @@ EVENT_WEIGHTS = {
     "skip": -1.0,
 }
 EVENT_KINDS = tuple(EVENT_WEIGHTS)
-NEGATIVE_RATING = 2.0  # a rating at or below this is a dislike
 
 MAX_ID_LENGTH = 256  # characters
 # C0, DEL and C1, for Python and for Arrow: an id stands in paths of URLs, lines of logs and names of files.

@@ -24,13 +24,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lib.data.dataset import EVENTS_FILE, ITEMS_FILE
+from lib.data.dataset import EVENTS_FILE, ITEMS_FILE, RATING_SCALE
 from lib.data.events import EVENT_SCHEMA
 from lib.data.formats.columns import Converter, match_columns
 from lib.data.formats.files import find_source, layout_of
 from lib.data.formats.items import read_item_file
 from lib.data.formats.tables import memory_of, read_tables, size_of
 from lib.data.guard import CleaningRules
+from lib.data.ratings import RatingScale, recognised_scale, rounded_counts
 from lib.data.tables import clean, partition_of
 from lib.durable import rename_durably
 from lib.errors import InputError
@@ -62,6 +63,10 @@ class IngestReport:
     columns: dict[str, str] = field(default_factory=dict)  # the source's column for each field
     time_unit: str | None = None  # of numeric times: s, ms, us or ns
     unknown_kinds: dict[str, int] = field(default_factory=dict)  # the ten most frequent
+    ratings: int = 0  # that have a value
+    rating_scale: str | None = None  # given or recognised; None where there is no rating
+    dislikes: int = 0  # of the ratings
+    ratings_off_scale: int = 0  # beyond a given scale: they are kept without their value
     described_items: int = 0
     rejected_items: dict[str, int] = field(default_factory=dict)
 
@@ -84,6 +89,7 @@ def ingest(
     default_kind: str | None = None,
     delimiter: str | None = None,
     items: str | Path | None = None,
+    rating_scale: RatingScale | None = None,
     rules: CleaningRules | None = None,
     overwrite: bool = False,
     progress: Progress = lambda stage, done, total: None,
@@ -104,6 +110,7 @@ def ingest(
         default_kind: for rows without an event; else rating where there is a value, otherwise click.
         delimiter: of CSV files; else it is found.
         items: a file that describes the items; else one beside the source.
+        rating_scale: of the ratings; else it is recognised.
         rules: the limits of what is clean.
         overwrite: replace what `out` holds.
         progress: is told how far it is.
@@ -129,7 +136,7 @@ def ingest(
     work = Path(tempfile.mkdtemp(prefix=_WORK_PREFIX, dir=out))
     try:
         partitions = _partitions(reader, work, partition_bytes)
-        _clean_partitions(partitions, work / EVENTS_FILE, rules or CleaningRules(), now, report, progress)
+        _clean_partitions(partitions, work / EVENTS_FILE, rules or CleaningRules(), rating_scale, now, report, progress)
         _complete(report, reader, converter)
         if described is not None:
             pq.write_table(described, work / ITEMS_FILE, compression="zstd")
@@ -257,6 +264,7 @@ def _clean_partitions(
     partitions: list[Callable[[], pa.Table]],
     path: Path,
     rules: CleaningRules,
+    scale: RatingScale | None,
     now: int,
     report: IngestReport,
     progress: Progress,
@@ -264,6 +272,7 @@ def _clean_partitions(
     """Write the clean events of all partitions to a file, and count them in the report."""
     rejected: Counter[str] = Counter()
     items: set[str] = set()
+    ratings: Counter[float] = Counter()  # values
     first: list[int] = []
     last: list[int] = []
     with pq.ParquetWriter(path, EVENT_SCHEMA, compression="zstd") as writer:
@@ -271,6 +280,8 @@ def _clean_partitions(
             kept, broken = clean(load(), now, rules)
             rejected += broken
             if kept.num_rows:
+                kept = _on_scale(kept, scale, report)
+                ratings += _rating_values(kept)
                 writer.write_table(kept)
                 report.kept += kept.num_rows
                 report.users += pc.count_distinct(kept["user_id"]).as_py()
@@ -279,9 +290,33 @@ def _clean_partitions(
                 first.append(times["min"])
                 last.append(times["max"])
             progress("cleaning", place + 1, len(partitions))
+        if ratings:
+            scale = scale or recognised_scale(ratings)
+            report.ratings, report.rating_scale = ratings.total(), str(scale)
+            report.dislikes = sum(count for value, count in ratings.items() if value < scale.dislikes_below)
+        if scale is not None:
+            writer.add_key_value_metadata({RATING_SCALE.decode(): str(scale)})
     report.rejected = dict(rejected)
     report.items = len(items)
     report.first_timestamp, report.last_timestamp = min(first, default=None), max(last, default=None)
+
+
+def _rating_values(events: pa.Table) -> Counter[float]:
+    """Count the values of ratings."""
+    values = events["value"].filter(pc.and_(pc.equal(events["event"], "rating"), pc.is_valid(events["value"])))
+    return rounded_counts(values.to_numpy())
+
+
+def _on_scale(events: pa.Table, scale: RatingScale | None, report: IngestReport) -> pa.Table:
+    """Take the values of ratings that lie beyond a given scale away, and count them in the report."""
+    if scale is None or scale.worst == scale.best:
+        return events
+    values = events["value"]
+    beyond = pc.or_(pc.less(values, scale.worst), pc.greater(values, scale.best))
+    beyond = pc.fill_null(pc.and_(beyond, pc.equal(events["event"], "rating")), False)
+    report.ratings_off_scale += pc.sum(beyond).as_py() or 0
+    place = events.column_names.index("value")
+    return events.set_column(place, events.field(place), pc.if_else(beyond, pa.scalar(None, values.type), values))
 
 
 def _complete(report: IngestReport, reader: _Reader, converter: Converter) -> None:

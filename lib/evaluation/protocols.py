@@ -4,6 +4,9 @@ leave-one-out: per user the newest event is the target and everything before it 
 temporal: the newest 20% of the time span is the test; every test event is a target, its user's history so far the input
 (histories advance with time, weights stay).
 
+What a person turned down is no target: a dislike, a skip, a low rating. A user whose newest event is one is no case of
+leave-one-out, and as input these events stay.
+
 Both rank all items with the user's seen items removed.
 
 The cases are those of the dataset, whatever the contenders know, so that all answer the same questions: an item has one
@@ -19,9 +22,11 @@ import torch
 from torch import Tensor
 
 from lib.data.catalog import Catalog
+from lib.data.events import EVENT_KINDS
 from lib.data.histories import Histories, spans
 from lib.data.holdout import LEAVE_ONE_OUT, cutoff_time
-from lib.model.batches import SequenceBatches
+from lib.data.ratings import STARS, RatingScale
+from lib.model.batches import SequenceBatches, target_weights
 from lib.model.encoder import PADDING_ROW, BehaviourEncoder
 
 MOST_SCORES = 1 << 23  # in memory at once
@@ -41,14 +46,21 @@ class Cases:
         return self.histories.rows[self.histories.offsets[self.users] + self.inputs]
 
 
-def cases_of(histories: Histories, protocol: str) -> Cases:
-    """Return the cases of a protocol; every case has at least one event of input."""
-    if protocol == LEAVE_ONE_OUT:
-        users = np.flatnonzero(histories.lengths >= 2)
-        return Cases(histories, users, histories.lengths[users] - 1)
+def cases_of(histories: Histories, protocol: str, ratings: RatingScale = STARS) -> Cases:
+    """Return the cases of a protocol; every case has at least one event of input, and a target that was not disliked.
+
+    Args:
+        histories: of kinds by their places in EVENT_KINDS.
+        protocol: one of PROTOCOLS.
+        ratings: their scale.
+    """
     owners = np.repeat(np.arange(len(histories)), histories.lengths)
     places = np.arange(len(histories.rows)) - histories.offsets[owners]
-    tested = (histories.timestamps >= cutoff_time(histories.timestamps)) & (places > 0)
+    if protocol == LEAVE_ONE_OUT:
+        tested = places == histories.lengths[owners] - 1
+    else:
+        tested = histories.timestamps >= cutoff_time(histories.timestamps)
+    tested &= (places > 0) & (target_weights(histories.kinds, histories.values, EVENT_KINDS, ratings) > 0)
     return Cases(histories, owners[tested], places[tested])
 
 

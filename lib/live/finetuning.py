@@ -262,7 +262,7 @@ def judge(
     encoder, catalog = result
     histories, kinds = held_out.histories, encoder.config.event_kinds
     assert kinds is not None
-    aimed_at = target_weights(histories.kinds, histories.values, kinds) > 0
+    aimed_at = target_weights(histories.kinds, histories.values, kinds, encoder.config.ratings) > 0
     tested = np.flatnonzero(held_out.targets & aimed_at)
     if len(tested) == 0:
         raise TooFewEvents("since: no held-out event follows another one of its user; wait for more feedback")

@@ -330,7 +330,9 @@ class Gate:
         newest = [history.newest(self.config.held_out_length + 1) for history in histories]
         flat = to_histories(newest, self.catalog, self.kind_codes)
         last = flat.offsets[1:][flat.lengths >= 2] - 1
-        liked = target_weights(flat.kinds[last], flat.values[last], list(self.kind_codes)) > 0
+        liked = (
+            target_weights(flat.kinds[last], flat.values[last], list(self.kind_codes), self.encoder.config.ratings) > 0
+        )
         return flat.take(np.flatnonzero(flat.lengths >= 2)[liked])
 
     @torch.no_grad()

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.data.events import EVENT_WEIGHTS, NEGATIVE_RATING
+from lib.data.events import EVENT_WEIGHTS
 from lib.data.histories import Histories
+from lib.data.ratings import STARS, RatingScale
 from lib.model.encoder import BehaviourEncoderConfig
 
 
@@ -41,15 +42,17 @@ def value_boundaries(values: np.ndarray, buckets: int = 16) -> list[float]:
     return [float(boundary) for boundary in distinct[distinct > present.min()]]
 
 
-def target_weights(kinds: np.ndarray, values: np.ndarray, event_kinds: Sequence[str]) -> np.ndarray:
-    """(E,) float32 what each event is worth as a target; below 0 for a dislike, a skip and a rating of 1 or 2.
+def target_weights(
+    kinds: np.ndarray, values: np.ndarray, event_kinds: Sequence[str], ratings: RatingScale = STARS
+) -> np.ndarray:
+    """(E,) float32 what each event is worth as a target; below 0 for a dislike, a skip and a low rating.
 
     What is below 0 is never a target: it is pushed away from (lib/model/loss.py).
     """
     by_code = np.array([0.0] + [EVENT_WEIGHTS[kind] for kind in event_kinds], dtype=np.float32)
     weights = by_code[kinds]
     if "rating" in event_kinds:
-        disliked = (kinds == event_kinds.index("rating") + 1) & (values <= NEGATIVE_RATING)
+        disliked = (kinds == event_kinds.index("rating") + 1) & (values < ratings.dislikes_below)
         weights[disliked] = EVENT_WEIGHTS["dislike"]
     return weights
 
@@ -86,7 +89,7 @@ class SequenceBatches:
         first = histories.offsets[:-1][histories.lengths > 0]
         self.gaps = gap_buckets(histories.timestamps, first, config.gap_buckets)
         self.values = value_buckets(histories.values, config.value_boundaries)
-        self.weights = target_weights(histories.kinds, histories.values, config.event_kinds)
+        self.weights = target_weights(histories.kinds, histories.values, config.event_kinds, config.ratings)
 
     def codes(self) -> np.ndarray:
         """(4, E) int64 rows, kinds, gaps and values of all events."""

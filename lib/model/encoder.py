@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.configuration_utils import PreTrainedConfig
 
+from lib.data.ratings import STARS, RatingScale
 from lib.errors import InputError
 from lib.model.block import Block, Dropout, Packing
 from lib.model.presets import DEFAULT_INPUTS, INPUTS
@@ -47,6 +48,7 @@ class BehaviourEncoderConfig(PreTrainedConfig):
     temperature: float = 0.05
     event_kinds: list[str] | None = None  # kind code = place in this list + 1
     value_boundaries: list[float] | None = None  # value bucket = number of boundaries at or below the value, + 1
+    rating_scale: str = str(STARS)
     gap_buckets: int = 32  # log2 seconds
     inputs: list[str] | None = None  # of INPUTS
     attribute_values: list[str] | None = None  # "genres=Comedy": the code of an attribute is its place here + 1
@@ -58,6 +60,11 @@ class BehaviourEncoderConfig(PreTrainedConfig):
     def kind_codes(self) -> dict[str, int]:
         """The code of each kind of event; 0 is padding."""
         return {kind: place + 1 for place, kind in enumerate(self.event_kinds or [])}
+
+    @property
+    def ratings(self) -> RatingScale:
+        """The scale of the ratings that are read."""
+        return RatingScale.parse(self.rating_scale)
 
     def __post_init__(self, **kwargs):
         """Fill in the lists, which must not be shared between configurations.

@@ -23,7 +23,7 @@ from jobs.command_line import run_command
 from jobs.configuration import write_json
 from jobs.pretrain import pretrain
 from jobs.pretrain_settings import PretrainSettings
-from lib.data.dataset import read_events, read_items, write_dataset
+from lib.data.dataset import read_events, read_items, read_rating_scale, write_dataset
 from lib.live.prequential import Frozen, Live, Outcome, Stream, replay, split_by_time
 from lib.live.prequential_comparison import compare_arms
 from lib.live.settings import LearnerConfig
@@ -35,7 +35,7 @@ SHARE = 0.6  # of the events, the oldest, on which the first weights are pretrai
 
 def pretrained(data: Path, stream: Stream, folder: Path) -> tuple[Path, float]:
     """Pretrain on a stream's oldest events with the defaults; return the model's folder and the seconds it took."""
-    write_dataset(folder / "data", stream.oldest, read_items(data))
+    write_dataset(folder / "data", stream.oldest, read_items(data), read_rating_scale(data))
     begin = time.perf_counter()
     pretrain(folder / "data", folder / "model", PretrainSettings(holdout="none"))
     return folder / "model", time.perf_counter() - begin

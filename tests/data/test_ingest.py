@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lib.data.dataset import read_events, read_items
+from lib.data.dataset import read_events, read_items, read_rating_scale
 from lib.data.events import EVENT_SCHEMA
 from lib.data.formats import delimited as delimited_text
 from lib.data.formats import tables as source_tables
@@ -20,6 +20,7 @@ from lib.data.formats.columns import Converter
 from lib.data.formats.files import find_source
 from lib.data.guard import CleaningRules
 from lib.data.ingest import IngestReport, ingest
+from lib.data.ratings import STARS, RatingScale
 from lib.errors import InputError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -554,6 +555,55 @@ def test_streaming_gives_what_reading_at_once_gives(tmp_path, ingested, monkeypa
     changes = sum(user != before for user, before in zip(users[1:], users, strict=False))
     assert changes == streamed.users - 1
     assert sorted(path.name for path in (tmp_path / "streamed").iterdir()) == ["events.parquet", "ingest.json"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ratings
+
+
+def ratings_file(path: Path, values: list[str]) -> Path:
+    lines = [f"u{place % 3},i{place},{value},{T + place}" for place, value in enumerate(values)]
+    return write(path, "user,item,rating,time\n" + "\n".join(lines))
+
+
+def test_the_scale_of_ratings_is_recognised_and_kept_with_the_dataset(tmp_path, ingested):
+    source = ratings_file(tmp_path / "data.csv", [*"13479", "10", ""])
+    report, rows = ingested(source)
+    assert (report.rating_scale, report.ratings, report.dislikes, report.ratings_off_scale) == ("1-10", 6, 3, 0)
+    assert read_rating_scale(tmp_path / "out") == RatingScale(1, 10)
+    assert {row[3] for row in rows} == {1, 3, 4, 7, 9, 10, None}  # as they came
+    streamed, again = ingested(source, "streamed", partition_bytes=100)
+    assert again == rows
+    assert (streamed.rating_scale, streamed.dislikes) == ("1-10", 3)
+    assert read_rating_scale(tmp_path / "streamed") == RatingScale(1, 10)
+
+
+def test_ratings_that_are_all_alike_are_no_dislikes(tmp_path, ingested):
+    report, rows = ingested(ratings_file(tmp_path / "data.csv", ["1"] * 5))
+    assert (report.rating_scale, report.dislikes) == ("implicit", 0)
+    assert [row[2:4] for row in rows] == [("rating", 1.0)] * 5
+    assert read_rating_scale(tmp_path / "out").dislikes_below == -np.inf
+
+
+def test_a_given_scale_wins_and_what_lies_beyond_it_says_nothing(tmp_path, ingested):
+    source = ratings_file(tmp_path / "data.csv", ["0", "0", "2", "5", "11"])
+    report, rows = ingested(source, rating_scale=RatingScale(1, 10))
+    assert (report.rating_scale, report.ratings, report.dislikes, report.ratings_off_scale) == ("1-10", 2, 1, 3)
+    assert [row[3] for row in sorted(rows, key=lambda row: row[4])] == [None, None, 2, 5, None]
+    assert read_rating_scale(tmp_path / "out") == RatingScale(1, 10)
+
+
+def test_the_values_of_other_kinds_are_no_ratings(tmp_path, ingested):
+    lines = [f"u,i{place},purchase,{price},{T + place}" for place, price in enumerate([3, 80, 900])]
+    source = write(tmp_path / "data.csv", "user,item,event,value,time\n" + "\n".join(lines))
+    report, rows = ingested(source, rating_scale=RatingScale(1, 10))
+    assert (report.ratings, report.rating_scale) == (0, None)
+    assert [row[3] for row in rows] == [3, 80, 900]
+
+
+def test_a_dataset_that_says_nothing_of_its_ratings_has_stars(tmp_path, ingested):
+    ingested(write(tmp_path / "data.csv", f"user,item,time\nu,i,{T}\n"))
+    assert read_rating_scale(tmp_path / "out") == STARS
 
 
 # ---------------------------------------------------------------------------------------------------------------------

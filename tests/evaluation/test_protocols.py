@@ -11,6 +11,7 @@ from lib.data.catalog import Catalog
 from lib.data.events import EVENT_KINDS, EVENT_SCHEMA
 from lib.data.histories import Histories, histories_of
 from lib.data.holdout import LEAVE_ONE_OUT, NONE, TEMPORAL, cutoff_time, training_part
+from lib.data.ratings import RatingScale
 from lib.evaluation.metrics import (
     bootstrap_means,
     coverage_at,
@@ -85,6 +86,22 @@ def test_temporal_cases(histories):
     assert cutoff_time(histories.timestamps) == NOW + 80 * SECOND
     # b's first event lies in the test, but nothing comes before it that it could be predicted from
     assert readable(cases_of(histories, TEMPORAL)) == {("a", (1, 2), 3), ("a", (1, 2, 3), 4), ("b", (5,), 6)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "ratings"),
+    [("dislike", np.nan, None), ("skip", np.nan, None), ("rating", 2.0, None), ("rating", 4.0, RatingScale(1, 10))],
+)
+def test_what_was_disliked_is_an_input_and_no_target(histories, kind, value, ratings):
+    own = [ratings] if ratings else []
+    for place in (2, 5):  # a's third event of four, b's newest
+        histories.kinds[place] = EVENT_KINDS.index(kind) + 1
+        histories.values[place] = value
+    assert readable(cases_of(histories, LEAVE_ONE_OUT, *own)) == {("a", (1, 2, 3), 4), ("d", (8,), 8)}
+    assert readable(cases_of(histories, TEMPORAL, *own)) == {("a", (1, 2, 3), 4)}
+    histories.kinds[:] = EVENT_KINDS.index(kind) + 1
+    histories.values[:] = value
+    assert readable(cases_of(histories, LEAVE_ONE_OUT, *own)) == set()
 
 
 def test_temporal_trains_on_what_came_before(histories):

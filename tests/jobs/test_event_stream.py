@@ -21,10 +21,11 @@ from jobs.pretrain import pretrain
 from jobs.pretrain_settings import PretrainSettings
 from jobs.training_data import read_training_data
 from lib.data.catalog import Catalog
-from lib.data.dataset import read_events
+from lib.data.dataset import RATING_SCALE, read_events
 from lib.data.histories import Histories
 from lib.data.holdout import LEAVE_ONE_OUT, NONE, TEMPORAL, training_part
 from lib.data.pieces import Piece, first_uses, merged, pieces_of, read_piece, survey
+from lib.data.ratings import RatingScale
 from lib.errors import InputError
 from lib.model.batches import Batch, SequenceBatches, value_boundaries
 from lib.model.buckets import (
@@ -65,10 +66,12 @@ def random_events(users: int = 40, events: int = 1200, seed: int = 0) -> pa.Tabl
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    """1200 random events in row groups of 100."""
+    """1200 random events in row groups of 100, rated from 0 to 5."""
     folder = tmp_path / "data"
     folder.mkdir()
-    pq.write_table(random_events(), folder / "events.parquet", row_group_size=100)
+    pq.write_table(
+        random_events().replace_schema_metadata({RATING_SCALE: "0-5"}), folder / "events.parquet", row_group_size=100
+    )
     return folder
 
 
@@ -344,6 +347,7 @@ def test_one_bucket_is_the_dataset(ray_session, dataset, tmp_path, holdout):
     memory = read_training_data(str(dataset), holdout)
     stream = streamed(dataset, tmp_path / "stream", holdout, 10_000)
     assert stream.catalog.item_ids == memory.catalog.item_ids
+    assert stream.ratings == memory.ratings == RatingScale(0, 5)
     (histories,) = stream.parts()
     assert_same_histories(histories, memory.histories)
     assert stream.figures.value_boundaries == value_boundaries(memory.histories.values)

@@ -72,6 +72,52 @@ def test_default_kind_and_delimiter_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("values", "options", "printed"),
+    [
+        ("1 3 7 9", [], ["ratings: 4, scale 1-10", "ratings taken for dislikes: 2, those below 4.375"]),
+        (
+            "1 3 5",
+            ["--rating-scale", "1-5"],
+            ["ratings: 3, scale 1-5", "ratings taken for dislikes: 1, those below 2.5"],
+        ),
+        (
+            "1 1 1",
+            [],
+            [
+                "ratings: 3, scale implicit",
+                "ratings taken for dislikes: none: the values are no opinions (else give --rating-scale)",
+            ],
+        ),
+        (
+            "4 5 5",
+            [],
+            [
+                "ratings taken for dislikes: 0, those below 2.5",
+                "warning: no rating is a dislike; if that is wrong give --rating-scale",
+            ],
+        ),
+        (
+            "0 0 1 2 8",
+            ["--rating-scale", "1-10"],
+            [
+                "ratings beyond the scale: 2 (kept without their value)",
+                "ratings taken for dislikes: 2, those below 4.375",
+                "warning: most ratings are dislikes; if that is wrong give --rating-scale",
+            ],
+        ),
+    ],
+)
+def test_what_was_taken_for_dislikes_is_printed(tmp_path, values, options, printed):
+    path = tmp_path / "data.csv"
+    lines = [f"u,i{place},{value},{T + place}" for place, value in enumerate(values.split())]
+    path.write_text("user,item,rating,time\n" + "\n".join(lines))
+    output = run("--source", path, "--out", tmp_path / "out", *options).splitlines()
+    for line in printed:
+        assert line in output
+    assert sum(line.startswith("warning") for line in output) == sum(line.startswith("warning") for line in printed)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--column", "user_id"], "--column 'user_id': write it as FIELD=NAME"),
@@ -81,6 +127,7 @@ def test_default_kind_and_delimiter_by_name(tmp_path):
         (["--default-kind", "zap"], "--default-kind zap"),
         (["--delimiter", "abc"], "--delimiter 'abc': it must be one character"),
         (["--format", "xml"], "--format xml"),
+        (["--rating-scale", "ten"], "rating scale 'ten': write the worst and the best mark as 1-10"),
     ],
 )
 def test_bad_options_are_named(tmp_path, source, options, message):

@@ -32,9 +32,13 @@ from jobs.pretrain_settings import PretrainSettings, preset_of
 from jobs.progress import Report, TrainingProgress, shown_progress
 from jobs.run_folder import resume_or_restart
 from jobs.training_data import read_training_data
+from jobs.training_loop import new_encoder
+from lib.data.dataset import read_events, write_dataset
 from lib.data.events import EVENT_SCHEMA
 from lib.data.holdout import HOLDOUTS
+from lib.data.ratings import RatingScale
 from lib.errors import InputError
+from lib.model.encoder import BehaviourEncoder
 from lib.model.folder import Manifest, load_model, read_manifest
 from lib.versions.folder import OPTIMIZER_FILE
 from tests.helpers.service import RaySession
@@ -355,6 +359,15 @@ def test_what_is_held_out(small_data, holdout, missing):
     trained = {data.catalog.item_ids[row] for row in data.histories.rows}
     assert {f"i{number}" for number in range(11)} - trained == missing
     assert len(data.catalog) == 11  # every item has a row all the same
+
+
+def test_the_scale_of_the_ratings_goes_from_the_data_to_the_model(small_data, tmp_path):
+    write_dataset(tmp_path / "marks", read_events(small_data), None, RatingScale(1, 10))
+    for folder, scale in ((tmp_path / "marks", "1-10"), (small_data, "1-5")):
+        data = read_training_data(str(folder), "none")
+        encoder = new_encoder(data, preset_of(PretrainSettings(), data.histories), seed=0)
+        encoder.save_pretrained(tmp_path / "model")
+        assert BehaviourEncoder.from_pretrained(tmp_path / "model").config.rating_scale == scale
 
 
 @pytest.mark.parametrize("holdout", HOLDOUTS)

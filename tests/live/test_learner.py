@@ -161,6 +161,17 @@ def test_dislikes_and_skips_are_pushed_away_from(learner, kind):
     assert not (batch.target_weights > 0).any()
 
 
+def test_live_ratings_are_on_the_scale_of_the_model(tmp_path):
+    learner = NearlineLearner(started_registry(tmp_path / "store", rating_scale="1-10"), CONFIG)
+    rated = history([1, 2])
+    for item, mark in (("i3", 4.0), ("i4", 5.0)):
+        rated.append(Event("u", item, "rating", mark, NOW + 1000 * SECOND))
+    batch = training_batch_of(learner, micro_batch(2, [rated], [2]))
+    assert batch is not None
+    assert batch.target_rows[batch.target_weights < 0].tolist() == [3]
+    assert batch.target_rows[batch.target_weights > 0].tolist() == [4]
+
+
 def test_a_batch_in_which_nothing_can_be_trained(registry, learner):
     update(learner, 1)
     replica, before = recommender_of(registry), copied_state(learner.model.encoder)

@@ -9,6 +9,7 @@ import torch
 
 from lib.data.events import EVENT_KINDS, EVENT_SCHEMA
 from lib.data.histories import Histories, histories_of
+from lib.data.ratings import RatingScale
 from lib.model.batches import (
     Batch,
     SequenceBatches,
@@ -162,6 +163,8 @@ def test_dislikes_skips_and_low_ratings_are_inputs_and_count_against():
     assert batch.target_rows[0].tolist() == [2, 3, 4, 5, 6]
     assert batch.target_weights[0].tolist() == [-1, -1, -1, 1, 1]
     assert batch.values[0].tolist() == [0, 0, 0, 2, 3]
+    marks = np.array([8.0, 8.0, 8.0, 2.0, 3.0, 5.0], dtype=np.float32)  # 1 to 10: below 4.375
+    assert target_weights(histories.kinds, marks, KINDS, RatingScale(1, 10)).tolist() == [1, -1, -1, -1, -1, 1]
     # a low value matters for a rating alone
     assert target_weights(np.array([KINDS.index("cart") + 1], dtype=np.int8), np.array([1.0]), KINDS).tolist() == [2]
 
