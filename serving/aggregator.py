@@ -98,7 +98,7 @@ class Aggregator:
         self.shard = shard
         folder = Path(state)
         folder.mkdir(parents=True, exist_ok=True)
-        self.histories = UserHistories(self.config.keep_events)
+        self.histories = UserHistories(self.config.keep_events, self.config.cleaning.lateness_ms)
         if data is not None:
             self._read_dataset(data)
         self.log = (layout or LogLayout()).open(folder, shard)

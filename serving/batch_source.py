@@ -4,6 +4,7 @@ Each of several shards counts its own events; what the learner gets has the offs
 (lib/log/order.py), which is made durable here, a micro-batch of one shard at a time.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -108,11 +109,13 @@ def in_order(batch: MicroBatch, run: Run, order: LogOrder) -> MicroBatch:
     """
     shift = run.after - run.place
 
-    def placed(history: History, new: int = 0) -> History:
-        first, context = history.first_offset, len(history) - new
+    def placed(history: History, new: Sequence[int] = ()) -> History:
+        first, offsets = history.first_offset, [0] * len(history)
+        for place in new:
+            offsets[place] = history.offsets[place] + shift
         return replace(
             history,
-            offsets=[0] * context + [offset + shift for offset in history.offsets[context:]],
+            offsets=offsets,
             first_offset=order.offset_of(run.shard, first) if first else 0,
         )
 
@@ -123,7 +126,7 @@ def in_order(batch: MicroBatch, run: Run, order: LogOrder) -> MicroBatch:
     return replace(
         batch,
         last_offset=batch.last_offset + shift,
-        histories=[placed(history, new) for history, new in zip(batch.histories, batch.new_counts, strict=True)],
+        histories=[placed(history, new) for history, new in zip(batch.histories, batch.new, strict=True)],
         replay=[replayed(history) for history in batch.replay],
         quarantined=frozenset(offset + shift for offset in batch.quarantined if offset <= batch.last_offset),
     )

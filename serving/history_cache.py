@@ -2,8 +2,9 @@
 
 Before every batch the replica asks the aggregator, in one call, what its copies lack, so that every answer knows the
 events that were acknowledged before it. Where both are on one machine, the replica takes the newest events from shared
-memory, and asks about nobody whose copy is known to be whole (lib/log/board.py). A copy also keeps what the encoder
-reads of it (History.encoded), so it is never changed: a newer one takes its place.
+memory, and asks about nobody whose copy is known to be whole (lib/log/board.py). An event that came late is not at the
+end of its user's history, so the copy is fetched anew. A copy also keeps what the encoder reads of it
+(History.encoded), so it is never changed: a newer one takes its place.
 """
 
 from collections import OrderedDict
@@ -50,15 +51,17 @@ class HistoryCache:
         return whole, others
 
     def take(self, news: Iterable[News]) -> None:
-        """Add events to those copies that lack nothing else."""
+        """Add events to those copies that lack nothing else, and have nothing of a later time."""
         for counter, offset, event in news:
             copy = self._copies.get(event.user_id)
             if copy is None or copy.counter != counter - 1:
                 continue
             history = copy.history
             if offset > history.last_offset:  # else it came after the counter was read, and the copy has it
+                if history.is_late(event):
+                    continue
                 history = history.newest(self.keep - 1)
-                history.append(event, offset)
+                history.add(event, offset)
             self._copies[event.user_id] = Copy(history, counter)
 
     def update(
@@ -68,7 +71,7 @@ class HistoryCache:
 
         Args:
             copies: of users, None where there was none.
-            newer: what each lacked, None for nothing.
+            newer: what each lacked, None for nothing; a whole history has events that the copy has, too.
             counters: of the users, as they were read before the aggregator was asked.
 
         Returns:
@@ -84,10 +87,10 @@ class HistoryCache:
         return current
 
     def _joined(self, copy: History | None, newer: History | None) -> History:
-        if copy is None:
-            return newer or History()
         if newer is None:
-            return copy
+            return History() if copy is None else copy
+        if copy is None or min(newer.offsets, default=0) <= copy.last_offset:
+            return newer
         joined = copy.slice(0, len(copy))
         joined.extend(newer)
         return joined.newest(self.keep)

@@ -187,7 +187,7 @@ def test_every_request_is_in_the_readme_of_the_service():
     for module in pkgutil.iter_modules(routes.__path__):
         router = getattr(importlib.import_module(f"serving.routes.{module.name}"), "router", None)
         for route in router.routes if router is not None else ():
-            path = re.sub(r"\{\w+(:path)?\}", "{id}", route.path)
+            path = re.sub(r"\{\w+(:\w+)?\}", "{id}", route.path)
             for method in route.methods:
                 assert re.search(rf"`{method} {re.escape(path)}[`?]", text), f"{method} {path}"
 

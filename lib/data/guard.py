@@ -16,6 +16,7 @@ from lib.errors import EventRejected
 from lib.settings import Settings
 
 RATE_MS = 1000
+LATENESS_MS = 24 * 60 * 60 * 1000
 CHANGED_OPINION, CROWD = "changed_opinion", "crowd"
 
 
@@ -34,6 +35,11 @@ class CleaningRules(Settings):
 
     future_tolerance_ms: int = Field(
         default=5 * 60 * 1000, ge=0, description="how far a time may be ahead: clocks of phones and browsers run fast"
+    )
+    lateness_ms: int = Field(
+        default=LATENESS_MS,
+        ge=1,
+        description="how late an event may come and be read by its time; a later one is read as if it were this late",
     )
     flood_events: int = Field(default=300, ge=1, description="of one user within the window")
     flood_window_ms: int = Field(default=60 * 1000, ge=1, description="the window of floods, repeats and crowds")

@@ -68,10 +68,8 @@ def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - (stops - lengths), lengths) + np.arange(stops[-1] if len(stops) else 0)
 
 
-def histories_of(
-    table: pa.Table, row_of: Mapping[str, int], event_kinds: Sequence[str], by_time: bool = True
-) -> Histories:
-    """Make histories of an event table, by time or in the table's order, which events of equal times keep.
+def histories_of(table: pa.Table, row_of: Mapping[str, int], event_kinds: Sequence[str]) -> Histories:
+    """Make histories of an event table, by time; events of equal times keep the table's order.
 
     Raises:
         KeyError, ValueError: an unknown item, an unknown kind of event.
@@ -82,8 +80,7 @@ def histories_of(
     kinds = table["event"].combine_chunks().dictionary_encode()
     user_codes = users.indices.to_numpy()
     timestamps = table["timestamp"].to_numpy()
-    # both are stable: ties keep the table's order
-    order = np.lexsort((timestamps, user_codes)) if by_time else np.argsort(user_codes, kind="stable")
+    order = np.lexsort((timestamps, user_codes))  # stable
     item_rows = np.array([row_of[item] for item in items.dictionary.to_pylist()], dtype=np.int32)
     kind_codes = np.array([event_kinds.index(kind) + 1 for kind in kinds.dictionary.to_pylist()], dtype=np.int8)
     counts = np.bincount(user_codes, minlength=len(users.dictionary))

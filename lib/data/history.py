@@ -1,13 +1,20 @@
-"""One user's events, oldest first: as they came, and as an encoder reads them."""
+"""One user's events, oldest first: as they are kept, and as an encoder reads them.
+
+Oldest is meant by the events' own times, and of equal times by arrival, so that what an app sends once it is online
+again is read where it was. How late an event may come is bounded: one that is older still, as when a phone's clock was
+never set, is placed as if it were just that late.
+"""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 
 import numpy as np
 
 from lib.data.catalog import Catalog
 from lib.data.events import Event
+from lib.data.guard import LATENESS_MS
 from lib.data.histories import Histories
 
 
@@ -32,33 +39,46 @@ class History:
     timestamps: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     first_offset: int = field(default=0, compare=False)  # of the user's first event of all, also where it is not here
+    last_offset: int = field(default=0, compare=False)  # of the event that came last, also where it is not here
     encoded: EncodedHistory | None = field(default=None, compare=False, repr=False)  # kept by who made it
 
     def __len__(self) -> int:
         return len(self.item_ids)
 
-    def append(self, event: Event, offset: int = 0) -> None:
-        """Add the newest event."""
-        self.item_ids.append(event.item_id)
-        self.events.append(event.event)
-        self.values.append(event.value)
-        self.timestamps.append(event.timestamp)
-        self.offsets.append(offset)
+    def is_late(self, event: Event) -> bool:
+        """Return whether the history has an event of a later time."""
+        return bool(self.timestamps) and event.timestamp < self.timestamps[-1]
+
+    def add(self, event: Event, offset: int = 0, lateness_ms: int = LATENESS_MS) -> int:
+        """Put an event that has just come where its time belongs; return its place.
+
+        Args:
+            event: of this user.
+            offset: in the log, 0 where it is in none.
+            lateness_ms: above 0, how much older than the newest event it may be and still be placed by its time.
+        """
+        place = len(self)
+        if self.is_late(event):
+            # events that came even later are out of order, but no event before the place is above the bound
+            place = bisect_right(self.timestamps, max(event.timestamp, self.timestamps[-1] - lateness_ms))
+        self.item_ids.insert(place, event.item_id)
+        self.events.insert(place, event.event)
+        self.values.insert(place, event.value)
+        self.timestamps.insert(place, event.timestamp)
+        self.offsets.insert(place, offset)
+        self.last_offset = max(self.last_offset, offset)
         self.encoded = None
+        return place
 
     def extend(self, newer: "History") -> None:
-        """Add newer events."""
+        """Add events that are all newer."""
         self.item_ids.extend(newer.item_ids)
         self.events.extend(newer.events)
         self.values.extend(newer.values)
         self.timestamps.extend(newer.timestamps)
         self.offsets.extend(newer.offsets)
+        self.last_offset = newer.last_offset
         self.encoded = None
-
-    @property
-    def last_offset(self) -> int:
-        """Log offset of the newest event, 0 where none is in the log."""
-        return self.offsets[-1] if self.offsets else 0
 
     def slice(self, start: int, stop: int) -> "History":
         """Return the events [start, stop) as a history of their own."""
@@ -69,6 +89,7 @@ class History:
             self.timestamps[start:stop],
             self.offsets[start:stop],
             self.first_offset,
+            self.last_offset,
         )
 
     def newest(self, count: int) -> "History":
@@ -77,14 +98,25 @@ class History:
 
     def up_to(self, last_offset: int) -> "History":
         """Return the events up to a log offset, and those that are in no log."""
-        return self.slice(0, bisect_right(self.offsets, last_offset))
+        if self.last_offset <= last_offset:
+            return self.slice(0, len(self))
+        kept = [offset <= last_offset for offset in self.offsets]
+        return History(
+            list(compress(self.item_ids, kept)),
+            list(compress(self.events, kept)),
+            list(compress(self.values, kept)),
+            list(compress(self.timestamps, kept)),
+            list(compress(self.offsets, kept)),
+            self.first_offset,
+            last_offset,
+        )
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> "History":
-        """Return a history of events that are in no log."""
+        """Return a history of events that are in no log, ordered by their times, however far apart they are."""
         history = cls()
-        for event in events:
-            history.append(event)
+        for event in sorted(events, key=lambda event: event.timestamp):
+            history.add(event)
         return history
 
 

@@ -1,6 +1,5 @@
 """Every user's recent events in memory: what the next answer reads and what the learner trains on."""
 
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Container
 from itertools import islice
@@ -8,6 +7,7 @@ from itertools import islice
 import numpy as np
 
 from lib.data.events import Event
+from lib.data.guard import LATENESS_MS
 from lib.data.history import History
 from lib.data.replay import LatestEvents, ReplaySample
 
@@ -16,10 +16,11 @@ LEAST_HELD_OUT = 5  # events of a user by whom an update is judged
 
 
 class UserHistories:
-    """User id -> history, of which the newest `keep` events are kept."""
+    """User id -> history, of which the newest `keep` events are kept; `lateness_ms` see History.add."""
 
-    def __init__(self, keep: int = 1000):
+    def __init__(self, keep: int = 1000, lateness_ms: int = LATENESS_MS):
         self.keep = keep
+        self.lateness_ms = lateness_ms
         self._histories: dict[str, History] = {}
         self._users: list[str] = []  # for sampling; a user's place never changes until an erasure
         self._totals: dict[str, int] = {}  # events of each user, also those that are no longer kept
@@ -30,13 +31,13 @@ class UserHistories:
         return len(self._histories)
 
     def append(self, event: Event, offset: int = 0) -> None:
-        """Add a user's newest event; an offset of 0 means that it is not in the log."""
+        """Add an event that has just come to its user's history; an offset of 0 means that it is not in the log."""
         user_id = event.user_id
         history = self._histories.get(user_id)
         if history is None:
             history = self._histories[user_id] = History(first_offset=offset)
             self._users.append(user_id)
-        history.append(event, offset)
+        history.add(event, offset, self.lateness_ms)
         # trimmed in large steps, so that appending stays cheap
         if len(history) > 2 * self.keep:
             self._histories[user_id] = history.newest(self.keep)
@@ -61,14 +62,17 @@ class UserHistories:
             last_offset: where the copy ends; None where there is no copy.
 
         Returns:
-            The events after the offset; None for nothing, and the whole history where there is no copy.
+            The events after the offset; None for nothing. The whole history where there is no copy, or where one of
+            those events came late, so that it is not behind all that the copy has.
         """
         history = self._histories.get(user_id)
         if last_offset is None:
             return self.get(user_id)
         if history is None or history.last_offset == last_offset:
             return None
-        return history.slice(bisect_right(history.offsets, last_offset), len(history)).newest(self.keep)
+        count = sum(offset > last_offset for offset in history.offsets)
+        newest = history.newest(min(count, self.keep))
+        return self.get(user_id) if any(offset <= last_offset for offset in newest.offsets) else newest
 
     def users(self, count: int) -> list[str]:
         """Return the first `count` users."""
@@ -140,5 +144,6 @@ class UserHistories:
         if history is None:  # erased
             return History()
         place = number - (self._totals[user_id] - len(history))
-        stop = min(place + 1 + int(generator.integers(0, length // 2 + 1)), bisect_right(history.offsets, up_to))
-        return history.slice(max(stop - length, 0), max(stop, 0))
+        learned = history.up_to(up_to)
+        stop = min(place + 1 + int(generator.integers(0, length // 2 + 1)), len(learned))
+        return learned.slice(max(stop - length, 0), max(stop, 0))

@@ -25,6 +25,7 @@ from lib.data.events import EVENT_SCHEMA, HISTORY_FIELDS
 from lib.data.formats.files import parquet_file
 from lib.data.histories import Histories, histories_of
 from lib.data.popularity import event_counts, start_weights
+from lib.data.tables import order_events
 from lib.errors import InputError
 from lib.evaluation.comparison import Comparison, compare
 from lib.evaluation.protocols import Cases, model_contender, rank
@@ -60,16 +61,10 @@ class Cut:
 
 @dataclass(frozen=True)
 class MarkedHistories:
-    """Histories in the order in which they came, of which the newest so many events of each user are marked."""
+    """Histories of which some events are marked."""
 
     histories: Histories
-    counts: np.ndarray  # (U,)
-
-    @property
-    def marked(self) -> np.ndarray:
-        """(E,) bool."""
-        from_end = np.repeat(self.histories.offsets[1:], self.histories.lengths) - np.arange(len(self.histories.rows))
-        return from_end <= np.repeat(self.counts, self.histories.lengths)
+    marked: np.ndarray  # (E,) bool
 
     @property
     def targets(self) -> np.ndarray:
@@ -79,13 +74,16 @@ class MarkedHistories:
 
     def save(self, path: Path) -> None:
         """Write a Parquet file, one line a user."""
-        pq.write_table(table_of(self.histories).append_column("marked", pa.array(self.counts)), path)
+        offsets = pa.array(self.histories.offsets.astype(np.int32))
+        marked = pa.ListArray.from_arrays(offsets, pa.array(self.marked))
+        pq.write_table(table_of(self.histories).append_column("marked", marked), path)
 
     @classmethod
     def load(cls, path: Path) -> "MarkedHistories":
         """Read what `save` has written."""
         table = pq.read_table(path)
-        return cls(histories_in(table.drop_columns(["marked"])), table["marked"].to_numpy())
+        marked = table["marked"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return cls(histories_in(table.drop_columns(["marked"])), marked)
 
 
 def cut_feedback(
@@ -197,19 +195,25 @@ def _of_users(events: pa.Table, users: pa.Array, share: float, seed: int) -> pa.
 def histories_around(
     events: pa.Table, after: int, catalog: Catalog, event_kinds: Sequence[str], context: int | None = None
 ) -> MarkedHistories:
-    """Histories of events in the order in which they came; those beyond a log offset are marked.
+    """Histories of events by their times, and of equal times in the order in which they came; mark those that are new.
 
-    Of a user who has such, at most `context` older ones are kept; kinds of event that are unknown are left out.
+    Args:
+        events: with their log offsets.
+        after: the log offset beyond which an event is new.
+        catalog: has all their items.
+        event_kinds: others are left out.
+        context: of a user who has new events, at most so many before the first of them are kept.
     """
-    events = events.filter(pc.is_in(events["event"], pa.array(event_kinds)))
-    histories = histories_of(events, catalog.row_of, event_kinds, by_time=False)
-    new = events.filter(pc.greater(events["offset"], after))["user_id"].value_counts()
-    new_of = dict(zip(new.field("values").to_pylist(), new.field("counts").to_pylist(), strict=True))
-    counts = np.array([new_of.get(user_id, 0) for user_id in histories.user_ids], dtype=np.int64)
-    if context is not None:
-        kept = np.where(counts > 0, counts + context, histories.lengths)
-        histories = histories.select(MarkedHistories(histories, kept).marked)
-    return MarkedHistories(histories, counts)
+    events = order_events(events.filter(pc.is_in(events["event"], pa.array(event_kinds))))
+    histories = histories_of(events, catalog.row_of, event_kinds)
+    marked = events["offset"].to_numpy() > after
+    if context is None:
+        return MarkedHistories(histories, marked)
+    new = np.append(np.flatnonzero(marked), len(marked))
+    first = new[np.searchsorted(new, histories.offsets[:-1])]  # (U,) of each user, or of a later one
+    begin = np.where(first < histories.offsets[1:], first - context, 0)
+    kept = np.arange(len(marked)) >= np.repeat(begin, histories.lengths)
+    return MarkedHistories(histories.select(kept), marked[kept])
 
 
 class WeightedBatches(SequenceBatches):

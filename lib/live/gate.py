@@ -365,9 +365,9 @@ def first_new_events(batch: MicroBatch, count: int) -> list[History]:
     """
     found: list[History] = []
     items: Counter[str] = Counter()
-    new = zip(batch.histories, batch.new_counts, strict=True)
-    for history, own in sorted(new, key=lambda each: each[1] - len(each[0])):
-        history = history.slice(0, len(history) - own + 1)
+    new = zip(batch.histories, batch.new, strict=True)
+    for history, places in sorted(new, key=lambda each: -each[1][0]):
+        history = history.slice(0, places[0] + 1)
         if len(found) == count or len(history) < 2:
             break
         items[history.item_ids[-1]] += 1

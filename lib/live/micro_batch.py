@@ -25,12 +25,13 @@ class SampleSizes:
 class MicroBatch:
     """What the trigger releases to the learner: new events in their users' histories, and what goes with them.
 
-    The newest `new_counts[i]` events of `histories[i]` are new; what stands before them is context.
+    `new[i]` are the places, ascending, of the new events in `histories[i]`. What stands before one of them is its
+    context; an event that came late may have learned ones behind it, too.
     """
 
     last_offset: int  # of the newest event in the batch
     histories: list[History]
-    new_counts: list[int]
+    new: list[list[int]]
     received_at: list[int]  # milliseconds, of each new event
     replay: list[History]  # windows to learn from again
     held_out: list[History]  # of other users who act now, for the gate
@@ -39,12 +40,12 @@ class MicroBatch:
     @property
     def events(self) -> int:
         """How many events are new."""
-        return sum(self.new_counts)
+        return sum(map(len, self.new))
 
     def new_item_ids(self) -> Iterator[str]:
         """Yield the item of each new event."""
-        for history, count in zip(self.histories, self.new_counts, strict=True):
-            yield from history.item_ids[len(history) - count :]
+        for history, places in zip(self.histories, self.new, strict=True):
+            yield from (history.item_ids[place] for place in places)
 
 
 def micro_batch(
@@ -61,22 +62,26 @@ def micro_batch(
     new: dict[str, list[LoggedEvent]] = {}
     for logged in events:
         new.setdefault(logged.event.user_id, []).append(logged)
+    around = [_with_context(histories, own, after, sample.history_length) for own in new.values()]
     return MicroBatch(
         last_offset=events[-1].offset,
-        histories=[_with_context(histories.get(user), own, after, sample.history_length) for user, own in new.items()],
-        new_counts=[len(own) for own in new.values()],
+        histories=[history for history, _ in around],
+        new=[places for _, places in around],
         received_at=[logged.received_at for logged in events],
         replay=histories.windows(sample.replay, sample.history_length + 1, after, generator),
         held_out=histories.held_out(sample.held_out_users, sample.held_out_length + 1, new, generator),
     )
 
 
-def _with_context(history: History, new: Sequence[LoggedEvent], after: int, length: int) -> History:
-    """Return a user's new events behind the newest `length` of those that came before.
+def _with_context(
+    histories: UserHistories, new: Sequence[LoggedEvent], after: int, length: int
+) -> tuple[History, list[int]]:
+    """Return a user's new events in their history, which begins `length` events before them, and their places in it.
 
     The new ones are the log's, so that each is learned once also where more wait than are kept in memory.
     """
-    context = history.up_to(after).newest(length)
-    for logged in new:
-        context.append(logged.event, logged.offset)
-    return context
+    history = histories.get(new[0].event.user_id).up_to(after)
+    first = min(history.add(logged.event, logged.offset, histories.lateness_ms) for logged in new)
+    places = [place for place in range(first, len(history)) if history.offsets[place] > after]
+    start = max(first - length, 0)
+    return history.slice(start, places[-1] + 1), [place - start for place in places]

@@ -13,13 +13,14 @@ from lib.live.undo import UndoJournal
 def count_popularity(batch: MicroBatch, model: LearningModel, influence: Influence, journal: UndoJournal) -> None:
     """Count the new events, a user's of one item once in the history at hand; the journal can take it back."""
     new_rows, new_offsets, new_owners, counted, first = [], [], [], [], []
-    for user, (history, count) in enumerate(zip(batch.histories, batch.new_counts, strict=True)):
-        before = len(history) - count
-        new_rows += [model.catalog.row_of[item_id] for item_id in history.item_ids[before:]]
-        new_offsets += history.offsets[before:]
-        new_owners += [user] * count
-        known = set(history.item_ids[:before])
-        for item_id, offset in zip(history.item_ids[before:], history.offsets[before:], strict=True):
+    for user, (history, places) in enumerate(zip(batch.histories, batch.new, strict=True)):
+        new = set(places)
+        known = {item_id for place, item_id in enumerate(history.item_ids) if place not in new}
+        for place in places:
+            item_id, offset = history.item_ids[place], history.offsets[place]
+            new_rows.append(model.catalog.row_of[item_id])
+            new_offsets.append(offset)
+            new_owners.append(user)
             counted.append(item_id not in known and offset not in batch.quarantined)
             first.append(offset == history.first_offset)
             known.add(item_id)

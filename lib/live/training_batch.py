@@ -1,10 +1,9 @@
 """What a micro-batch becomes before a training step: context, new events and replayed windows, each with its weight."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import numpy as np
 
-from lib.data.histories import Histories
 from lib.data.history import History, to_histories
 from lib.live.influence import Influence, Targets, last_opinions, newcomers_of
 from lib.live.learning_model import LearningModel
@@ -30,11 +29,12 @@ def training_batch(
     """
     length = min(config.context_length, model.encoder.config.max_length)
     context = min(length, max(config.context_events // max(len(batch.histories), 1), LEAST_CONTEXT))
-    histories = [h.newest(context + n) for h, n in zip(batch.histories, batch.new_counts, strict=True)]
+    starts = [max(places[0] - context, 0) for places in batch.new]
+    histories = [history.slice(start, len(history)) for history, start in zip(batch.histories, starts, strict=True)]
     replay = [history.newest(length + 1) for history in batch.replay]
     flat = to_histories([*histories, *replay], model.catalog, model.kind_codes)
-    offsets = _offsets([*histories, *replay], model)
-    new = _are_new(histories, batch.new_counts, flat, model)
+    places = [{place - start for place in own} for own, start in zip(batch.new, starts, strict=True)]
+    offsets, new = _offsets_and_new([*histories, *replay], [*places, *(set() for _ in replay)], model)
     share = new.astype(np.float32)
     share[flat.offsets[len(histories)] :] = config.replay.weight
     share[new & np.isin(offsets, list(batch.quarantined))] = 0.0
@@ -54,23 +54,20 @@ def training_batch(
     return _useful(sequences)
 
 
-def _are_new(
-    histories: Sequence[History], new_counts: Sequence[int], flat: Histories, model: LearningModel
-) -> np.ndarray:
-    """(E,) bool, which events are new; `flat` has those of `histories` first, without events of an unknown kind."""
-    new = np.zeros(len(flat.rows), dtype=bool)
-    for stop, history, count in zip(flat.offsets[1:], histories, new_counts, strict=False):
-        known = sum(kind in model.kind_codes for kind in history.newest(count).events)
-        new[stop - known : stop] = True
-    return new
-
-
-def _offsets(histories: Sequence[History], model: LearningModel) -> np.ndarray:
-    """(E,) the log offset of every event that `to_histories` reads."""
+def _offsets_and_new(
+    histories: Sequence[History], new: Sequence[Set[int]], model: LearningModel
+) -> tuple[np.ndarray, np.ndarray]:
+    """(E,) the log offset, and (E,) bool whether it is new, of every event that `to_histories` reads."""
     row_of, codes = model.catalog.row_of, model.kind_codes
-    columns = ((history.offsets, history.item_ids, history.events) for history in histories)
-    every = (event for column in columns for event in zip(*column, strict=True))
-    return np.array([offset for offset, item, kind in every if item in row_of and kind in codes], dtype=np.int64)
+    offsets: list[int] = []
+    are_new: list[bool] = []
+    for history, places in zip(histories, new, strict=True):
+        columns = zip(history.item_ids, history.events, history.offsets, strict=True)
+        for place, (item_id, kind, offset) in enumerate(columns):
+            if item_id in row_of and kind in codes:
+                offsets.append(offset)
+                are_new.append(place in places)
+    return np.array(offsets, dtype=np.int64), np.array(are_new, dtype=bool)
 
 
 def _useful(sequences: SequenceBatches) -> Batch | None:

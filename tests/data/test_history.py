@@ -5,6 +5,7 @@ import pytest
 
 from lib.data.catalog import Catalog
 from lib.data.events import EVENT_KINDS, Event
+from lib.data.guard import LATENESS_MS
 from lib.data.history import History, to_histories
 from tests.helpers.tiny import NOW, history, item_ids
 
@@ -19,14 +20,56 @@ def logged(*offsets: int) -> History:
     """A history with these offsets; each item is named after its offset."""
     made = History()
     for offset in offsets:
-        made.append(event("u", f"i{offset}"), offset)
+        made.add(event("u", f"i{offset}"), offset)
     return made
 
 
-def test_a_history_keeps_all_of_an_event():
-    made = History.of([event("u", "a", NOW, "rating", 4.0), event("u", "b", NOW - 5)])
-    assert made == History(["a", "b"], ["rating", "click"], [4.0, None], [NOW, NOW - 5], [0, 0])
-    assert len(made) == 2
+def test_a_history_keeps_all_of_an_event_and_orders_them_by_their_times():
+    made = History.of([event("u", "a", NOW, "rating", 4.0), event("u", "b", NOW - 5), event("u", "c", NOW)])
+    times = [NOW - 5, NOW, NOW]
+    assert made == History(["b", "a", "c"], ["click", "rating", "click"], [None, 4.0, None], times, [0, 0, 0])
+    assert len(made) == 3
+    years = [NOW - 400 * LATENESS_MS * number for number in range(9)]
+    assert History.of([event("u", "i", time) for time in years]).timestamps == years[::-1]
+
+
+def test_an_event_that_comes_late_stands_where_it_was():
+    made = logged(1, 2, 3)
+    kept = made.slice(0, 3)
+    late = event("u", "late", NOW - 5, "rating", 4.0)
+    assert made.add(late, 4) == 0
+    assert made.add(event("u", "tie", NOW - 5), 5) == 1
+    assert made == History(
+        ["late", "tie", "i1", "i2", "i3"],
+        ["rating", *["click"] * 4],
+        [4.0, *[None] * 4],
+        [NOW - 5] * 2 + [NOW] * 3,
+        [4, 5, 1, 2, 3],
+    )
+    assert made.last_offset == made.newest(3).last_offset == 5
+    assert made.newest(3) == kept
+
+
+@pytest.mark.parametrize("lateness", [1, 7, 40, 1000])
+def test_how_late_an_event_may_come_is_bounded(lateness):
+    generator = np.random.default_rng(lateness)
+    for _ in range(200):
+        made, newest, expected = History(), 0, []
+        for offset, time in enumerate(generator.integers(1, 60, 12).tolist(), start=1):
+            newest = max(newest, time)
+            made.add(event("u", "i", time), offset, lateness)
+            expected.append((max(time, newest - lateness), offset))
+        assert made.offsets == [offset for _, offset in sorted(expected)]
+
+
+def test_what_was_known_at_an_offset_keeps_its_order_by_time():
+    made = History()
+    for offset, time in enumerate([10, 30, 20, 5, 40], start=1):
+        made.add(event("u", f"i{offset}", time), offset)
+    assert made.up_to(3).offsets == [1, 3, 2]
+    assert made.up_to(3).item_ids == ["i1", "i3", "i2"]
+    assert made.up_to(9) == made
+    assert made.up_to(0) == History()
 
 
 def test_newest():
@@ -34,7 +77,7 @@ def test_newest():
     assert made.newest(2).item_ids == ["i2", "i3"]
     assert made.newest(9) == made
     assert made.newest(0) == History()
-    made.newest(9).append(event("u", "other"))
+    made.newest(9).add(event("u", "other"))
     assert len(made) == 3  # a copy
 
 

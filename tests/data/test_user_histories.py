@@ -96,6 +96,38 @@ def test_what_is_not_learned_yet_or_is_erased_is_not_replayed():
     assert UserHistories().windows(ReplaySample(500), 6, 20, np.random.default_rng(0)) == []
 
 
+def test_windows_are_in_order_of_time_and_hold_nothing_that_is_not_learned():
+    histories = UserHistories()
+    for number in range(1, 41):  # every third comes five late
+        histories.append(event("u", f"i{number}", NOW + 10 * number - 55 * (number % 3 == 0)), number)
+    windows = histories.windows(ReplaySample(500), 6, 20, np.random.default_rng(0))
+    assert all(window.timestamps == sorted(window.timestamps) for window in windows)
+    assert {offset for window in windows for offset in window.offsets} == set(range(1, 21))
+
+
+def test_what_a_copy_lacks_is_the_end_of_the_history_or_all_of_it():
+    histories = UserHistories(keep=4, lateness_ms=50)
+    for offset, time in enumerate([10, 20, 30], start=1):
+        histories.append(event("u", f"i{offset}", NOW + time), offset)
+    newer = histories.newer("u", 2)
+    assert newer is not None
+    assert newer.offsets == [3]
+    histories.append(event("u", "late", NOW + 15), 4)
+    newer = histories.newer("u", 3)
+    assert newer == histories.get("u")
+    assert newer is not None
+    assert (newer.offsets, newer.last_offset) == ([1, 4, 2, 3], 4)
+    assert histories.newer("u", 4) is None
+    histories.append(event("u", "older than all that is kept", NOW - 20), 5)
+    newer = histories.newer("u", 4)
+    assert newer is not None
+    assert (newer.offsets, newer.last_offset) == ([1, 4, 2, 3], 5)
+    histories.append(event("u", "beyond the bound", NOW - 1000), 6)
+    assert histories.get("u").offsets == [1, 4, 2, 3]
+    histories.append(event("u", "now", NOW + 40), 7)
+    assert histories.get("u").offsets == [4, 2, 3, 7]
+
+
 def test_users_of_any_name_are_held_out():
     histories = UserHistories()
     users = ["a", "a\x00", "b\x00\x00", "c\n", "\x00"]

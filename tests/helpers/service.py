@@ -176,7 +176,8 @@ def assert_each_event_once(service: LiveService, acknowledged: list[tuple[str, s
         assert learner["events_trained"] + learner["events_rejected"] == log.count()
         for user in {user_id for user_id, _ in acknowledged}:
             history = [(event["item_id"], event["timestamp"]) for event in service.export(user)]
-            assert history == [(entry.event.item_id, entry.event.timestamp) for entry in log.user_events(user)]
+            expected = [(entry.event.item_id, entry.event.timestamp) for entry in log.user_events(user)]
+            assert history == sorted(expected, key=lambda event: event[1])
 
 
 def versions_and_checksums(status: dict[str, Any]) -> list[tuple[int, str]]:

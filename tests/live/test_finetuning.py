@@ -121,6 +121,22 @@ def test_new_events_stand_behind_the_older_ones_of_their_users(log):
     assert marked.histories.rows[mine].tolist() == [n % 24 + 1 for n in (51, 61, 71, 81, 91)]
 
 
+def test_events_that_came_late_are_where_they_were_in_time(log):
+    late = [event(101, "u1", 5)._replace(timestamp=NOW + 65 * SECOND), event(102, "u2", 6)._replace(timestamp=NOW - 1)]
+    log.append([*late, event(103, "u1", 7)]).result()
+    marked = histories_around(feedback(log, 0, 103), 100, CATALOG, EVENT_KINDS, context=2)
+    of_user = {}
+    for user, start, stop in zip(
+        marked.histories.user_ids, marked.histories.offsets[:-1], marked.histories.offsets[1:], strict=True
+    ):
+        of_user[user] = (marked.histories.rows[start:stop].tolist(), marked.marked[start:stop].tolist())
+    rows = [n % 24 + 1 for n in range(100)]
+    expected = [rows[51], rows[61], 5, *(rows[n] for n in (71, 81, 91)), 7]
+    assert of_user["u1"] == (expected, [False, False, True, False, False, False, True])
+    assert of_user["u2"] == ([6, *rows[2::10]], [True, *[False] * 10])
+    assert of_user["u3"] == (rows[3::10], [False] * 10)
+
+
 def test_older_behaviour_of_others_is_drawn_by_user_from_the_dataset_and_the_log(log, tmp_path):
     rows = [{"user_id": f"d{n % 50}", "item_id": "i1", "event": "view", "timestamp": NOW + n} for n in range(1000)]
     table = pa.Table.from_pylist(rows, schema=pa.schema([EVENT_SCHEMA.field(name) for name in rows[0]]))

@@ -134,6 +134,15 @@ def test_only_the_new_events_and_the_replay_are_targets(learner):
     assert trained.rows[0, :4].tolist() == [1, 2, 3, 4]  # with their context
 
 
+def test_a_late_event_is_predicted_from_what_was_before_it_in_time(learner):
+    batch = micro_batch(9, [history([1, 2, 3, 4, 5, 6])])
+    batch.new = [[2, 4]]
+    trained = training_batch_of(learner, batch)
+    assert trained is not None
+    assert trained.rows[0, :5].tolist() == [1, 2, 3, 4, 5]
+    assert trained.target_rows[trained.target_weights > 0].tolist() == [3, 5]
+
+
 def test_many_new_events_of_one_user_are_all_targets(learner):
     long = history([1 + number % 24 for number in range(40)])
     trained = training_batch_of(learner, micro_batch(5, [long], [39]))
@@ -145,7 +154,7 @@ def test_events_of_an_unknown_kind_do_not_shift_what_is_new(tmp_path):
     registry = started_registry(tmp_path / "store", event_kinds=["click"])
     learner = NearlineLearner(registry, CONFIG)
     mixed = history([1, 2, 3])
-    mixed.append(Event("u", "i4", "purchase", None, NOW + 1000 * SECOND))
+    mixed.add(Event("u", "i4", "purchase", None, NOW + 1000 * SECOND))
     trained = training_batch_of(learner, micro_batch(5, [mixed], [2]))
     assert trained is not None
     assert trained.target_rows[trained.target_weights > 0].tolist() == [3]
@@ -154,7 +163,7 @@ def test_events_of_an_unknown_kind_do_not_shift_what_is_new(tmp_path):
 @pytest.mark.parametrize("kind", ["dislike", "skip"])
 def test_dislikes_and_skips_are_pushed_away_from(learner, kind):
     disliked = history([1, 2])
-    disliked.append(Event("u", "i3", kind, None, NOW + 1000 * SECOND))
+    disliked.add(Event("u", "i3", kind, None, NOW + 1000 * SECOND))
     batch = training_batch_of(learner, micro_batch(1, [disliked]))
     assert batch is not None
     assert batch.target_rows[batch.target_weights < 0].tolist() == [3]

@@ -142,4 +142,6 @@ def test_a_micro_batch_of_a_shard_is_given_the_offsets_of_the_order(order):
     assert placed.replay[0].offsets == [0, 4]
     assert (batch.last_offset, new.offsets) == (7, [2, 5, 7]), "what was given is as it was"
     assert isinstance(placed.held_out[0], History)
+    batch.new = [[0, 2]]  # the middle one was learned before: the first came late
+    assert in_order(batch, run, order).histories[0].offsets == [12, 0, 17]
     assert np.isin(placed.histories[0].offsets[1:], range(15, 18)).all()

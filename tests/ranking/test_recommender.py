@@ -268,8 +268,8 @@ def test_similar_items_are_the_nearest_without_itself(recommender):
 
 def test_an_explanation_names_the_events_that_raised_the_score_most(recommender):
     mixed = history([3])
-    mixed.append(Event("u", "i4", "purchase", None, NOW + 60_000))
-    mixed.append(Event("u", "unknown", "click", None, NOW + 61_000))
+    mixed.add(Event("u", "i4", "purchase", None, NOW + 60_000))
+    mixed.add(Event("u", "unknown", "click", None, NOW + 61_000))
     names, alone = ("click i3", "purchase i4"), (mixed.slice(1, 2), mixed.slice(0, 1))
 
     def scores(events: History) -> dict[str, float]:

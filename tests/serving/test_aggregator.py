@@ -4,6 +4,9 @@ import asyncio
 
 import pytest
 
+from lib.data.events import Event
+from lib.data.guard import CleaningRules
+from lib.data.history import History
 from lib.errors import InputError
 from serving.aggregator import Aggregator, AggregatorConfig, Trigger
 from tests.helpers.logs import make_event
@@ -32,6 +35,23 @@ def test_events_are_released_when_so_many_or_so_old_are_pending(tmp_path, trigge
         return found
 
     assert asyncio.run(released()) == due
+
+
+def test_histories_are_in_order_of_time_also_after_a_restart(tmp_path):
+    times = [50, 10, 30, 20, 60, 40, 5]
+    config = AggregatorConfig(cleaning=CleaningRules(lateness_ms=40))
+
+    async def history(*events: Event) -> History:
+        aggregator = Aggregator(str(tmp_path), config=config)
+        for event in events:
+            assert await aggregator.append([event]) == [None]
+        [found] = await aggregator.get_histories(["user"])
+        await aggregator.close()
+        return found
+
+    found = asyncio.run(history(*(make_event(time) for time in times)))
+    assert found.offsets == [2, 4, 7, 3, 6, 1, 5]  # the last one is as late as it may be: at 20, where there is one
+    assert asyncio.run(history()) == found
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_an_aggregator_with_a_full_disk_takes_nothing_and_goes_on_once_there_is_
         assert answer.startswith("flood")
         batch = await aggregator.next_batch(0, 0, SAMPLE, 5000)
         assert isinstance(batch, MicroBatch)
-        assert (batch.last_offset, batch.new_counts) == (3, [3])
+        assert (batch.last_offset, batch.new) == (3, [[0, 1, 2]])
         await aggregator.close()
 
     asyncio.run(run())

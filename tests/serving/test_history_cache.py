@@ -1,5 +1,6 @@
 """A replica's copies of histories are what the aggregator has, and stay bounded."""
 
+import numpy as np
 import pytest
 
 from lib.data.events import Event
@@ -161,6 +162,28 @@ def test_the_newest_events_make_copies_whole_without_a_question(histories, tmp_p
         whole, lacking = cache.split(users, board.users(users))
         assert (whole, lacking) == ({user: histories.get(user) for user in users}, {})
     assert board.news() == []
+
+
+def test_copies_have_late_events_where_the_history_has_them(histories, tmp_path):
+    written = ChangeBoard.create(tmp_path / "changes")
+    board, cache, other = ChangeBoard.open(tmp_path / "changes"), HistoryCache(10, KEEP), HistoryCache(10, KEEP)
+    generator = np.random.default_rng(0)
+    users, asked = ["dataset", "both", "nobody"], 0
+    for offset in range(10, 300):
+        time = 1000 + offset - int(generator.integers(0, 8)) * int(generator.integers(0, 2))
+        event = Event(users[int(generator.integers(0, 3))], f"live-{offset}", "click", None, time)
+        histories.append(event, offset)
+        written.add(event, offset)
+        if offset % 2:
+            continue
+        cache.take(board.news())
+        counters = board.users(users)
+        whole, lacking = cache.split(users, counters)
+        asked += len(lacking)
+        newer = [histories.newer(*each) for each in last_offsets(lacking)]
+        assert whole | cache.update(lacking, newer, counters) == {user: histories.get(user) for user in users}
+        assert ask(other, histories, *users) == {user: histories.get(user) for user in users}
+    assert 50 < asked < 350  # of 435
 
 
 def test_a_copy_that_lacks_something_else_is_asked_for(histories, tmp_path):

@@ -186,6 +186,24 @@ def test_the_good_part_of_a_batch_is_kept(service: LiveService, items: list[str]
     assert sum(after["rejected"].values()) - sum(before["rejected"].values()) == len(BAD_EVENTS)
 
 
+def test_an_event_that_comes_late_is_read_where_it_was(service: LiveService, items: list[str]) -> None:
+    now = time.time_ns() // 1_000_000
+    times = [now - 60_000 * minutes for minutes in (50, 40, 30, 20, 10)]
+    service.send(*(click("on time", item, timestamp=at) for item, at in zip(items, times, strict=False)))
+    for place in (4, 0, 3, 1, 2):
+        service.send(click("late", items[place], timestamp=times[place]))
+        for _ in range(4):  # by copies of both replicas
+            service.recommend("late")
+    assert [event["timestamp"] for event in service.export("late")] == times
+    assert service.export("late") == service.export("on time")
+    service.wait_until_learned()
+    expected = service.recommend("on time")["items"]
+    assert [service.recommend("late")["items"] for _ in range(4)] == [expected] * 4
+    history = [{"item_id": items[place], "timestamp": times[place]} for place in (4, 0, 3, 1, 2)]
+    answer = service.client.post("/v1/recommendations", json={"history": history}).raise_for_status()
+    assert answer.json()["items"] == expected
+
+
 def test_odd_but_valid_events_are_learned(service: LiveService, items: list[str]) -> None:
     service.send(
         click("odd", items[0], value=3.4e38, timestamp=631_152_000_000),
