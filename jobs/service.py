@@ -27,6 +27,7 @@ from lib.errors import InputError
 from lib.live.settings import LearnerConfig
 from lib.model.folder import load_model
 from lib.ranking.rules import BoundRules
+from lib.versions.registry import Registry
 from serving.aggregator import NAMESPACE, Trigger, start_aggregator
 from serving.aggregators import running_aggregators, statuses_of
 from serving.app import ServeArguments, build, check_state
@@ -65,6 +66,7 @@ def check_service(arguments: ServeArguments, port: int) -> None:
         check_challenger(arguments.challenger, arguments.state_location)
     if arguments.data is not None:
         read_events(arguments.data)
+    Registry(arguments.state_location).check_format()
     check_state(arguments.state_location, pages=True)
 
 

@@ -27,6 +27,13 @@ class DeadlineMissed(RuntimeError):
         super().__init__(f"{DEADLINE_HEADER}: no answer within {deadline * 1000:g} ms; try again with more, or later")
 
 
+class NoModel(RuntimeError):
+    """No version can be answered with: a change of the weights failed, and none can be loaded yet."""
+
+    def __init__(self):
+        super().__init__("a version could not be applied, and the newest one cannot be loaded yet")
+
+
 async def bad_input(request: Request, error: Exception) -> Response:
     """Answer 422: a field has a value that it cannot have."""
     return _error(422, str(error))
@@ -99,6 +106,7 @@ ERROR_ANSWERS: Mapping[type[Exception], ErrorAnswer] = {
     InputError: bad_input,
     HTTPException: refused,
     RequestValidationError: bad_request,
+    NoModel: restarting,
     RayActorError: restarting,
     GetTimeoutError: restarting,
     asyncio.TimeoutError: restarting,

@@ -8,20 +8,22 @@ run on a thread; a lock keeps them and the batches apart, so every answer is of 
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
 from lib.errors import InputError
 from lib.log.items import ItemChange
 from lib.model.delta import Delta, DeltaMismatch
+from lib.model.version_format import OtherFormat
 from lib.ranking.filters import ItemFilter
 from lib.ranking.recommender import Question, Recommender
 from lib.ranking.rules import RankingRules
 from lib.versions.registry import Registry
 from serving.challenger import Answer, Challenger
+from serving.errors import NoModel
 
 logger = logging.getLogger("ray.serve")
 
@@ -42,6 +44,7 @@ class LiveModels:
         self.changed_items: dict[str, dict[str, Any] | None] = {}  # that were changed while live; None: deleted
         self.item_revision = 0  # the newest of them
         self.live = self._load({})
+        self.whole = True  # False: a change failed half-way, and a version must be loaded before anything is answered
         self.challenger: Challenger | None = None
 
     def _load(self, changed_items: Mapping[str, Mapping[str, Any] | None]) -> Recommender:
@@ -59,15 +62,29 @@ class LiveModels:
         async with self.unchanging:
             return await asyncio.get_running_loop().run_in_executor(self.changing_thread, function)
 
+    @asynccontextmanager
+    async def _answering(self) -> AsyncIterator[Recommender]:
+        """Have the live model within the block, unchanging and whole.
+
+        Raises:
+            NoModel: a change failed half-way, and no version can be loaded in its place yet.
+        """
+        if not self.whole:
+            await self.catch_up(self.live.version)
+        async with self.unchanging:
+            if not self.whole:
+                raise NoModel
+            yield self.live
+
     # --------------------------------------------------------------------------------------------------------- answers
 
     async def answer(self, questions: Sequence[Question], user_ids: Sequence[str | None]) -> list[Answer]:
         """Answer a batch; a user's id says in which arm of an experiment they are, None in none."""
-        async with self.unchanging:
+        async with self._answering() as live:
             if self.challenger is not None:
-                return self.challenger.answer(self.live, questions, user_ids)
-            version = self.live.version
-            return [Answer(version, items) for items in self.live.recommend(questions)]
+                return self.challenger.answer(live, questions, user_ids)
+            version = live.version
+            return [Answer(version, items) for items in live.recommend(questions)]
 
     async def similar(self, item_id: str, k: int) -> Answer:
         """Return the items nearest to an item.
@@ -75,8 +92,8 @@ class LiveModels:
         Raises:
             KeyError: the catalog does not have the item.
         """
-        async with self.unchanging:
-            return Answer(self.live.version, self.live.similar(item_id, k))
+        async with self._answering() as live:
+            return Answer(live.version, live.similar(item_id, k))
 
     async def check_filter(self, filter: ItemFilter) -> list[str]:
         """Refuse a filter that does not go with the catalog: it is the asker's error, not the batch's.
@@ -145,40 +162,52 @@ class LiveModels:
     async def apply(self, delta: Delta) -> None:
         """Move to a pushed delta's version between two batches, if the delta follows the live one."""
         await self._change(partial(self._apply_next, delta))
+        await self.catch_up(self.live.version)
 
     def _apply_next(self, delta: Delta) -> None:
-        if delta.parent != self.live.version:  # known already, or one before it was missed
-            return
-        self._apply(delta)
-        self.counts["deltas"] += 1
+        # another parent: it is known already, or one before it was missed
+        if self.whole and delta.parent == self.live.version and self._apply(delta):
+            self.counts["deltas"] += 1
 
-    def _apply(self, delta: Delta) -> None:
-        """Move to a delta's version; if it comes out wrong, load the newest one whole before anything is answered."""
+    def _apply(self, delta: Delta) -> bool:
+        """Move to a delta's version; returns False where that fails, and a version must be loaded whole."""
         try:
             self.live.apply(delta)
-        except DeltaMismatch as error:
-            logger.warning("loading the newest version whole: %s", error)
+        except Exception as error:  # whatever it is, the weights may be of two versions now
+            logger.warning("version %d was not applied, so the newest one is loaded whole: %r", delta.version, error)
             self.counts["mismatches"] += 1
-            self.live = self._load(self.changed_items)
+            self.whole = False
+        return self.whole
 
     async def catch_up(self, version: int) -> None:
-        """Move to a version by way of the registry, if a push was missed or the version is a new base."""
-        if self.live.version >= version:
+        """Move to a version by way of the registry, if a push was missed or failed, or the version is a new base.
+
+        Where it cannot be read the replica stays as it is; it is told of the version again in a moment.
+        """
+        if self._has(version):
             return
         async with self.loading:
-            if self.live.version < version and not await self._change(partial(self._apply_missing, version)):
+            if self._has(version) or (self.whole and await self._change(partial(self._apply_missing, version))):
+                return
+            try:
                 await self._replace()
+            except Exception as error:  # a damaged file, a disk that is away, no memory: tried again
+                logger.error("version %d cannot be loaded: %s", version, error)
+
+    def _has(self, version: int) -> bool:
+        return self.whole and self.live.version >= version
 
     def _apply_missing(self, version: int) -> bool:
-        """Apply the deltas that are missing; returns False where one cannot be read."""
+        """Apply the deltas that are missing; returns False where one cannot be read or applied."""
         self.counts["catch_ups"] += 1
         while self.live.version < version:
             try:
                 delta = self.registry.read_delta(self.live.version + 1)
-            except (FileNotFoundError, DeltaMismatch) as error:
+            except (FileNotFoundError, DeltaMismatch, OtherFormat) as error:
                 logger.warning("loading the newest version beside this one: %s", error)
                 return False
-            self._apply(delta)
+            if not self._apply(delta):
+                return False
         return True
 
     async def _replace(self) -> None:
@@ -189,8 +218,8 @@ class LiveModels:
         await self._change(partial(self._take_over, recommender, revision))
 
     def _take_over(self, recommender: Recommender, revision: int) -> None:
-        if recommender.version <= self.live.version:
+        if self._has(recommender.version):
             return
         if revision != self.item_revision:  # items changed while it was loaded
             recommender.change_items(self.changed_items)
-        self.live = recommender
+        self.live, self.whole = recommender, True

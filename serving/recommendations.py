@@ -4,6 +4,7 @@ Requests that arrive while a batch runs form the next one; an idle replica answe
 """
 
 import asyncio
+import logging
 import os
 import time
 import uuid
@@ -15,7 +16,8 @@ from pydantic import Field
 from ray import serve
 
 from lib.log.layout import LogLayout
-from lib.model.delta import Delta
+from lib.model.delta import Delta, DeltaMismatch
+from lib.model.version_format import OtherFormat
 from lib.ranking.recommender import Question
 from lib.ranking.rules import RankingRules
 from lib.retrieval.index import use_threads
@@ -36,6 +38,7 @@ from serving.live_models import LiveModels
 from serving.rollout import Acknowledgement
 from serving.status import ReplicaStatus, Status
 
+logger = logging.getLogger("ray.serve")
 Asked = tuple[Question, str | None]  # the user id for whose history it is, if it does not come with the question
 
 
@@ -171,7 +174,11 @@ class Recommendations:
         """Take a pushed delta between two batches."""
         data = await payload[0]
         start = time.perf_counter()
-        delta = Delta.from_bytes(bytes(data))
+        try:
+            delta = Delta.from_bytes(bytes(data))
+        except (DeltaMismatch, OtherFormat) as error:  # the registry may have a version that can be read
+            logger.error("a pushed delta cannot be read: %s", error)
+            return await self.expect_version(self.models.live.version)
         await self.models.apply(delta)
         acknowledgement = await self.expect_version(delta.version)
         return acknowledgement._replace(apply_ms=(time.perf_counter() - start) * 1e3)

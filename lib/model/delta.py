@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lib.model.encoder import BehaviourEncoder
 from lib.model.facts import VersionFacts
+from lib.model.version_format import FORMAT, OtherFormat, check_format
 
 ROW_TENSORS = ("item_embeddings.weight", "item_popularity", "item_attributes")
 ATTRIBUTE_TABLE = "attribute_embeddings.weight"
@@ -54,7 +55,7 @@ class Delta:
     def to_bytes(self, optimizer: Mapping[str, np.ndarray] | None = None) -> bytes:
         """Safetensors bytes; with the optimiser's tensors for storage, without them for the way to the replicas."""
         said = {name: value for name, value in vars(self).items() if name not in ("rows", "tensors")}
-        header = json.dumps(said | {"facts": self.facts.model_dump(mode="json")})
+        header = json.dumps(said | {"facts": self.facts.model_dump(mode="json"), "format": FORMAT})
         tensors = {"rows": self.rows, **self.tensors}
         tensors |= {OPTIMIZER_PREFIX + name: value for name, value in (optimizer or {}).items()}
         contiguous = {name: np.require(value, requirements="C") for name, value in tensors.items()}
@@ -66,19 +67,24 @@ class Delta:
 
         Raises:
             DeltaMismatch: the bytes are not a whole delta.
+            OtherFormat: they are a delta of another release.
         """
         try:
             tensors = safetensors.numpy.load(data)
             length = int.from_bytes(data[:8], "little")
             metadata = json.loads(data[8 : 8 + length])["__metadata__"]
             header, digest = metadata["delta"], metadata["digest"]
+            if _digest(header, tensors) != digest:
+                raise ValueError("their digest is another")
             said = json.loads(header)
+            check_format(f"delta {said['version']}", said)
             facts = VersionFacts.model_validate(said.pop("facts"))
+            said.pop("format", None)
+            return cls(rows=tensors.pop("rows"), tensors=tensors, facts=facts, **said)
+        except OtherFormat:
+            raise
         except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
             raise DeltaMismatch(f"the bytes are not a whole delta: {error!r}") from error
-        if _digest(header, tensors) != digest:
-            raise DeltaMismatch("the bytes are not a whole delta: their digest is another")
-        return cls(rows=tensors.pop("rows"), tensors=tensors, facts=facts, **said)
 
 
 def _digest(header: str, tensors: Mapping[str, np.ndarray]) -> str:
@@ -91,8 +97,36 @@ def _digest(header: str, tensors: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def check_fits(encoder: BehaviourEncoder, delta: Delta) -> None:
+    """Refuse a delta that the encoder cannot take, before anything of it is applied.
+
+    Raises:
+        DeltaMismatch: a row, or the name, shape or type of a tensor, is none of the encoder's.
+    """
+    state = state_of(encoder)
+    rows = delta.rows
+    if rows.ndim != 1 or rows.dtype != np.int64 or (len(rows) and not 0 <= rows.min() <= rows.max() < delta.item_rows):
+        raise DeltaMismatch(f"delta {delta.version} changes rows beyond the {delta.item_rows} of its item table")
+    for name, values in delta.tensors.items():
+        if name.startswith(OPTIMIZER_PREFIX):
+            continue
+        if name not in state:
+            raise DeltaMismatch(f"delta {delta.version} has a tensor {name}, and the model has none of this name")
+        own = state[name]
+        shape = (len(rows), *own.shape[1:]) if name in ROW_TENSORS else tuple(own.shape)
+        if values.shape != shape or str(own.dtype) != f"torch.{values.dtype}":
+            raise DeltaMismatch(
+                f"delta {delta.version}: {name} is {values.dtype} {values.shape}, the model takes {own.dtype} {shape}"
+            )
+
+
 def apply_delta(encoder: BehaviourEncoder, delta: Delta) -> None:
-    """Bring the encoder's tensors in place to the state of the delta's version."""
+    """Bring the encoder's tensors in place to the state of the delta's version.
+
+    Raises:
+        DeltaMismatch: the encoder cannot take it, and is as it was.
+    """
+    check_fits(encoder, delta)
     grow_items(encoder, delta.item_rows)
     state = state_of(encoder)
     rows = torch.from_numpy(np.array(delta.rows))

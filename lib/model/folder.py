@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from pydantic_core import from_json, to_json
 
 from lib.data.catalog import Catalog
@@ -18,6 +18,7 @@ from lib.durable import write_durably
 from lib.errors import InputError
 from lib.model.encoder import WEIGHTS, BehaviourEncoder
 from lib.model.facts import TrainingFacts, VersionFacts
+from lib.model.version_format import FORMAT, check_format
 
 FILES = ("config.json", WEIGHTS, "catalog.parquet")
 MANIFEST = "manifest.json"
@@ -26,6 +27,7 @@ MANIFEST = "manifest.json"
 class Manifest(BaseModel):
     """What manifest.json says of a version."""
 
+    format: int = FORMAT  # lib/model/version_format.py
     version: int = 1
     parent: int | None = None
     log_offset: int = 0
@@ -49,8 +51,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json with the checksums of the files that lie in the folder now."""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".parquet"))
     checksums = {path.name: _sha256(path) for path in files if path.name != MANIFEST}
-    whole = manifest.model_copy(update={"checksums": checksums})
-    whole.checksums[MANIFEST] = _own_checksum(whole.model_dump_json())
+    whole = manifest.model_copy(update={"checksums": checksums, "format": FORMAT})
+    whole.checksums[MANIFEST] = _own_checksum(from_json(whole.model_dump_json()))
     write_durably(folder / MANIFEST, f"{whole.model_dump_json(indent=2)}\n".encode())
 
 
@@ -64,18 +66,30 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not folder.is_dir():
         raise InputError(f"model: no folder at {folder}; make one with `afterclick pretrain --data D --out {folder}`")
     try:
-        text = (folder / MANIFEST).read_text()
-        manifest = Manifest.model_validate_json(text)
+        data = (folder / MANIFEST).read_bytes()
     except FileNotFoundError:
         raise InputError(f"model: {folder} has no {MANIFEST}, so it is no finished model; pretrain it again") from None
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"model: {folder / MANIFEST} is damaged ({type(error).__name__}); restore it or pretrain again"
-        ) from error
-    own = _own_checksum(text)
-    if manifest.checksums.get(MANIFEST, own) != own:
-        raise InputError(f"model: {folder / MANIFEST} was changed since it was written; restore it or pretrain again")
-    return manifest
+    return manifest_of(data, str(folder / MANIFEST))
+
+
+def manifest_of(data: bytes, name: str) -> Manifest:
+    """Return what the bytes of a manifest.json say.
+
+    Raises:
+        InputError: they are damaged.
+        OtherFormat: they are of another release.
+    """
+    try:
+        said = from_json(data)
+        own = _own_checksum(said)
+        if said.get("checksums", {}).get(MANIFEST, own) != own:
+            raise InputError(f"model: {name} was changed since it was written; restore it or pretrain again")
+        check_format(name, said)
+        return Manifest.model_validate(said)
+    except InputError:
+        raise
+    except (ValueError, AttributeError, TypeError) as error:  # pydantic's objections are ValueErrors
+        raise InputError(f"model: {name} is damaged ({type(error).__name__}); restore it or pretrain again") from error
 
 
 def load_model(folder: str | Path) -> tuple[BehaviourEncoder, Catalog, Manifest]:
@@ -108,11 +122,10 @@ def check_file(path: Path, manifest: Manifest) -> None:
         raise InputError(f"model: {path} is not the file that the manifest describes; restore it or pretrain again")
 
 
-def _own_checksum(text: str) -> str:
-    """Return the sha256 of what a manifest's JSON says, white space and its own checksum left out."""
-    said = from_json(text)
-    said.get("checksums", {}).pop(MANIFEST, None)
-    return hashlib.sha256(to_json(said)).hexdigest()
+def _own_checksum(said: dict[str, Any]) -> str:
+    """Return the sha256 of what a manifest says, its own checksum left out."""
+    checksums = {name: checksum for name, checksum in said.get("checksums", {}).items() if name != MANIFEST}
+    return hashlib.sha256(to_json(said | {"checksums": checksums})).hexdigest()
 
 
 def _sha256(path: Path) -> str:

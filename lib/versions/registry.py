@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from lib.data.catalog import Catalog
 from lib.errors import InputError
 from lib.model.delta import OPTIMIZER_PREFIX, Delta, DeltaMismatch, apply_delta
 from lib.model.encoder import BehaviourEncoder
 from lib.model.facts import VersionFacts
-from lib.model.folder import MANIFEST, Manifest, read_manifest
+from lib.model.folder import MANIFEST, Manifest, manifest_of, read_manifest
+from lib.model.version_format import OtherFormat, check_format
 from lib.versions.folder import LoadedVersion, load_folder, save_with_optimizer
 from lib.versions.offers import Offers
 from lib.versions.store import Store
@@ -119,6 +120,21 @@ class Registry:
         """Return the newest version, None where there is none."""
         return max([*self.snapshots()[-1:], *self.deltas()[-1:]], default=None)
 
+    def check_format(self) -> None:
+        """Refuse versions of which the newest was written by another release, in a format that this one does not read.
+
+        Raises:
+            OtherFormat: it names the file and the remedy.
+        """
+        for newest, read in ((self.snapshots()[-1:], self.manifest), (self.deltas()[-1:], self.delta_header)):
+            for version in newest:
+                try:
+                    read(version)
+                except OtherFormat:
+                    raise
+                except InputError:  # it is damaged: an older one is loaded
+                    continue
+
     def oldest(self) -> int | None:
         """Return the oldest version that can be loaded."""
         return min(self.snapshots(), default=None)
@@ -176,6 +192,7 @@ class Registry:
 
         Raises:
             InputError: the version is not stored, or its files are damaged.
+            OtherFormat: another release wrote it.
         """
         head = self.head()
         target = head if version is None else version
@@ -187,6 +204,8 @@ class Registry:
         for base in reversed(bases):
             try:
                 loaded = self._load_from(base, target, damage)
+            except OtherFormat:  # to go on from an older version would be to give up what the other release learned
+                raise
             except InputError as error:
                 damage.append(str(error))
                 continue
@@ -205,13 +224,13 @@ class Registry:
                 delta = self.read_delta(number)
                 if delta.parent != loaded.version:
                     raise DeltaMismatch(f"it follows version {delta.parent}, not {loaded.version}")
+                _follow(loaded, delta)
             except FileNotFoundError:
                 damage.append(f"version: delta {number} is missing in {self.store.root}, so {target} cannot be made")
                 break
             except DeltaMismatch as error:
                 damage.append(f"version: {self.store.path(delta_file(number))} is damaged: {error}")
                 break
-            _follow(loaded, delta)
         return loaded
 
     def base_of(self, loaded: LoadedVersion) -> int:
@@ -224,6 +243,7 @@ class Registry:
         Raises:
             FileNotFoundError: the version is not stored as a delta.
             DeltaMismatch: its file is damaged.
+            OtherFormat: another release wrote it.
         """
         return Delta.from_bytes(self.store.read(delta_file(version)))
 
@@ -275,7 +295,11 @@ class Registry:
                 length = int.from_bytes(file.read(8), "little")
                 if length > file.size():
                     raise ValueError("it is cut short")
-                return DeltaHeader.model_validate_json(json.loads(file.read(length))["__metadata__"]["delta"])
+                said = json.loads(json.loads(file.read(length))["__metadata__"]["delta"])
+            check_format(self.store.path(name), said)
+            return DeltaHeader.model_validate(said)
+        except OtherFormat:
+            raise
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"version: {self.store.path(name)} is damaged: {error!r}") from error
 
@@ -287,11 +311,7 @@ class Registry:
             InputError: the manifest is damaged.
         """
         name = f"{snapshot_folder(version)}/{MANIFEST}"
-        try:
-            return Manifest.model_validate_json(self.store.read(name))
-        except ValidationError as error:
-            path = self.store.path(name)
-            raise InputError(f"version: {path} is damaged ({type(error).__name__}); restore it") from error
+        return manifest_of(self.store.read(name), self.store.path(name))
 
 
 def _numbers(names: Sequence[str]) -> list[int]:
@@ -299,7 +319,11 @@ def _numbers(names: Sequence[str]) -> list[int]:
 
 
 def _follow(loaded: LoadedVersion, delta: Delta) -> None:
-    """Bring a loaded version to the next one."""
+    """Bring a loaded version to the next one.
+
+    Raises:
+        DeltaMismatch: it cannot take the delta, and is as it was.
+    """
     apply_delta(loaded.encoder, delta)
     loaded.catalog.extend(delta.new_items)
     stored = {name: tensor for name, tensor in delta.tensors.items() if name.startswith(OPTIMIZER_PREFIX)}

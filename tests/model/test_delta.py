@@ -20,6 +20,7 @@ from lib.model.delta import (
 from lib.model.encoder import BehaviourEncoder
 from lib.model.facts import NewcomerShare, RejectedSpan, VersionFacts
 from lib.model.fingerprint import Fingerprint, fingerprint
+from lib.model.version_format import FORMAT, OLDEST_FORMAT, OtherFormat
 from tests.helpers.tiny import assert_same_state, copied_state, tiny_encoder
 
 
@@ -119,6 +120,29 @@ def test_growth_keeps_the_rows_and_adds_zeros():
     assert encoder.config.item_rows == encoder.item_embeddings.num_embeddings == 40
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda delta: delta.tensors.update({"blocks.9.weight": np.zeros(3, np.float32)}),
+        lambda delta: delta.tensors.update({"interest_to_item": np.zeros((16, 15), np.float32)}),
+        lambda delta: delta.tensors.update({"interest_to_item": np.zeros((16, 16), np.float64)}),
+        lambda delta: delta.tensors.update({"item_popularity": np.zeros(3, np.float32)}),
+        lambda delta: delta.rows.__setitem__(1, 40),
+        lambda delta: delta.rows.__setitem__(0, -1),
+    ],
+    ids=["name", "shape", "type", "rows", "row beyond the table", "row before it"],
+)
+def test_a_delta_that_does_not_fit_changes_nothing(spoil):
+    leader, follower = tiny_encoder(), tiny_encoder()
+    delta = changed(leader, 1, [2, 26], dense=True, item_rows=30)
+    spoil(delta)
+    before = copied_state(follower)
+    with pytest.raises(DeltaMismatch, match=r"^delta 2"):
+        apply_delta(follower, delta)
+    assert_same_state(before, copied_state(follower))
+    assert follower.config.item_rows == 25
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The fingerprint
 
@@ -208,6 +232,25 @@ def test_a_flipped_bit_anywhere_is_noticed(delta):
         damaged[place] ^= 1 << int(random.integers(8))
         with pytest.raises(DeltaMismatch, match="not a whole delta"):
             Delta.from_bytes(bytes(damaged))
+
+
+def of_format(delta: Delta, monkeypatch: pytest.MonkeyPatch, number: int | None) -> bytes:
+    """Return the bytes as a release of this format writes them; None: as one did before there were numbers."""
+    with monkeypatch.context() as patch:
+        patch.setattr("lib.model.delta.FORMAT", number)
+        if number is None:
+            write = json.dumps
+            patch.setattr("lib.model.delta.json.dumps", lambda said: write({n: said[n] for n in said if n != "format"}))
+        return delta.to_bytes()
+
+
+def test_a_delta_of_another_release_is_told_from_a_damaged_one(delta, monkeypatch):
+    for number in (0, FORMAT + 1):
+        refused = rf"^version: delta 2 has format {number}, .* reads 1 to {FORMAT}; install"
+        with pytest.raises(OtherFormat, match=refused):
+            Delta.from_bytes(of_format(delta, monkeypatch, number))
+    for number in (None, *range(OLDEST_FORMAT, FORMAT + 1)):
+        assert Delta.from_bytes(of_format(delta, monkeypatch, number)).new_items == delta.new_items
 
 
 def test_other_safetensors_are_no_delta():

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 
@@ -125,6 +126,22 @@ def test_a_missed_push_and_a_crash_before_the_push_heal(mortal_service: LiveServ
     status = mortal_service.wait_until_learned()
     assert versions_and_checksums(status) == [(unpushed.version, unpushed.checksum)] * 2
     assert status["learner"]["version"] == unpushed.version, "nothing was learned a second time"
+
+
+def test_a_pushed_delta_that_cannot_be_applied_leaves_one_version(mortal_service: LiveService) -> None:
+    with stopped_learner(mortal_service):
+        before = mortal_service.status()
+        version = before["model_version"]
+        none = np.zeros(0, dtype=np.int64)
+        unfit = Delta(version + 1, version, "", 0, 1000, none, {"blocks.9.weight": np.zeros(3, np.float32)})
+        wrong = Delta(version + 1, version, "another", 0, 1000, none, {})
+        for delta in (unfit, wrong):
+            acknowledgements, _ = Rollout().push(delta)
+            assert [each.version for each in acknowledgements.replicas] == [version] * 2
+            assert mortal_service.recommend("visitor-00001")["model_version"] == version
+        after = mortal_service.status()
+        assert versions_and_checksums(after) == versions_and_checksums(before)
+        assert [replica["mismatches"] for replica in after["replicas"]] == [2, 2]
 
 
 def test_a_replica_starts_at_the_newest_version_also_without_a_learner(mortal_service: LiveService) -> None:

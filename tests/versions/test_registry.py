@@ -16,6 +16,7 @@ from lib.live.settings import LearnerConfig
 from lib.model.delta import Delta, DeltaMismatch
 from lib.model.facts import VersionFacts
 from lib.model.folder import MANIFEST, Manifest, load_model, save_model
+from lib.model.version_format import FORMAT, OtherFormat
 from lib.versions.accounts import Accounts
 from lib.versions.folder import OPTIMIZER_FILE
 from lib.versions.registry import Registry
@@ -298,6 +299,41 @@ def test_a_missing_delta_is_named(registry):
     assert registry.load().version == 2
     with pytest.raises(FileNotFoundError):
         registry.read_delta(3)
+
+
+def test_a_whole_delta_that_does_not_fit_is_passed_over_as_damage(registry):
+    states = learn(registry, 2)
+    unfit = registry.read_delta(3)
+    unfit.tensors["interest_to_item"] = unfit.tensors["interest_to_item"][:-1]
+    (files_of(registry) / "deltas" / "0000000003").write_bytes(unfit.to_bytes({}))
+    loaded = registry.load()
+    assert loaded.version == 2
+    assert_same_state(states[2], copied_state(loaded.encoder))
+    assert "interest_to_item is float32 (15, 16)" in loaded.damage[0]
+
+
+@pytest.mark.parametrize("kind", ["delta", "snapshot"])
+def test_versions_of_a_newer_release_are_refused_in_one_line_and_stay(registry, monkeypatch, kind):
+    learner = NearlineLearner(registry, CONFIG)
+    with monkeypatch.context() as patch:
+        for module in ("lib.model.delta", "lib.model.folder"):
+            patch.setattr(f"{module}.FORMAT", FORMAT + 1)
+        learner.learn(micro_batch(10, [history([1, 2])]))
+        if kind == "snapshot":
+            learner.lineage.save_snapshot(learner.model)
+            (files_of(registry) / "deltas" / "0000000002").unlink()
+    refusals = (
+        registry.load,
+        registry.check_format,
+        lambda: registry.load(2),
+        lambda: NearlineLearner(registry, CONFIG),  # to go on from version 1 would give up what was learned
+    )
+    for refused in refusals:
+        with pytest.raises(OtherFormat, match=rf"^version: .*2.* has format {FORMAT + 1}, .*; install the release"):
+            refused()
+    assert [(info.version, info.kind) for info in registry.versions()] == [(1, "snapshot"), (2, "damaged")]
+    assert f"has format {FORMAT + 1}" in (registry.versions()[-1].facts.reason or "")
+    assert registry.load(1).damage == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
