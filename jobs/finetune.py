@@ -224,7 +224,7 @@ def _plan(
     """
     import pyarrow as pa
 
-    from lib.live.finetuning import cut_feedback, feedback, older_events
+    from lib.live.finetuning import cut_feedback, feedback, of_known_items, older_events
     from lib.live.learning_model import LearningModel, popularity_half_life
     from lib.live.settings import LearnerConfig
     from lib.log.layout import read_log
@@ -250,10 +250,10 @@ def _plan(
     rival = registry.load(cut.rival)  # a copy, as the learner prunes its versions while the workers train
     save_model(storage / RIVAL, rival.encoder, rival.catalog, Manifest())
     live.catalog.change(_item_changes(state))
-    events = pa.concat_tables([older, new])
-    # the base's own half-life, whatever items have come since
-    half_life = popularity_half_life(settings.popularity_half_life, begun.catalog)
-    model = LearningModel(begun, LearnerConfig(seed=settings.seed, popularity_half_life=half_life), live.catalog)
+    half_life = popularity_half_life(settings.popularity_half_life, begun)
+    learner = LearnerConfig(seed=settings.seed, popularity_half_life=half_life)
+    model = LearningModel(begun, learner, live.catalog)
+    events = of_known_items(pa.concat_tables([older, new]), model.catalog, learner.new_item_users)
     model.add_items(events["item_id"].unique().to_pylist())
     _write_material(storage, model, events, cut, settings)
     plan = {
@@ -261,6 +261,7 @@ def _plan(
         "cut": asdict(cut),
         "events": learned,
         "held_out_events": len(new) - learned,
+        "half_life": half_life,
         "ledger": {
             "events_trained": begun.facts.events_trained + learned,
             "events_rejected": begun.facts.events_rejected + passed_by,
@@ -345,7 +346,12 @@ def _offer(registry: "Registry", storage: Path, plan: Mapping[str, Any], metrics
         return
     folder, cut = storage / RESULT, plan["cut"]
     facts = VersionFacts(
-        kind="finetune", since=cut["since"], rival=cut["rival"], events=plan["events"], **plan["ledger"]
+        kind="finetune",
+        since=cut["since"],
+        rival=cut["rival"],
+        events=plan["events"],
+        half_life=plan.get("half_life"),
+        **plan["ledger"],
     )
     manifest = read_manifest(folder).model_copy(update={"log_offset": cut["until"], "facts": facts, "metrics": metrics})
     write_manifest(folder, manifest)

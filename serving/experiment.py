@@ -131,6 +131,7 @@ def _stored(registry: Registry, version: int) -> KeptModel:
         events=0,
         events_trained=loaded.facts.events_trained,
         events_rejected=loaded.facts.events_rejected,
+        half_life=model.counted_half_life,
     )
     manifest = Manifest(version=version, log_offset=loaded.log_offset, facts=facts)
     return KeptModel(model.encoder, model.catalog, manifest, model.trainer.optimizer_state())

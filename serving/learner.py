@@ -36,7 +36,14 @@ from serving.aggregator import NAMESPACE, aggregator_handle
 from serving.batch_source import BatchSource, Released
 from serving.learner_workers import LearnerWorkers, yield_to_replicas
 from serving.rollout import LEARNER, Acknowledgements, PushCost, Rollout
-from serving.status import AggregatorStatus, FreshnessStatus, LearnerStatus, RejectionStatus
+from serving.status import (
+    AggregatorStatus,
+    FreshnessStatus,
+    LearnerStatus,
+    RejectionStatus,
+    StoredVersionsStatus,
+    UnknownItemsStatus,
+)
 
 logger = logging.getLogger(__name__)
 ANNOUNCE_SECONDS = 1.0
@@ -90,11 +97,14 @@ class Live:
     events_rejected: int
     rejected_updates: int
     last_rejection: RejectionStatus | None
+    stored: StoredVersionsStatus
+    unknown_items: UnknownItemsStatus
 
     @classmethod
     def of(cls, learner: NearlineLearner) -> "Live":
         """Return the learner's figures as they are now."""
         newest = learner.rejections.newest
+        retention, unknown = learner.lineage.retention, learner.lineage.unknown_items
         return cls(
             version=learner.version,
             checksum=learner.model.checksum,
@@ -104,6 +114,8 @@ class Live:
             events_rejected=learner.lineage.events_rejected,
             rejected_updates=len(learner.rejections),
             last_rejection=None if newest is None else RejectionStatus(**newest.facts()),
+            stored=StoredVersionsStatus(bytes=retention.used, keep_bytes=retention.keep_bytes, pruned=retention.pruned),
+            unknown_items=UnknownItemsStatus(waiting=len(unknown), rows=unknown.rows, refused=unknown.refused),
         )
 
 

@@ -7,7 +7,15 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from pydantic import BaseModel
 
-from serving.status import ExperimentStatus, FeedbackStatus, LearnerStatus, ReplicaStatus, Status
+from serving.status import (
+    ExperimentStatus,
+    FeedbackStatus,
+    LearnerStatus,
+    ReplicaStatus,
+    Status,
+    StoredVersionsStatus,
+    UnknownItemsStatus,
+)
 
 REPLICA_COUNTERS = ("answers", "batches", "events", "deltas", "catch_ups", "mismatches")
 LEARNER_COUNTERS = ("pushes", "rejected_updates", "events_trained", "events_rejected")
@@ -39,6 +47,10 @@ class StatusCollector(Collector):
         yield GaugeMetricFamily(
             "afterclick_unreached_replicas", _text(LearnerStatus, "unreached_replicas"), learner.unreached_replicas
         )
+        text = _text(StoredVersionsStatus, "bytes")
+        yield GaugeMetricFamily("afterclick_stored_versions_bytes", text, learner.stored.bytes)
+        text = _text(UnknownItemsStatus, "refused")
+        yield CounterMetricFamily("afterclick_new_items_refused", text, learner.unknown_items.refused)
         if learner.freshness is not None:
             text = "From an event's acknowledgement to its version live on all replicas, of late, in milliseconds."
             yield GaugeMetricFamily("afterclick_freshness_p50_ms", text, learner.freshness.p50_ms)

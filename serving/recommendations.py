@@ -52,6 +52,11 @@ class ReplicaConfig(Settings):
     threads: int = Field(default=1, ge=1, description="of torch and FAISS")
     cached_users: int = Field(default=20_000, ge=1, description="whose histories are kept here")
     cached_events: int = Field(default=AggregatorConfig().keep_events, ge=1, description="of each of them")
+    decision_bytes: int = Field(
+        default=200_000_000,
+        ge=1,
+        description="bytes of explored answers that all replicas keep; older ones go",
+    )
     actor_timeout: float = Field(
         default=20.0, gt=0, description="seconds to wait for an aggregator to come back before answering 503"
     )
@@ -74,7 +79,9 @@ class Recommendations:
         self.cleaning = aggregator.cleaning
         use_threads(config.threads)
         self.replica_id = serve.get_replica_context().replica_id.unique_id
-        self.decisions = DecisionLog(state, self.replica_id) if rules.exploration_temperature > 0 else None
+        self.decisions = None
+        if rules.exploration_temperature > 0:
+            self.decisions = DecisionLog(state, self.replica_id, config.decision_bytes)
         self.aggregators = Aggregators(state, data, aggregator, layout, config.actor_timeout)
         self.models = LiveModels(Registry(state), rules)
         self.models.challenger = None if challenger is None else load_challenger(state, challenger, rules)

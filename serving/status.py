@@ -62,6 +62,22 @@ class FreshnessStatus(BaseModel):
     count: int = Field(description="events since the learner started")
 
 
+class StoredVersionsStatus(BaseModel):
+    """What the stored versions take."""
+
+    bytes: int = Field(description="of all stored versions")
+    keep_bytes: int = Field(description="setting: beyond it older versions are deleted")
+    pruned: int = Field(description="versions deleted to make room since the learner started")
+
+
+class UnknownItemsStatus(BaseModel):
+    """Items that events name and the catalog does not have."""
+
+    waiting: int = Field(description="items that too few users have met to get a row")
+    rows: int = Field(description="rows that such items got since the base")
+    refused: int = Field(description="times that one got none, as new_item_rows were given; since the learner started")
+
+
 class LearnerStatus(BaseModel):
     """The near-line learner; pushes and delays are those since its process started."""
 
@@ -76,6 +92,8 @@ class LearnerStatus(BaseModel):
     events_rejected: int = Field(description="events whose update failed its gate")
     rejected_updates: int = Field(description="updates that failed their gate")
     last_rejection: RejectionStatus | None
+    stored: StoredVersionsStatus
+    unknown_items: UnknownItemsStatus
     pushes: int = Field(description="versions pushed to the replicas")
     loss: float | None = Field(description="of new events before they were learned, a running mean")
     unreached_replicas: int = Field(description="replicas that the newest push did not reach")

@@ -82,6 +82,15 @@ class Catalog:
         self.changes += bool(new)
         return new
 
+    def shorten(self, items: int) -> None:
+        """Take back the rows of all items but the first so many."""
+        for item_id in self.item_ids[items + 1 :]:
+            del self.row_of[item_id]
+            if (line := self.table.line_of.get(item_id)) is not None:
+                self._row_of_line[line] = 0
+        del self.item_ids[items + 1 :]
+        self.changes += 1
+
     def rows(self, item_ids: Iterable[str]) -> list[int]:
         """Return the rows of those items that have one."""
         return [self.row_of[item_id] for item_id in item_ids if item_id in self.row_of]

@@ -229,6 +229,14 @@ def of_users(events: pa.Table, users: pa.Array) -> pa.Table:
     return events.filter(pc.is_in(events["user_id"], users))
 
 
+def of_known_items(events: pa.Table, catalog: Catalog, users: int) -> pa.Table:
+    """Return the events of items that the catalog has, or that so many users have met."""
+    met = events.select(["item_id", "user_id"]).group_by("item_id").aggregate([("user_id", "count_distinct")])
+    enough = met.filter(pc.greater_equal(met["user_id_count_distinct"], users))["item_id"].combine_chunks()
+    known = pc.or_(pc.is_in(events["item_id"], pa.array(catalog.item_ids)), pc.is_in(events["item_id"], enough))
+    return events.filter(known)
+
+
 def count_popularity(encoder: BehaviourEncoder, catalog: Catalog, events: pa.Table, cut: Cut, half_life: float) -> None:
     """Count the events that are learned, a user's of one item once; half_life in events.
 

@@ -84,7 +84,8 @@ class NearlineLearner:
         journal = UndoJournal(self.model.trainer)
         if batch.events == 0:  # their users were erased
             return self._publish(journal, VersionFacts(kind="nearline", events=0), log_offset=batch.last_offset)
-        self.model.add_items(batch.new_item_ids())
+        met = self.lineage.unknown_items.met(batch, self.model.catalog.row_of.keys())
+        self.model.add_items(self.lineage.unknown_items.ready(met))
         if (rest := broadcast_from_rank_0(self.gate.resting)) is not None:
             return self._reject(batch, rest, harmful=False)
         if is_rank_0():
@@ -98,6 +99,9 @@ class NearlineLearner:
             return self._reject(batch, objection)
         self.lineage.events_trained += batch.events
         self.influence.passed()
+        self.lineage.unknown_items.count(met)
+        self.lineage.unknown_items.rows += self.model.unpublished_items
+        self.model.counted_half_life = self.model.popularity_half_life
         facts = VersionFacts(kind="nearline", events=batch.events, loss=loss, ndcg=self.gate.live_quality)
         delta = self._publish(journal, facts, log_offset=batch.last_offset)
         if is_rank_0():
@@ -158,12 +162,14 @@ class NearlineLearner:
 
     def _reject(self, batch: MicroBatch, reason: str, harmful: bool = True) -> Rejection:
         """Pass a micro-batch by."""
+        self.model.give_rows_back()
         self.lineage.events_rejected += batch.events
         span = RejectedSpan(after_offset=self.log_offset, events=batch.events)
         return self._mark(self._rejection(span, batch.last_offset, reason, harmful))
 
     def _take_back(self, batch: MicroBatch, reason: str) -> Rejection:
         """Publish the weights of the gate's reference anew: what was learned since did harm, a little each time."""
+        self.model.give_rows_back()
         version, log_offset, since = broadcast_from_rank_0(self.gate.since_reference)
         self.gate.went_back()
         try:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lib.data.catalog import Catalog
-from lib.data.popularity import event_counts
+from lib.data.popularity import event_counts, same_reference
 from lib.live.new_items import Likes, add_rows
 from lib.live.settings import LearnerConfig
 from lib.live.undo import UndoJournal
@@ -22,9 +22,12 @@ from lib.versions.folder import LoadedVersion
 LEAST_HALF_LIFE = 1000.0  # events: of fewer, chance decides what is popular
 
 
-def popularity_half_life(chosen: float | None, catalog: Catalog) -> float:
-    """Return the events after which one counts half in what is popular: those chosen, or as many as there are items."""
-    return chosen or max(len(catalog), LEAST_HALF_LIFE)
+def popularity_half_life(chosen: float | None, loaded: LoadedVersion) -> float:
+    """Return the events after which one counts half in what is popular.
+
+    They are those chosen, or those of the version, or of one that does not say as many as it has items.
+    """
+    return chosen or loaded.facts.half_life or max(len(loaded.catalog), LEAST_HALF_LIFE)
 
 
 class Changes(NamedTuple):
@@ -32,6 +35,7 @@ class Changes(NamedTuple):
 
     rows: Tensor
     tensors: dict[str, np.ndarray]
+    popularity_scale: float = 1.0  # of all rows, before these change
 
 
 class LearningModel:
@@ -47,12 +51,13 @@ class LearningModel:
         self.encoder = loaded.encoder
         self.catalog = loaded.catalog if catalog is None else loaded.catalog.joined(catalog)
         self.kind_codes = self.encoder.config.kind_codes
-        self.popularity_half_life = popularity_half_life(config.popularity_half_life, self.catalog)
+        self.popularity_half_life = popularity_half_life(config.popularity_half_life, loaded)
+        self.counted_half_life = loaded.facts.half_life or self.popularity_half_life  # of the counts as they are
         train_top_layers(self.encoder, config.trained_bytes)
         self.trainer = _trainer_of(loaded, _training_config(config, self.encoder))
         self.likes = Likes(self.encoder, self.catalog)
         add_rows(self.trainer, self.catalog, known=len(loaded.catalog), seed=config.seed, likes=self.likes)
-        self.published_items = len(self.catalog)  # later ones wait for the next delta: theirs was rejected
+        self.published_items = len(self.catalog)  # later ones are named by the next delta
         self.fingerprint = Fingerprint(self.encoder)  # of the published weights
 
     def add_items(self, item_ids: Iterable[str]) -> None:
@@ -60,6 +65,19 @@ class LearningModel:
         known = len(self.catalog)
         self.catalog.extend(item_ids)
         add_rows(self.trainer, self.catalog, known, self.config.seed, self.likes)
+
+    @property
+    def unpublished_items(self) -> int:
+        """How many items have rows that no delta has named yet."""
+        return len(self.catalog) - self.published_items
+
+    def give_rows_back(self) -> None:
+        """Take the rows of the items that no delta has named: their update was rejected, and others may have them."""
+        rows = slice(self.published_items + 1, len(self.catalog) + 1)
+        for name in ROW_TENSORS:
+            state_of(self.encoder)[name][rows] = 0
+        self.catalog.shorten(self.published_items)
+        self.trainer.items = len(self.catalog)
 
     def change_items(self, changes: Sequence[ItemChange]) -> Tensor:
         """Take over items that were put or deleted; returns the known rows (R,) whose attributes are others now."""
@@ -81,7 +99,8 @@ class LearningModel:
         state = state_of(self.encoder)
         tensors = {name: state[name][rows].numpy() for name in ROW_TENSORS}
         changed = (name for name, before in journal.dense.items() if not torch.equal(state[name], before))
-        return Changes(rows, tensors | {name: state[name].numpy().copy() for name in changed})
+        dense = {name: state[name].numpy().copy() for name in changed}
+        return Changes(rows, tensors | dense, journal.popularity_scale)
 
     @property
     def checksum(self) -> str:
@@ -90,17 +109,25 @@ class LearningModel:
 
     def fingerprint_with(self, changes: Changes) -> str:
         """Take changes into the fingerprint, and return it."""
+        if changes.popularity_scale != 1.0:
+            self.fingerprint.forget("item_popularity")
         return self.fingerprint.update(state_of(self.encoder), changes.rows.numpy(), set(changes.tensors))
 
     def go_back_to(self, loaded: LoadedVersion) -> Changes:
-        """Take over the weights and the optimiser of another version; items that came after it keep what they have."""
+        """Take over the weights and the optimiser of another version; items that came after it keep what they have.
+
+        So does what all items are: attributes are a fact of the catalog as it is now.
+        """
         grow_items(loaded.encoder, self.encoder.config.item_rows)
         own, target = state_of(self.encoder), state_of(loaded.encoder)
         later = slice(len(loaded.catalog) + 1, None)
         for name in ROW_TENSORS:
             target[name][later] = own[name][later]
-        counted_at = np.array([int(self.encoder.popularity_reference)])
-        factor = event_counts(counted_at, int(loaded.encoder.popularity_reference), self.popularity_half_life)
+        target["item_attributes"].copy_(own["item_attributes"])
+        half_life, then = self.counted_half_life, popularity_half_life(None, loaded)
+        reference = same_reference(loaded.log_offset, int(loaded.encoder.popularity_reference), then, half_life)
+        loaded.encoder.popularity_reference.fill_(reference)
+        factor = event_counts(np.array([int(self.encoder.popularity_reference)]), reference, half_life)
         target["item_popularity"][later] *= float(factor[0])
         train_top_layers(loaded.encoder, self.config.trained_bytes)
         trainer = _trainer_of(loaded, self.trainer.config)
@@ -109,7 +136,6 @@ class LearningModel:
         changes = Changes(rows, {name: np.array(value) for name, value in tensors.items()})
         for name, tensor in own.items():
             tensor.copy_(target[name])
-        self.likes.forget()
         self.trainer.load_optimizer_state(trainer.optimizer_state())
         return changes
 

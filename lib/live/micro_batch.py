@@ -1,7 +1,7 @@
 """What the trigger releases to the learner, made of new events and of everybody's histories."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class MicroBatch:
     replay: list[History]  # windows to learn from again
     held_out: list[History]  # of other users who act now, for the gate
     quarantined: frozenset[int] = frozenset()  # offsets of new events that are not to be learned now
+    user_ids: list[str] = field(default_factory=list)  # whose histories they are
 
     @property
     def events(self) -> int:
@@ -70,6 +71,7 @@ def micro_batch(
         received_at=[logged.received_at for logged in events],
         replay=histories.windows(sample.replay, sample.history_length + 1, after, generator),
         held_out=histories.held_out(sample.held_out_users, sample.held_out_length + 1, new, generator),
+        user_ids=list(new),
     )
 
 

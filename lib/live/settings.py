@@ -50,11 +50,29 @@ class LearnerConfig(Settings):
     trained_bytes: int = Field(
         default=14_000_000, ge=0, description="the top layers that fit into it are trained, and pushed"
     )
+    new_item_users: int = Field(
+        default=2,
+        ge=1,
+        description="users who must have met an unknown item before it gets a row; one that is put has it",
+    )
+    new_item_rows: int = Field(
+        default=100_000, ge=0, description="rows that items which events alone name may get since the base"
+    )
     popularity_half_life: float | None = Field(
         default=None, gt=0, description="in events; default: as many as the catalog has items, and at least 1000"
     )
-    snapshot_every: int = Field(default=200, ge=1, description="versions from one snapshot to the next")
-    keep_snapshots: int = Field(default=10, ge=1, description="newest snapshots that are kept")
+    keep_bytes: int = Field(
+        default=300_000_000,
+        ge=1,
+        description="bytes of stored versions; older ones are deleted, but for the first, the base, the newest two "
+        "snapshots and the deltas since",
+    )
+    snapshot_every: int = Field(
+        default=2000,
+        ge=1,
+        description="versions from one snapshot to the next at most; sooner where the deltas take a third of "
+        "keep_bytes, and as much as a snapshot",
+    )
     seed: int = Field(default=0, ge=0, description="of dropout, negatives, new rows and the gate's candidates")
     replay: ReplayConfig = ReplayConfig()
     gate: GateConfig = GateConfig()

@@ -15,6 +15,8 @@ class UndoJournal:
         self.trainer = trainer
         self.dense = {name: tensor.clone() for name, tensor in dense_state(trainer.encoder).items()}
         self.optimizer = {n: v.copy() for n, v in trainer.optimizer_state(np.zeros(0, dtype=np.int64)).items()}
+        self.popularity: Tensor | None = None  # of all items, where it was scaled
+        self.popularity_scale = 1.0
         self.rows: list[Tensor] = []
         self.saved: list[tuple[Tensor, ...]] = []
 
@@ -25,6 +27,12 @@ class UndoJournal:
         tensors = (encoder.item_embeddings.weight, encoder.item_popularity, row.first, row.second, row.steps)
         self.rows.append(rows)
         self.saved.append(tuple(tensor.detach()[rows].clone() for tensor in tensors))
+
+    def scale_popularity(self, factor: float) -> None:
+        """Multiply the popularity of every item, before any of its rows is recorded."""
+        popularity = self.trainer.encoder.item_popularity
+        self.popularity, self.popularity_scale = popularity.clone(), factor
+        popularity *= factor
 
     def embeddings(self) -> list[tuple[Tensor, Tensor]]:
         """Yield recorded rows (R,) with their embeddings (R, C), the oldest record first."""
@@ -43,6 +51,8 @@ class UndoJournal:
             targets = (state[ROW_TENSORS[0]], encoder.item_popularity, row.first, row.second, row.steps)
             for target, values in zip(targets, saved, strict=True):
                 target[rows] = values
+        if self.popularity is not None:
+            encoder.item_popularity.copy_(self.popularity)
         for name, values in self.dense.items():
             state[name].copy_(values)
         self.trainer.load_optimizer_state(self.optimizer, np.zeros(0, dtype=np.int64))

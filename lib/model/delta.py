@@ -50,6 +50,7 @@ class Delta:
     rows: np.ndarray  # (R,) int64 changed rows, ascending
     tensors: dict[str, np.ndarray]  # row tensors as (R, ...), other tensors whole
     new_items: list[str] = field(default_factory=list)  # items that got the next rows of the catalog
+    popularity_scale: float = 1.0  # what the popularity of every item is multiplied with, before its rows change
     facts: VersionFacts = field(default_factory=VersionFacts)
 
     def to_bytes(self, optimizer: Mapping[str, np.ndarray] | None = None) -> bytes:
@@ -130,6 +131,8 @@ def apply_delta(encoder: BehaviourEncoder, delta: Delta) -> None:
     grow_items(encoder, delta.item_rows)
     state = state_of(encoder)
     rows = torch.from_numpy(np.array(delta.rows))
+    if delta.popularity_scale != 1.0:
+        encoder.item_popularity *= delta.popularity_scale
     for name, values in delta.tensors.items():
         if name.startswith(OPTIMIZER_PREFIX):
             continue

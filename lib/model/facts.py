@@ -49,6 +49,8 @@ class VersionFacts(_Facts):
     base: int | None = None  # the version that this one follows from by deltas alone
     adopted: int = 0  # when the base was taken over, in milliseconds
     newcomers: NewcomerShare = NewcomerShare()
+    rows_by_events: int = 0  # since the base, of items that events alone named
+    half_life: float | None = None  # of popularity: the events after which a count is half of what it was
 
     # a rollback
     restored: int | None = None  # the version whose weights are back

@@ -41,6 +41,11 @@ class Fingerprint:
                 self._totals[name] = int(_hash_lines(name, tensor.reshape(1, -1), np.zeros(1, dtype=np.int64))[0])
         return self.checksum
 
+    def forget(self, name: str) -> None:
+        """Have every line of a row tensor hashed anew by the next update."""
+        self._parts.pop(name, None)
+        self._totals.pop(name, None)
+
     @property
     def checksum(self) -> str:
         """16 hexadecimal digits."""

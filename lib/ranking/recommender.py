@@ -122,6 +122,8 @@ class Recommender:
         self.index.update(rows, self._vectors(rows))
         if delta.new_items or any(len(mask) != len(self.index) for mask in self._masks.values()):
             self._forget_masks()
+        if delta.popularity_scale != 1.0:
+            self.fingerprint.forget("item_popularity")
         checksum = self.fingerprint.update(state_of(self.encoder), delta.rows, set(delta.tensors))
         if checksum != delta.checksum:
             raise DeltaMismatch(f"version {delta.version} came out as {checksum}, its maker had {delta.checksum}")

@@ -4,10 +4,12 @@ lib/versions/ledger.py compares these accounts with the feedback log.
 """
 
 import json
+from collections.abc import Collection
 from contextlib import suppress
 
 from lib.errors import InputError
 from lib.model.delta import Delta
+from lib.model.version_format import FORMAT, OtherFormat, check_format
 from lib.versions.ledger import Account, folded, lineage
 from lib.versions.registry import Registry
 
@@ -42,10 +44,14 @@ class Accounts:
         """Take the account of a delta that was just published; it need not be read."""
         self._read[delta.version] = Account.of(delta.version, delta.parent, delta.log_offset, delta.facts)
 
-    def fold(self, bound: int, base: int | None) -> None:
-        """Write the accounts of the lineage up to a version into ledger.json, so that its files may be deleted."""
-        accounts = [account._asdict() for account in folded(self.newest_lineage(), bound, base)]
-        self.registry.store.write(LEDGER_FILE, json.dumps({"accounts": accounts}).encode(), replace=True)
+    def fold(self, bound: int, stored: Collection[int]) -> None:
+        """Write the accounts of the lineage up to a version into ledger.json, so that its files may be deleted.
+
+        Those of the versions `stored`, which stay, are kept apart.
+        """
+        accounts = [account._asdict() for account in folded(self.newest_lineage(), bound, stored)]
+        ledger = {"format": FORMAT, "accounts": accounts}
+        self.registry.store.write(LEDGER_FILE, json.dumps(ledger).encode(), replace=True)
         self._read = {version: account for version, account in self._read.items() if version > bound}
 
     def _all(self) -> dict[int, Account]:
@@ -68,7 +74,11 @@ class Accounts:
         if not store.is_file(LEDGER_FILE):
             return []
         try:
-            return [Account(**fields) for fields in json.loads(store.read(LEDGER_FILE))["accounts"]]
+            said = json.loads(store.read(LEDGER_FILE))
+            check_format(store.path(LEDGER_FILE), said)
+            return [Account(**fields) for fields in said["accounts"]]
+        except OtherFormat:
+            raise
         except (ValueError, KeyError, TypeError) as error:
             path = store.path(LEDGER_FILE)
             raise InputError(f"state: {path} is damaged ({error!r}); restore it, or remove it") from error

@@ -9,7 +9,7 @@ have nothing of what other versions have learned in between. Where that parent i
 lineage of its own, and its counts must be those of all events up to its offset.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple, Protocol, Self
@@ -140,17 +140,17 @@ def step_faults(before: Account, account: Account, held: int) -> list[str]:
     return []
 
 
-def folded(chain: Sequence[Account], bound: int, base: int | None = None) -> list[Account]:
+def folded(chain: Sequence[Account], bound: int, stored: Collection[int] = ()) -> list[Account]:
     """Fold a lineage up to version `bound` into as few accounts as prove the same.
 
-    Steps that learned exactly one event an offset become one; any other keeps an account of its own, and so does
-    version `base`, which the next base may follow.
+    Steps that learned exactly one event an offset become one; any other keeps an account of its own, and so do those of
+    versions that are still stored, which the next base may follow.
     """
     kept: list[Account] = []
     for account in chain:
         if account.version > bound:
             break
-        foldable = len(kept) > 1 and kept[-1].version != base
+        foldable = len(kept) > 1 and kept[-1].version not in stored
         if foldable and _is_exact(kept[-2], kept[-1]) and _is_exact(kept[-1], account):
             last = kept.pop()
             account = account._replace(

@@ -14,7 +14,6 @@ loaded, and learning goes on from its log offset under numbers that were never g
 """
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
@@ -34,6 +33,7 @@ from lib.versions.offers import Offers
 from lib.versions.store import Store
 
 SNAPSHOTS, DELTAS = "snapshots", "deltas"
+MOST_SPANS = 8  # that a message names
 
 
 def snapshot_folder(version: int) -> str:
@@ -139,21 +139,32 @@ class Registry:
         """Return the oldest version that can be loaded."""
         return min(self.snapshots(), default=None)
 
+    def sizes(self) -> tuple[dict[int, int], dict[int, int]]:
+        """Return the bytes of each snapshot and of each delta, by version, ascending."""
+        whole = set(self.snapshots())
+        snapshots, deltas = (
+            {int(name): size for name, size in sorted(self.store.sizes(folder).items()) if name.isdigit()}
+            for folder in (SNAPSHOTS, DELTAS)
+        )
+        return {version: size for version, size in snapshots.items() if version in whole}, deltas
+
     def _is_snapshot(self, version: int) -> bool:
         """Return whether a snapshot has its manifest, which is the last file to come and the first to go."""
         return self.store.is_file(f"{snapshot_folder(version)}/{MANIFEST}")
 
     # ----------------------------------------------------------------------------------------------------- publishing
 
-    def publish_delta(self, delta: Delta, optimizer: dict[str, np.ndarray]) -> None:
-        """Store a delta with its optimiser state in one atomic step.
+    def publish_delta(self, delta: Delta, optimizer: dict[str, np.ndarray]) -> int:
+        """Store a delta with its optimiser state in one atomic step; returns the bytes that it takes.
 
         Raises:
             FileExistsError: the version exists, so another learner is at work on this registry.
             OSError: it could not be written.
         """
         self.store.refuse_existing(f"{snapshot_folder(delta.version)}/{MANIFEST}")
-        self.store.write(delta_file(delta.version), delta.to_bytes(optimizer))
+        data = delta.to_bytes(optimizer)
+        self.store.write(delta_file(delta.version), data)
+        return len(data)
 
     def publish_snapshot(
         self, encoder: BehaviourEncoder, catalog: Catalog, manifest: Manifest, optimizer: dict[str, np.ndarray] | None
@@ -165,9 +176,8 @@ class Registry:
         """
         if self._is_snapshot(manifest.version):
             return
-        with tempfile.TemporaryDirectory() as folder:
-            save_with_optimizer(Path(folder), encoder, catalog, manifest, optimizer)
-            self.store.upload(Path(folder), snapshot_folder(manifest.version), last=MANIFEST)
+        with self.store.new_folder(snapshot_folder(manifest.version), last=MANIFEST) as folder:
+            save_with_optimizer(folder, encoder, catalog, manifest, optimizer)
 
     def publish_base(
         self, encoder: BehaviourEncoder, catalog: Catalog, manifest: Manifest, optimizer: dict[str, np.ndarray]
@@ -178,12 +188,9 @@ class Registry:
             FileExistsError: the version exists, so another learner is at work on this registry.
             OSError: it could not be written.
         """
-        target = snapshot_folder(manifest.version)
-        for name in (delta_file(manifest.version), f"{target}/{MANIFEST}"):
-            self.store.refuse_existing(name)
-        with tempfile.TemporaryDirectory() as folder:
-            save_with_optimizer(Path(folder), encoder, catalog, manifest, optimizer)
-            self.store.upload(Path(folder), target, last=MANIFEST, replace_last=False)
+        self.store.refuse_existing(delta_file(manifest.version))
+        with self.store.new_folder(snapshot_folder(manifest.version), last=MANIFEST) as folder:
+            save_with_optimizer(folder, encoder, catalog, manifest, optimizer)
 
     # -------------------------------------------------------------------------------------------------------- loading
 
@@ -194,12 +201,14 @@ class Registry:
             InputError: the version is not stored, or its files are damaged.
             OtherFormat: another release wrote it.
         """
-        head = self.head()
-        target = head if version is None else version
-        bases = [snapshot for snapshot in self.snapshots() if target is not None and snapshot <= target]
-        if target is None or head is None or target > head or not bases:
-            known = f"{self.oldest()} to {head}" if head is not None else "none"
-            raise InputError(f"version: {version} is not stored in {self.store.root}; stored are {known}")
+        snapshots = self.snapshots()
+        stored = sorted({*snapshots, *self.deltas()})
+        target = stored[-1] if stored and version is None else version
+        bases = [snapshot for snapshot in snapshots if target is not None and snapshot <= target]
+        if target not in stored or not bases:
+            pruned = stored and target is not None and 0 < target < stored[-1]
+            gone = " any more, as older versions make room for newer ones (keep_bytes)" if pruned else ""
+            raise InputError(f"version: {version} is not stored in {self.store.root}{gone}; stored are {spans(stored)}")
         damage: list[str] = []
         for base in reversed(bases):
             try:
@@ -312,6 +321,17 @@ class Registry:
         """
         name = f"{snapshot_folder(version)}/{MANIFEST}"
         return manifest_of(self.store.read(name), self.store.path(name))
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Return ascending numbers as words, such as "1, 5 to 9"; of many spans the first and the last."""
+    known = set(numbers)
+    starts = [number for number in numbers if number - 1 not in known]
+    ends = [number for number in numbers if number + 1 not in known]
+    words = [str(start) if start == end else f"{start} to {end}" for start, end in zip(starts, ends, strict=True)]
+    if len(words) > MOST_SPANS:
+        words = [*words[: MOST_SPANS // 2], "...", *words[-MOST_SPANS // 2 :]]
+    return ", ".join(words) or "none"
 
 
 def _numbers(names: Sequence[str]) -> list[int]:

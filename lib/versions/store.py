@@ -1,7 +1,11 @@
 """The files of a registry on storage: a folder, S3 or GCS, through pyarrow.fs. A file is there whole or not at all."""
 
+import os
 import shutil
 import tempfile
+import time
+import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +13,10 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
-from lib.durable import write_durably
+from lib.durable import rename_durably, write_durably
 from lib.errors import InputError
+
+SCRATCH = "afterclick-scratch-"  # begins the name of a folder for copies, of one process, beside all temporary files
 
 
 class Store:
@@ -53,15 +59,36 @@ class Store:
         """Return the names of a folder's folders, ascending."""
         return self._children(folder, fs.FileType.Directory)
 
-    def unfinished(self, folder: str) -> list[str]:
-        """Return the names of files that are being written, or were when their process was killed."""
-        return [name for name in self._children(folder, fs.FileType.File) if name.startswith(".")]
+    def sweep(self, folder: str, name: str = "") -> None:
+        """Delete what writers that were killed have left in a folder, of one name or of all; nobody may write there."""
+        for info in self._infos(folder):
+            child = Path(info.path).name
+            if not child.startswith(f".{name}"):
+                continue
+            if info.type == fs.FileType.Directory:
+                self.fs.delete_dir(info.path)
+            else:
+                self.fs.delete_file(info.path)
 
     def _children(self, folder: str, kind: fs.FileType) -> list[str]:
         return sorted(Path(info.path).name for info in self._infos(folder) if info.type == kind)
 
     def _infos(self, folder: str) -> list[fs.FileInfo]:
         return self.fs.get_file_info(fs.FileSelector(self.path(folder), allow_not_found=True))
+
+    def sizes(self, folder: str) -> Counter[str]:
+        """Return the bytes of each file of a folder, and of all files of each folder in it, by name."""
+        sizes: Counter[str] = Counter()
+        selector = fs.FileSelector(self.path(folder), allow_not_found=True, recursive=True)
+        for info in self.fs.get_file_info(selector):
+            if info.type == fs.FileType.File:
+                sizes[Path(info.path).relative_to(self.path(folder)).parts[0]] += info.size
+        return sizes
+
+    def age(self, name: str) -> float:
+        """Return the seconds since a file or folder was changed last."""
+        changed = self.fs.get_file_info(self.path(name)).mtime_ns
+        return 0.0 if changed is None else (time.time_ns() - changed) / 1e9
 
     def size(self, name: str) -> int:
         """Return the bytes of a file, or of all files of a folder."""
@@ -123,22 +150,48 @@ class Store:
             self.write(f"{name}/{file}", (folder / file).read_bytes(), replace=replace_last or file != last)
 
     @contextmanager
+    def new_folder(self, name: str, last: str) -> Iterator[Path]:
+        """Have a folder to write within the block, which then is there whole; the file `last` makes it exist.
+
+        Raises:
+            FileExistsError: the last file is there already.
+            OSError: it could not be written.
+        """
+        self.refuse_existing(f"{name}/{last}")
+        if not self.local:
+            with scratch() as folder:
+                yield folder
+                self.upload(folder, name, last, replace_last=False)
+            return
+        path = Path(self.path(name))
+        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        unfinished.mkdir(parents=True)
+        try:
+            yield unfinished
+            if not self.is_file(f"{name}/{last}"):
+                shutil.rmtree(path, ignore_errors=True)  # a half of it, which a killed process has left
+            rename_durably(unfinished, path)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    @contextmanager
     def downloaded(self, name: str) -> Iterator[Path]:
         """Have a folder on this machine within the block."""
         if self.local:
             yield Path(self.path(name))
             return
-        folder = Path(tempfile.mkdtemp())
-        try:
+        with scratch() as folder:
             local = fs.LocalFileSystem()
             fs.copy_files(self.path(name), str(folder), source_filesystem=self.fs, destination_filesystem=local)
             yield folder
-        finally:
-            shutil.rmtree(folder)
 
     def delete(self, name: str) -> None:
         """Delete a file."""
         self.fs.delete_file(self.path(name))
+
+    def delete_half(self, name: str) -> None:
+        """Delete a folder that does not exist as a whole."""
+        self.fs.delete_dir(self.path(name))
 
     def delete_folder(self, name: str, first: str) -> None:
         """Delete a folder, the file `first` before all others: without it the folder does not exist."""
@@ -149,3 +202,25 @@ class Store:
         if path not in self._made:
             self.fs.create_dir(path, recursive=True)
             self._made.add(path)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """Have an empty folder for copies within the block; its name says whose it is, so that it can be swept."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep_scratch() -> None:
+    """Delete the copies of processes that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}[0-9]*-*"):
+        process = int(folder.name.removeprefix(SCRATCH).partition("-")[0])
+        try:
+            os.kill(process, 0)  # sends nothing
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except PermissionError:  # it is another user's, and alive
+            continue

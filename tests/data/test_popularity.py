@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lib.data.histories import Histories
-from lib.data.popularity import LATER, event_counts, popularity_of, steady_total
+from lib.data.popularity import LATER, event_counts, popularity_of, same_reference, steady_total
 
 HOUR = 3_600_000
 
@@ -30,3 +30,10 @@ def test_the_total_of_a_steady_stream(first_every):
     first = np.arange(events) % first_every == 0
     total = float(np.where(first, counts, LATER * counts).sum())
     assert total == pytest.approx(steady_total(half_life, 1 / first_every), rel=0.05)
+
+
+def test_with_another_reference_an_event_counts_the_same_by_another_half_life():
+    for now, reference, half_life, other in ((1000, 0, 100.0, 7.0), (1000, 900, 3.0, 4000.0), (5, 5, 1.0, 2.0)):
+        moved = same_reference(now, reference, half_life, other)
+        counts = [event_counts(np.array([now]), *unit)[0] for unit in ((reference, half_life), (moved, other))]
+        assert counts[1] == pytest.approx(counts[0], rel=0.06)

@@ -19,7 +19,7 @@ from tests.helpers.tiny import (
 )
 
 REPLAY = [history([10, 11, 12, 13]), history([14, 15])]
-CONFIG = LearnerConfig(negatives=8, gate=GateConfig(held_out_candidates=12))
+CONFIG = LearnerConfig(negatives=8, gate=GateConfig(held_out_candidates=12), new_item_users=1)
 
 
 def recommender_of(registry: Registry, version: int | None = None) -> Recommender:

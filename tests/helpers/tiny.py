@@ -89,7 +89,10 @@ def micro_batch(
     """What the aggregator would release; by default the newest event of each history is new."""
     counts = [1] * len(histories) if new_counts is None else list(new_counts)
     new = [[*range(len(history) - count, len(history))] for history, count in zip(histories, counts, strict=True)]
-    return MicroBatch(last_offset, list(histories), new, [NOW] * sum(counts), list(replay), list(held_out))
+    users = [f"user-{number}" for number in range(len(counts))]
+    return MicroBatch(
+        last_offset, list(histories), new, [NOW] * sum(counts), list(replay), list(held_out), user_ids=users
+    )
 
 
 def started_registry(location, items: int = 24, **changes) -> Registry:

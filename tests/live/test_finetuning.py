@@ -32,7 +32,7 @@ from tests.helpers.learners import CONFIG, update
 from tests.helpers.tiny import NOW, SECOND, item_ids, started_registry, tiny_config, tiny_encoder
 
 CATALOG = Catalog(item_ids(24))
-LONG = LearnerConfig(negatives=8, snapshot_every=5, keep_snapshots=2)
+LONG = LearnerConfig(negatives=8, snapshot_every=5, keep_bytes=1)
 
 
 def event(number: int, user: str, item: int, kind: str = "click") -> Event:

@@ -12,7 +12,8 @@ from lib.data.popularity import LATER
 from lib.errors import InputError
 from lib.live.learner import NearlineLearner, Rejection
 from lib.live.micro_batch import MicroBatch
-from lib.model.delta import Delta
+from lib.log.items import ItemChange
+from lib.model.delta import ROW_TENSORS, Delta
 from lib.model.fingerprint import fingerprint
 from lib.model.folder import Manifest
 from lib.ranking.recommender import Question
@@ -174,7 +175,7 @@ def test_live_ratings_are_on_the_scale_of_the_model(tmp_path):
     learner = NearlineLearner(started_registry(tmp_path / "store", rating_scale="1-10"), CONFIG)
     rated = history([1, 2])
     for item, mark in (("i3", 4.0), ("i4", 5.0)):
-        rated.append(Event("u", item, "rating", mark, NOW + 1000 * SECOND))
+        rated.add(Event("u", item, "rating", mark, NOW + 1000 * SECOND))
     batch = training_batch_of(learner, micro_batch(2, [rated], [2]))
     assert batch is not None
     assert batch.target_rows[batch.target_weights < 0].tolist() == [3]
@@ -388,33 +389,32 @@ def test_the_popularity_of_a_rejected_update_is_taken_back_with_its_reference(le
     assert_same_state(before, copied_state(learner.model.encoder))
 
 
-def test_the_items_of_a_rejected_update_come_with_the_next_delta(registry, learner):
-    update(learner, 1)  # the first one of all moves the popularity's reference, and with it every row
-    replica = recommender_of(registry)
-    rejected_update(learner, micro_batch(1, [history([1, 2, "early"])], held_out=HELD_OUT))
-    rejected_update(learner, micro_batch(2, [history([3, "second", "early"])], [2], held_out=HELD_OUT))
-    delta = update(learner, 3, 4, 5, "late")
-    assert delta.new_items == ["early", "second", "late"]
-    assert {25, 26, 27} <= set(delta.rows.tolist())
-    replica.apply(Delta.from_bytes(delta.to_bytes()))
-    assert replica.checksum == learner.model.checksum == fingerprint(learner.model.encoder)
-    assert replica.catalog.item_ids == learner.model.catalog.item_ids
-    assert replica.encoder.item_embeddings.weight[25].any()
-    assert_same_learners(learner, NearlineLearner(registry, CONFIG))
-    assert update(learner, 4, 1, "early", "second").new_items == []  # named once
-
-
-@pytest.mark.parametrize("through", ["empty", "rollback"])
-def test_the_items_of_a_rejected_update_come_with_any_delta(registry, learner, through):
-    update(learner, 1)  # the first one of all moves the popularity's reference, and with it every row
-    replica = recommender_of(registry)
-    rejected_update(learner, micro_batch(1, [history([1, 2, "early"])], held_out=HELD_OUT))
-    outcome = learner.learn(micro_batch(2, [])) if through == "empty" else learner.restore(1)
+@pytest.mark.parametrize("through", ["update", "empty", "rollback", "put"])
+def test_the_rows_of_a_rejected_update_are_given_back_and_used_again(registry, learner, through):
+    update(learner, 1)
+    replica, known = recommender_of(registry), copied_state(learner.model.encoder)
+    for number in range(2, 6):
+        rejected_update(
+            learner, micro_batch(number, [history([1, f"a{number}", f"b{number}"])], [2], held_out=HELD_OUT)
+        )
+        assert len(learner.model.catalog) == 24
+    outcome = {
+        "update": lambda: update(learner, 6, 4, 5, "late"),
+        "empty": lambda: learner.learn(micro_batch(6, [])),
+        "rollback": lambda: learner.restore(2),
+        "put": lambda: learner.change_items([ItemChange(1, "late", {})]),
+    }[through]()
     assert isinstance(outcome, Delta)
-    assert outcome.new_items == ["early"]
+    assert outcome.new_items == (["late"] if through in ("update", "put") else [])
     replica.apply(Delta.from_bytes(outcome.to_bytes()))
     assert replica.checksum == learner.model.checksum == fingerprint(learner.model.encoder)
+    assert replica.catalog.item_ids == learner.model.catalog.item_ids
+    spare = len(learner.model.catalog) + 1
+    for name in ROW_TENSORS:
+        assert not copied_state(learner.model.encoder)[name][spare:].any()
+    assert outcome.item_rows < 2 * len(known["item_popularity"]), "the table has not grown with every rejection"
     assert_same_learners(learner, NearlineLearner(registry, CONFIG))
+    assert update(learner, 7, 1, "early").new_items == ["early"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -524,6 +524,57 @@ def test_popularity_survives_any_number_of_events_without_overflow(registry, lea
     assert popularity.argmax() == newest
     assert float(popularity[newest] / popularity[before]) == pytest.approx(2**13, rel=1e-2)
     assert [item.item_id for item in recommender_of(registry).popular(2)] == [f"i{newest}", f"i{before}"]
+
+
+def test_a_move_of_the_reference_is_pushed_as_one_number(registry, learner):
+    update(learner, 1)
+    replica, before = recommender_of(registry), learner.model.encoder.item_popularity.clone()
+    far = int(25 * learner.model.popularity_half_life)
+    delta = learner.learn(micro_batch(far, [logged_at(far, 5)]))
+    assert isinstance(delta, Delta)
+    assert delta.rows.tolist() == [5]
+    assert 0 < delta.popularity_scale < 2**-20
+    replica.apply(Delta.from_bytes(delta.to_bytes()))
+    assert replica.checksum == learner.model.checksum == fingerprint(learner.model.encoder)
+    expected = before * delta.popularity_scale
+    assert torch.equal(replica.encoder.item_popularity[4], expected[4])
+    assert expected[4] > 0
+    replica.apply(update(learner, far + 1))
+    assert replica.checksum == learner.model.checksum == fingerprint(registry.load().encoder)
+    assert_same_learners(learner, NearlineLearner(registry, CONFIG))
+
+
+def test_a_restart_with_more_items_goes_on_with_the_same_half_life(registry, learner):
+    learner.model.popularity_half_life = learner.model.counted_half_life = 3.0  # as of a larger or smaller catalog
+    update(learner, 1)
+    update(learner, 2, 1, "new")
+    again = NearlineLearner(registry, CONFIG)
+    assert again.model.popularity_half_life == again.model.counted_half_life == 3.0
+    learner.store_whole()
+    assert NearlineLearner(registry, CONFIG).model.popularity_half_life == 3.0
+
+
+@pytest.mark.parametrize("half_life", [20.0, 5000.0])
+def test_another_half_life_that_is_set_goes_on_where_the_first_ended(registry, learner, half_life):
+    for offset in range(1, 400, 3):
+        learner.learn(micro_batch(offset, [logged_at(offset, 1)]))
+    last = learner.log_offset
+    changed = NearlineLearner(registry, CONFIG.model_copy(update={"popularity_half_life": half_life}))
+    popularity = changed.model.encoder.item_popularity
+    before = copied_state(changed.model.encoder)
+    rejected_update(changed, micro_batch(last + 1, [logged_at(last + 1, 2, 3, 4)], held_out=HELD_OUT))
+    assert_same_state(before, copied_state(changed.model.encoder))
+    assert changed.model.counted_half_life == learner.model.counted_half_life == 1000
+    one = popularity.clone()
+    changed.learn(micro_batch(last + 2, [logged_at(last + 2, 1)]))
+    worth = float(popularity[1] - one[1])
+    assert worth == pytest.approx(LATER * 2 ** (last / 1000), rel=0.05), "as one just before the change"
+    later = last + 2 + int(half_life)
+    one = popularity.clone()
+    changed.learn(micro_batch(later, [logged_at(later, 1)]))
+    assert float(popularity[1] - one[1]) == pytest.approx(2 * worth, rel=0.05)
+    assert registry.load().facts.half_life == half_life
+    assert fingerprint(registry.load().encoder) == changed.model.checksum
 
 
 def test_half_of_what_is_popular_is_as_many_events_old_as_there_are_items(registry):

@@ -13,6 +13,7 @@ from lib.live.learner import NearlineLearner
 from lib.live.new_items import Likes
 from lib.live.settings import LearnerConfig
 from lib.log.items import ItemChange
+from lib.model.delta import Delta
 from lib.model.encoder import BehaviourEncoder
 from lib.model.folder import Manifest
 from lib.ranking.filters import ItemFilter
@@ -126,6 +127,37 @@ def test_a_restarted_learner_asks_for_all_and_comes_to_the_same(registry, learne
     assert again.model.checksum == learner.model.checksum
     assert again.model.catalog.removed == {"i6"}
     assert again.item_revision == 3
+
+
+def test_a_rollback_brings_weights_back_and_leaves_what_items_are(registry, learner):
+    before = learner.version
+    learner.learn(micro_batch(1, [history([3, 6, 9])]))
+    learner.change_items([put("i5", kind="kind0", year=5), put("i6", 2, kind="kind1", year=6)])
+    attributes = learner.model.encoder.item_attributes.clone()
+    replica = recommender_of(registry)
+    delta = learner.restore(before)
+    assert isinstance(delta, Delta)
+    assert torch.equal(learner.model.encoder.item_attributes, attributes)
+    old = registry.load(before).encoder
+    assert torch.equal(learner.model.encoder.item_embeddings.weight, old.item_embeddings.weight)
+    assert torch.equal(learner.model.encoder.interest_to_item, old.interest_to_item)
+    replica.apply(Delta.from_bytes(delta.to_bytes()))
+    assert replica.checksum == learner.model.checksum
+    assert torch.equal(registry.load().encoder.item_attributes, attributes)
+    assert learner.change_items([put("i5", kind="kind0", year=5), put("i6", 2, kind="kind1", year=6)]) is None
+
+
+def test_another_base_that_is_brought_back_gets_what_items_are_now(registry, learner):
+    """No delta leads to it: the learner asks for all changes anew, and the next version has them."""
+    changes = [put("i5", kind="kind0", year=5), put("i6", 2, kind="kind1", year=6)]
+    learner.change_items(changes)
+    attributes = learner.model.encoder.item_attributes.clone()
+    base = registry.load(1)
+    learner.adopt(base, base.facts)
+    assert learner.restore(1) is None
+    assert learner.item_revision == 0
+    learner.change_items(changes)
+    assert torch.equal(learner.model.encoder.item_attributes, attributes)
 
 
 def test_a_snapshot_holds_attributes_and_removals(registry, learner):

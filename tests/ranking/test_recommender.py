@@ -367,9 +367,8 @@ def replica_of(registry: Registry) -> Recommender:
 
 
 def learned(registry: Registry, items: tuple[int | str, ...] = (1, 2, "new")) -> Delta:
-    learner = NearlineLearner(
-        registry, LearnerConfig(negatives=8, gate=GateConfig(held_out_users=0), learning_rate=0.05)
-    )
+    gate = GateConfig(held_out_users=0)
+    learner = NearlineLearner(registry, LearnerConfig(negatives=8, gate=gate, learning_rate=0.05, new_item_users=1))
     outcome = learner.learn(micro_batch(learner.version * 10, [history(items)]))
     assert isinstance(outcome, Delta)
     return Delta.from_bytes(outcome.to_bytes())

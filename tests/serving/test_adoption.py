@@ -18,7 +18,6 @@ from lib.model.facts import VersionFacts
 from lib.model.folder import Manifest
 from lib.versions.folder import LoadedVersion, load_folder, save_with_optimizer
 from lib.versions.registry import Registry
-from lib.versions.store import Store
 from serving.learner import OFFER_SECONDS, Learner, Progress
 from serving.learner_workers import LearnerWorkers
 from serving.rollout import Acknowledgement, Acknowledgements
@@ -167,7 +166,7 @@ def test_a_rollback_behind_a_base_brings_the_old_weights_and_no_event_twice(regi
 
 def test_the_base_outlives_pruning(tmp_path):
     registry = started_registry(tmp_path / "store")
-    learner = NearlineLearner(registry, LearnerConfig(negatives=8, snapshot_every=2, keep_snapshots=2))
+    learner = NearlineLearner(registry, LearnerConfig(negatives=8, snapshot_every=2, keep_bytes=1))
     update(learner, 1)
     learner.adopt(base(tmp_path / "base", 1), FACTS)
     for number in range(2, 12):
@@ -318,14 +317,13 @@ def test_an_offer_whose_taker_died_before_it_was_gone_is_not_taken_over_again(re
 def test_a_taker_that_dies_while_it_publishes_leaves_the_old_weights(registry, learner, tmp_path, monkeypatch):
     update(learner, 1)
     registry.offers.add("first", model_folder(tmp_path / "base", 0))
-    write = Store.write
 
-    def die_before_the_manifest(self: Store, name: str, data: bytes, replace: bool = False) -> None:
-        if name == "snapshots/0000000003/manifest.json":
-            raise KeyboardInterrupt
-        write(self, name, data, replace)
+    def die_before_it_has_its_name(unfinished: Path, path: Path) -> None:
+        assert (unfinished / "manifest.json").exists()
+        assert path.name == "0000000003"
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(Store, "write", die_before_the_manifest)
+    monkeypatch.setattr("lib.versions.store.rename_durably", die_before_it_has_its_name)
     with pytest.raises(KeyboardInterrupt):
         started(registry)._take_over()
     monkeypatch.undo()

@@ -164,7 +164,7 @@ def test_items_that_cannot_be_written_are_not_there(tmp_path):
 
 
 def test_an_explored_answer_that_cannot_be_recorded_is_given_and_counted(tmp_path):
-    decisions = DecisionLog(str(tmp_path), "replica")
+    decisions = DecisionLog(str(tmp_path), "replica", 1_000_000)
     with files_up_to(300):
         for number in range(5):
             decisions.append(f"request-{number}", "user", 1, [RankedItem("item", 0.5, None, 0.5)] * 10)

@@ -15,7 +15,9 @@ from serving.status import (
     FreshnessStatus,
     LearnerStatus,
     Status,
+    StoredVersionsStatus,
     Unavailable,
+    UnknownItemsStatus,
 )
 
 AWAY = Unavailable(state="restarting")
@@ -53,6 +55,8 @@ def learner() -> LearnerStatus:
         events_rejected=1,
         rejected_updates=1,
         last_rejection=None,
+        stored=StoredVersionsStatus(bytes=120, keep_bytes=200, pruned=5),
+        unknown_items=UnknownItemsStatus(waiting=2, rows=1, refused=6),
         pushes=8,
         loss=None,
         unreached_replicas=0,
@@ -103,6 +107,8 @@ def test_metrics_say_which_part_is_away():
     text = render(status(learner=learner())).decode()
     assert "afterclick_learner_up 1.0" in text
     assert "afterclick_pushes_total 8.0" in text
+    assert "afterclick_stored_versions_bytes 120.0" in text
+    assert "afterclick_new_items_refused_total 6.0" in text
     assert "afterclick_freshness_p99_ms 3.0" in text
     assert "afterclick_aggregator_up 0.0" in text
     assert "afterclick_log_offset" not in text

@@ -119,10 +119,10 @@ def test_a_base_starts_a_lineage_that_has_learned_all_up_to_its_offset():
     assert "overlap, 19 events trained on and 2" in checked(Account(7, None, 20, 19, 2, 0)).faults[0]
 
 
-def test_what_a_base_follows_is_not_folded():
+def test_what_is_still_stored_is_not_folded():
     chain = [SOUND[0], *(Account(n, n - 1, n - 1, n - 1, 0, 1) for n in range(2, 8))]
-    assert [account.version for account in folded(chain, 7, base=4)] == [1, 4, 7]
-    assert checked(*folded(chain, 7, base=4)) == checked(*chain)
+    assert [account.version for account in folded(chain, 7, stored=[4])] == [1, 4, 7]
+    assert checked(*folded(chain, 7, stored=[4])) == checked(*chain)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def learned(registry: Registry, log: FeedbackLog, updates: int, config: LearnerC
 
 def test_the_ledger_of_stored_versions_outlives_their_files(tmp_path):
     registry = started_registry(tmp_path / "store")
-    config = LearnerConfig(negatives=8, gate=GateConfig(held_out_users=0), snapshot_every=2, keep_snapshots=2)
+    config = LearnerConfig(negatives=8, gate=GateConfig(held_out_users=0), snapshot_every=2, keep_bytes=1)
     with FeedbackLog.open(tmp_path / "log") as log:
         for updates in (5, 6):
             learner = learned(registry, log, updates, config)
@@ -164,10 +164,10 @@ def offer(registry: Registry, folder: Path, name: str, since: int, events: int, 
     registry.offers.add(name, folder)
 
 
-@pytest.mark.parametrize("keep_snapshots", [100, 2])  # without pruning, and with it
-def test_the_lineage_of_a_new_base_has_every_event_once(tmp_path, keep_snapshots):
+@pytest.mark.parametrize("keep_bytes", [10**9, 1])  # without pruning, and with it
+def test_the_lineage_of_a_new_base_has_every_event_once(tmp_path, keep_bytes):
     registry = started_registry(tmp_path / "store")
-    config = CONFIG.model_copy(update={"snapshot_every": 2, "keep_snapshots": keep_snapshots})
+    config = CONFIG.model_copy(update={"snapshot_every": 2, "keep_bytes": keep_bytes})
 
     def sound() -> Ledger:
         ledger = check(Accounts(Registry(registry.store.root)).newest_lineage(), log)
@@ -200,7 +200,7 @@ def test_the_lineage_of_a_new_base_has_every_event_once(tmp_path, keep_snapshots
 
 def test_a_base_whose_parent_was_deleted_starts_a_lineage_of_its_own(tmp_path):
     registry = started_registry(tmp_path / "store")
-    config = CONFIG.model_copy(update={"snapshot_every": 2, "keep_snapshots": 2})
+    config = CONFIG.model_copy(update={"snapshot_every": 2, "keep_bytes": 1})
     with FeedbackLog.open(tmp_path / "log") as log:
         learned(registry, log, 2, config)
         offer(registry, tmp_path / "late", "late", since=3, events=4, log_offset=8)

@@ -1,7 +1,10 @@
 """The versions on storage: whole or not there, loaded to the bit, and on any filesystem that pyarrow knows."""
 
+import os
+import pkgutil
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +20,8 @@ from lib.model.delta import Delta, DeltaMismatch
 from lib.model.facts import VersionFacts
 from lib.model.folder import MANIFEST, Manifest, load_model, save_model
 from lib.model.version_format import FORMAT, OtherFormat
-from lib.versions.accounts import Accounts
 from lib.versions.folder import OPTIMIZER_FILE
 from lib.versions.registry import Registry
-from lib.versions.retention import prune
 from tests.helpers.tiny import (
     assert_same_state,
     copied_state,
@@ -31,7 +32,7 @@ from tests.helpers.tiny import (
     tiny_encoder,
 )
 
-CONFIG = LearnerConfig(negatives=8, gate=GateConfig(held_out_users=0), snapshot_every=1000)
+CONFIG = LearnerConfig(negatives=8, gate=GateConfig(held_out_users=0), new_item_users=1, snapshot_every=1000)
 
 
 class UploadingRegistry(Registry):
@@ -157,16 +158,18 @@ def test_an_unfinished_write_is_not_a_version(registry):
 def test_a_crash_between_the_files_leaves_no_snapshot(registry, monkeypatch, survived):
     learner = NearlineLearner(registry, CONFIG)
     learner.learn(micro_batch(10, [history([1, 2])]))
-    write, written = registry.store.write, []
+    path = "lib.durable.sync" if registry.store.local else "lib.versions.store.Store.write"
+    module, name = path.rsplit(".", 1)
+    work = getattr(pkgutil.resolve_name(module), name)
+    done = []
 
-    def crash(name: str, data: bytes, replace: bool = False) -> None:
-        if len(written) == survived:
+    def crash(*arguments, **named):
+        if len(done) == survived:
             raise OSError("killed")
-        write(name, data, replace)
-        written.append(name)
+        done.append(work(*arguments, **named))
 
     with monkeypatch.context() as patch:
-        patch.setattr(registry.store, "write", crash)
+        patch.setattr(path, crash)
         with pytest.raises(OSError, match="killed"):
             learner.lineage.save_snapshot(learner.model)
     assert registry.snapshots() == [1]
@@ -182,23 +185,84 @@ def test_writes_leave_no_temporary_files(registry):
 
 
 def test_snapshots_in_between_and_pruning(registry):
-    config = LearnerConfig(negatives=8, gate=GateConfig(held_out_users=0), snapshot_every=2, keep_snapshots=2)
-    unfinished = files_of(registry) / "deltas" / ".0000000002.4711"
-    unfinished.parent.mkdir(exist_ok=True)
-    unfinished.write_bytes(b"of a process that was killed")
+    config = CONFIG.model_copy(update={"snapshot_every": 2, "keep_bytes": 1})
     states = learn(registry, 8, config)  # snapshots 1, 2, 4, 6, 8; the newest two stay, and the first
     assert registry.snapshots() == [1, 6, 8]
-    assert [path.name for path in sorted((files_of(registry) / "deltas").iterdir())] == [
-        f"{version:010d}" for version in (7, 8, 9)
-    ]
+    assert registry.deltas() == [7, 8, 9]
     assert registry.oldest() == 1
     assert [info.version for info in registry.versions()] == [1, 6, 7, 8, 9]
     for version in (1, 6, 7, 8, 9):
         assert_same_state(states[version], copied_state(registry.load(version).encoder))
-    with pytest.raises(InputError, match="delta 2 is missing"):
+    with pytest.raises(
+        InputError, match=r"^version: 3 is not stored in .* any more, .*keep_bytes\); stored are 1, 6 to 9$"
+    ):
         registry.load(3)
-    prune(registry, Accounts(registry), 5)
-    assert registry.snapshots() == [1, 6, 8]
+    with pytest.raises(InputError, match=r"^version: 10 is not stored in \S+; stored are 1, 6 to 9$"):
+        registry.load(10)
+
+
+def test_what_versions_take_is_bounded_and_the_newest_can_be_loaded(registry):
+    snapshot, room = sum(registry.sizes()[0].values()), 600_000
+    learner = NearlineLearner(registry, CONFIG.model_copy(update={"keep_bytes": room}))
+    largest, (snapshots, deltas) = 0, registry.sizes()
+    for number in range(1, 61):
+        learner.learn(micro_batch(number, [history([1, 2 + number % 20])]))
+        snapshots, deltas = registry.sizes()
+        used = sum(snapshots.values()) + sum(deltas.values())
+        largest = max(largest, *deltas.values())
+        assert used == learner.lineage.retention.used
+        assert used <= room + 2 * largest, "a span of deltas ends behind the delta that fills it"
+        assert registry.load().version == learner.version
+    assert 1 < len(snapshots) <= room / 3 / snapshot + 1
+    assert max(snapshots) > min(deltas), "some versions before the newest snapshot can be restored"
+    kept = set(snapshots) | set(deltas)
+    assert learner.lineage.retention.pruned == 61 - len(kept)
+    again = NearlineLearner(registry, learner.config)
+    assert again.lineage.retention.used == learner.lineage.retention.used
+    assert again.model.checksum == learner.model.checksum
+
+
+def test_a_snapshot_is_due_when_the_deltas_weigh_as_much(registry):
+    snapshot, waiting = sum(registry.sizes()[0].values()), 0
+    learner = NearlineLearner(registry, CONFIG.model_copy(update={"keep_bytes": 1}))
+    while registry.snapshots() == [1]:
+        waiting = sum(registry.sizes()[1].values())
+        learner.learn(micro_batch(learner.version * 10, [history([1, 2])]))
+    assert waiting < snapshot
+    assert waiting + registry.sizes()[1][learner.version] >= snapshot
+
+
+def test_what_killed_processes_left_is_swept_when_a_learner_starts(registry, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    learn(registry, 1)
+    files, whole = files_of(registry), files_of(registry) / "snapshots" / "0000000001"
+    shutil.copytree(whole, files / "snapshots" / "0000000007")
+    (files / "snapshots" / "0000000007" / MANIFEST).unlink()
+    shutil.copytree(whole, files / "snapshots" / ".0000000008.4711")
+    for name in (
+        "deltas/.0000000003.4711",
+        "rejections/.0000000001.4711",
+        ".ledger.json.4711",
+        ".feedback.sqlite.4711",
+    ):
+        (files / name).parent.mkdir(exist_ok=True)
+        (files / name).write_bytes(b"half")
+    for name in ("fresh", "abandoned", "whole"):
+        shutil.copytree(whole, files / "offers" / name)
+        if name != "whole":
+            (files / "offers" / name / MANIFEST).unlink()
+    os.utime(files / "offers" / "abandoned", (0, 0))
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for process in (ended.pid, os.getpid()):
+        shutil.copytree(whole, tmp_path / f"afterclick-scratch-{process}-copy")
+    learner = NearlineLearner(registry, CONFIG)
+    left = sorted(str(path.relative_to(files)) for path in files.rglob("*") if path.name.startswith("."))
+    assert left == [".feedback.sqlite.4711"], "another process may be writing it"
+    assert registry.store.folders("snapshots") == ["0000000001"]
+    assert registry.store.folders("offers") == ["fresh", "whole"]
+    assert [path.name for path in tmp_path.glob("afterclick-*")] == [f"afterclick-scratch-{os.getpid()}-copy"]
+    assert learner.version == 2
 
 
 def test_a_snapshot_holds_the_optimiser_and_the_catalog(registry):
@@ -329,7 +393,7 @@ def test_versions_of_a_newer_release_are_refused_in_one_line_and_stay(registry, 
         lambda: NearlineLearner(registry, CONFIG),  # to go on from version 1 would give up what was learned
     )
     for refused in refusals:
-        with pytest.raises(OtherFormat, match=rf"^version: .*2.* has format {FORMAT + 1}, .*; install the release"):
+        with pytest.raises(OtherFormat, match=rf"^version: .* has format {FORMAT + 1}, .*; install the release"):
             refused()
     assert [(info.version, info.kind) for info in registry.versions()] == [(1, "snapshot"), (2, "damaged")]
     assert f"has format {FORMAT + 1}" in (registry.versions()[-1].facts.reason or "")
