@@ -27,7 +27,7 @@ from lib.errors import InputError
 TITLE_COLUMNS = ("title", "name")
 REMOVED = b"afterclick.removed"  # key of the removed items in the metadata of catalog.parquet
 SPLITS = b"afterclick.splits"  # key of how each text column is split into parts
-MOST_LIKES = 20_000  # lines that are looked at for one item; what has more says little
+MOST_LIKES = 5000  # lines that are looked at for one item; what has more says little
 TEXT_KINDS = (TEXT, TEXTS)
 
 
@@ -158,33 +158,46 @@ class Catalog:
                 self._splits[column] = split_of(loaded[column].to_pylist())
         return self._splits
 
+    def _likes_columns(self) -> list[str]:
+        kinds = self.table.kinds
+        return [name for name, kind in kinds.items() if kind in TEXT_KINDS and name not in ("item_id", *TITLE_COLUMNS)]
+
+    def prepare_likes(self) -> None:
+        """Make the indexes that `likes` needs: it takes seconds where there are a million items."""
+        for column in self._likes_columns():
+            self.table.words(column)
+
     def likes(self, item_id: str, known: int) -> np.ndarray:
         """Return (R,) of the rows up to `known` those most like an item, by the words of texts and members of lists.
 
-        Rare words say more, and come first; those of so many items that looking at them takes long are left out.
+        Rare words say more, and come first. Words of so many items that looking at each takes long only choose among
+        those that the rarer words have found.
         """
-        words = []
-        for column, value in self.table.attributes_of(item_id).items():
-            if column in TITLE_COLUMNS or self.table.kinds[column] not in TEXT_KINDS:
-                continue
-            index = self.table.words(column)
+        words, attributes = [], self.table.attributes_of(item_id)
+        for column in attributes.keys() & self._likes_columns():
+            value, index = attributes[column], self.table.words(column)
             for word in dict.fromkeys(words_of(value) if isinstance(value, str) else value):
                 if 1 < (count := index.count(word)) <= len(self) / 2:
                     words.append((count, column, word))
         room, own, found = MOST_LIKES, self.row_of.get(item_id, 0), []
-        for count, column, word in sorted(words):
-            if count > room and found:
-                break
+        words.sort()
+        while words and (words[0][0] <= room or not found):
+            count, column, word = words.pop(0)
             lines = self.table.words(column).lines([word])
-            rows = self._row_of_line[lines[:: -(-len(lines) // MOST_LIKES)]]
-            found.append((np.log(len(self) / count), rows[(rows > 0) & (rows != own) & (rows <= known)]))
+            lines = lines[:: -(-len(lines) // MOST_LIKES)]
+            rows = self._row_of_line[lines]
+            found.append((np.log(len(self) / count), lines[(rows > 0) & (rows != own) & (rows <= known)]))
             room -= count
-        if not any(len(rows) for _, rows in found):
+        if not any(len(lines) for _, lines in found):
             return np.zeros(0, dtype=np.int64)
-        weights = np.repeat([weight for weight, _ in found], [len(rows) for _, rows in found])
-        rows, places = np.unique(np.concatenate([rows for _, rows in found]), return_inverse=True)
+        weights = np.repeat([weight for weight, _ in found], [len(lines) for _, lines in found])
+        lines, places = np.unique(np.concatenate([lines for _, lines in found]), return_inverse=True)
         shared = np.bincount(places, weights)
-        return rows[shared >= shared.max() - 1e-9].astype(np.int64)
+        alike = lines[shared >= shared.max() - 1e-9]
+        for _, column, word in words:
+            holding = self.table.words(column).holds(word, alike)
+            alike = alike[holding] if holding.any() else alike
+        return np.sort(self._row_of_line[alike]).astype(np.int64)
 
     def mask(self, conditions: Mapping[str, Any]) -> np.ndarray:
         """Return (len + 1,) bool: the rows whose item meets every condition of a filter.

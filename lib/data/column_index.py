@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 PARTS, WORDS = r"[|,;]", r"[ \t\n\r\f|,;]"  # what is between the parts of a text, and between its words
 BETWEEN_PARTS, BETWEEN_WORDS = re.compile(PARTS), re.compile(WORDS)
 LONGEST_INDEXED = 128  # bytes of a text that is found as a whole by the index; for longer ones the column is read
+MOST_FOUND = 20_000  # texts that were looked up, which are not searched for again
 NO_LINES = np.zeros(0, dtype=np.int32)
 
 
@@ -48,6 +49,7 @@ class WordIndex:
             self._texts = _as_text(column)
             self._sort(*_tokens(self._texts))
         self._put: defaultdict[str, set[int]] = defaultdict(set)
+        self._found: dict[str, tuple[int, int]] = {}  # where the lines of texts that were asked for lately are
 
     def _sort(self, texts: list[pa.ChunkedArray], lines: list[np.ndarray]) -> None:
         chunks = [chunk for text in texts for chunk in text.chunks]
@@ -80,14 +82,27 @@ class WordIndex:
                 del self._put[token]
 
     def _loaded(self, text: str) -> np.ndarray:
-        place = bisect_left(range(len(self._words)), text, key=lambda place: self._words[place].as_py())
-        if place == len(self._words) or self._words[place].as_py() != text:
-            return NO_LINES
-        return self._lines[self._starts[place] : self._starts[place + 1]]
+        if (found := self._found.get(text)) is None:
+            place = bisect_left(range(len(self._words)), text, key=lambda place: self._words[place].as_py())
+            there = place < len(self._words) and self._words[place].as_py() == text
+            found = (self._starts[place], self._starts[place + 1]) if there else (0, 0)
+            if len(self._found) >= MOST_FOUND:
+                self._found.clear()
+            if len(text) <= LONGEST_INDEXED:
+                self._found[text] = found
+        return self._lines[found[0] : found[1]]
 
     def count(self, text: str) -> int:
         """Return about how many lines hold a text: those of items that were changed since are counted, too."""
         return len(self._loaded(text)) + len(self._put.get(text, ()))
+
+    def holds(self, text: str, lines: np.ndarray) -> np.ndarray:
+        """Return for each of these lines whether it holds a text."""
+        loaded, put = self._loaded(text), self._put.get(text, ())
+        places = np.searchsorted(loaded, lines)
+        found = places < len(loaded)
+        found[found] = loaded[places[found]] == lines[found]
+        return found | np.array([line in put for line in lines.tolist()], dtype=bool)
 
     def lines(self, texts: Iterable[str]) -> np.ndarray:
         """Return the lines that hold one of these texts, some of them more than once."""

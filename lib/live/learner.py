@@ -59,6 +59,7 @@ class NearlineLearner:
 
     def _learn_from(self, model: LearningModel) -> None:
         self.model = model
+        model.likes.prepare()
         self.gate = Gate(self.config.gate, model.encoder, model.catalog, model.kind_codes, self.config.seed)
         self.item_revision = 0  # of changed items: deltas do not hold their attributes, so all of them are asked for
 

@@ -12,7 +12,7 @@ from lib.model.delta import grow_items
 from lib.model.encoder import BehaviourEncoder
 from lib.model.trainer import Trainer
 
-MOST_LOOKED_AT = 2000  # rows of a code
+MOST_LOOKED_AT = 1000  # rows of a code
 
 
 class Likes:
@@ -45,35 +45,54 @@ class Likes:
             for code in filter(None, own):
                 self._added[code].add(row)
 
+    def prepare(self) -> None:
+        """Make the lists now: it takes seconds where there are a million items."""
+        if self.encoder.config.attribute_values:
+            self._list()
+        else:
+            self.catalog.prepare_likes()
+
     def of(self, row: int, known: int) -> np.ndarray:
         """Return (R,) of the rows up to `known` those most like a row; none where none is."""
         if not self.encoder.config.attribute_values:
             return self.catalog.likes(self.catalog.item_ids[row], known)
         codes = self.encoder.item_attributes.numpy()
         own = codes[row][codes[row] > 0]
-        lists = sorted((self._rows_of(code, known) for code in own.tolist()), key=len)
-        found, best = np.zeros(0, dtype=np.int64), 0
-        for place, rows in enumerate(lists):
+        lists = sorted((self._rows_of(code) for code in own.tolist()), key=len)
+        found, best = [np.zeros(0, dtype=np.int64)], 0
+        for place, listed in enumerate(lists):
             if best > len(lists) - place:  # what has none of the codes before shares fewer
                 break
-            shared = np.isin(codes[rows], own).sum(axis=1)
-            most = int(shared.max(initial=0))
-            kept = rows[shared == most] if most >= best else rows[:0]
-            found, best = np.union1d(found, kept) if most <= best else kept, max(best, most)
-        return found
+            rows = listed[listed <= known]
+            shared = (codes[rows][:, :, None] == own).any(axis=2).sum(axis=1)
+            if (most := int(shared.max(initial=0))) > best:
+                found, best = [], most
+            if most == best > 0:
+                found.append(rows[shared == most])
+        return np.unique(np.concatenate(found))
 
-    def _rows_of(self, code: int, known: int) -> np.ndarray:
-        """Return (R,) of the known rows those of a code; of very many some, spread evenly."""
+    def _rows_of(self, code: int) -> np.ndarray:
+        """Return (R,) rows of a code; of very many some, spread evenly."""
+        rows, starts = self._list()
+        listed = rows[starts[code] : starts[code + 1]]
+        if added := self._added.get(code):
+            return np.concatenate([_some(listed), _some(np.array(sorted(added), dtype=np.int64))])
+        return _some(listed)
+
+    def _list(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return all rows by code, and where each code's rows start."""
         if self._listed is None:
             codes = self.encoder.item_attributes.numpy()
             rows, places = codes.nonzero()
             keys = np.sort(codes[rows, places].astype(np.int64) << 32 | rows)
             starts = np.searchsorted(keys, np.arange(len(self.encoder.attribute_embeddings.weight) + 1) << 32)
             self._listed = keys & 0xFFFFFFFF, starts
-        rows, starts = self._listed
-        added = np.array(sorted(self._added[code]), dtype=np.int64)
-        found = np.union1d(_some(rows[starts[code] : starts[code + 1]]), _some(added))
-        return found[found <= known]
+            self._added.clear()
+        return self._listed
+
+
+def _some(rows: np.ndarray) -> np.ndarray:
+    return rows[:: max(-(-len(rows) // MOST_LOOKED_AT), 1)]
 
 
 def add_rows(trainer: Trainer, catalog: Catalog, known: int, seed: int, likes: Likes) -> None:
@@ -101,7 +120,3 @@ def add_rows(trainer: Trainer, catalog: Catalog, known: int, seed: int, likes: L
             mean = table[1 : known + 1].mean(dim=0) if mean is None else mean
             table[row] += mean
     trainer.items = len(catalog)
-
-
-def _some(rows: np.ndarray) -> np.ndarray:
-    return rows[:: max(-(-len(rows) // MOST_LOOKED_AT), 1)]

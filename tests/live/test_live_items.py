@@ -358,3 +358,55 @@ def test_an_older_answer_of_the_aggregator_does_not_undo_a_newer_one(registry):
     attributes = models.live.catalog.described(["2"]).attributes
     assert attributes is not None
     assert attributes["kind"].to_pylist() == ["new"]
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_the_likes_of_a_new_item_are_those_that_share_most_codes(width):
+    """As comparing every row with it finds them, also after rows have got other codes."""
+    generator = np.random.default_rng(width)
+    values = [f"a={code}" for code in range(6)]
+    encoder = tiny_encoder(200, attribute_values=values, attributes_per_item=width)
+    catalog = Catalog(item_ids(200))
+    codes = generator.permuted(np.tile(np.arange(7, dtype=np.int32), (200, 1)), axis=1)[:, :width]
+    encoder.item_attributes[1:] = torch.from_numpy(codes.copy())
+    likes = Likes(encoder, catalog)
+    for _ in range(30):
+        changed, row, known = generator.integers(1, 201, 3).tolist()
+        catalog.change({f"i{changed}": {"a": str(generator.integers(6))}})
+        likes.encode(torch.tensor([changed]))
+        codes = encoder.item_attributes
+        own = codes[row][codes[row] > 0]
+        shared = torch.isin(codes[: known + 1], own).sum(dim=1)
+        expected = ((shared > 0) & (shared == shared.max())).nonzero().flatten().tolist()
+        assert likes.of(row, known).tolist() == expected
+
+
+def test_the_likes_of_a_new_item_in_a_large_catalog_are_some_of_those_that_share_most():
+    """Of codes and words that very many have, some are looked at; the rarest are always."""
+    items = 30_000
+    encoder = tiny_encoder(items, attribute_values=["a=0", "a=1", "a=2"], attributes_per_item=2)
+    names = item_ids(items)
+    encoder.item_attributes[1:, 0] = 1
+    encoder.item_attributes[1::3, 1] = 2
+    encoder.item_attributes[77, 1] = 3
+    likes = Likes(encoder, Catalog(names))
+    found = likes.of(1, items)
+    assert 1000 <= len(found) <= 1001
+    assert (encoder.item_attributes[found, 1] == 2).all()
+    assert likes.of(77, items).tolist() == [77]
+    about = [f"all third{number % 3} rare{number // 10}" for number in range(1, items + 1)]
+    catalog = Catalog(names, pa.table({"item_id": names, "about": about}))
+    catalog.change({"new": {"about": "all third1 rare7"}})
+    catalog.extend(["new"])
+    assert catalog.likes("new", items).tolist() == [number for number in range(70, 80) if number % 3 == 1]
+    catalog.change({"new": {"about": "all third1"}})
+    common = catalog.likes("new", items)
+    assert 1000 < len(common) <= 5000
+    assert (common % 3 == 1).all()
+
+
+def test_new_items_are_like_known_ones_and_not_like_each_other():
+    catalog = described()
+    catalog.change({f"new{number}": {"kind": "kind0", "about": "the same words"} for number in range(5)})
+    catalog.extend([f"new{number}" for number in range(5)])
+    assert catalog.likes("new0", ITEMS).tolist() == list(range(3, ITEMS + 1, 3))

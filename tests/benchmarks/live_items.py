@@ -1,0 +1,183 @@
+"""What live items cost: single puts one after another, and many new items at once in a large catalog.
+
+    python -m tests.benchmarks.live_items [--items 1000000] [--puts 10000] [--new 1000] [--json FILE]
+
+Items have a brand, a category, a price and a text of 20 words (Zipf); the model is an untrained one, the preset small.
+`puts`: one item a call, half of them new, each followed by a filter: the medians of the first and of the last tenth.
+`new`: the steps from the item log to the first answer that holds a new item, in one process: a push over the network is
+not in them. The model either reads attributes, and new items start as those that share most of them, or it does not,
+and they start as those that share the rarest words.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jobs.command_line import run_command
+from jobs.configuration import write_json
+from lib.data.attributes import attribute_codes, attribute_values
+from lib.data.catalog import Catalog
+from lib.data.events import Event
+from lib.data.history import History
+from lib.live.learner import NearlineLearner
+from lib.live.settings import LearnerConfig
+from lib.log.items import ItemLog
+from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
+from lib.model.folder import Manifest
+from lib.model.presets import PRESETS
+from lib.ranking.filters import ItemFilter
+from lib.ranking.recommender import Question, Recommender
+from lib.versions.registry import Registry
+from tests.benchmarks.machine import describe_machine
+
+WORDS, VOCABULARY, BRANDS, CATEGORIES = 20, 50_000, 2000, 200
+
+
+def described(count: int, generator: np.random.Generator, first: int = 0) -> list[dict[str, Any]]:
+    """Describe so many items."""
+    words = np.minimum(generator.zipf(1.2, (count, WORDS)), VOCABULARY)
+    brands, categories = generator.integers(0, BRANDS, count), generator.integers(0, CATEGORIES, count)
+    prices = generator.integers(1, 100_000, count) / 100
+    return [
+        {
+            "item_id": f"i{first + number}",
+            "brand": f"Brand {brand}",
+            "category": f"Category {category}",
+            "price": price,
+            "about": " ".join(f"w{word}" for word in own),
+        }
+        for number, (brand, category, price, own) in enumerate(
+            zip(brands.tolist(), categories.tolist(), prices.tolist(), words.tolist(), strict=True)
+        )
+    ]
+
+
+def model_of(items: list[dict[str, Any]], read: bool) -> tuple[BehaviourEncoder, Catalog]:
+    """Make an untrained model of these items, which reads their attributes or does not."""
+    catalog = Catalog([item["item_id"] for item in items], pa.Table.from_pylist(items))
+    values = attribute_values(catalog) if read else []
+    codes = attribute_codes(catalog, values, 4)
+    shape = PRESETS["small"].shape()
+    config = BehaviourEncoderConfig(
+        item_rows=len(items) + 1, event_kinds=["click"], attribute_values=values, attributes_per_item=4, **shape
+    )
+    torch.manual_seed(0)
+    encoder = BehaviourEncoder(config)
+    encoder.item_attributes.copy_(torch.from_numpy(codes))
+    return encoder, catalog
+
+
+@contextmanager
+def timed(times: dict[str, list[float]], name: str) -> Iterator[None]:
+    """Note how many milliseconds a block takes."""
+    start = time.perf_counter()
+    yield
+    times.setdefault(name, []).append((time.perf_counter() - start) * 1e3)
+
+
+def measure_puts(folder: Path, items: list[dict[str, Any]], puts: int) -> dict[str, Any]:
+    """Put items one by one; return for each step the medians of the first and of the last tenth, in ms."""
+    generator = np.random.default_rng(1)
+    log = ItemLog(folder / "items.sqlite")
+    catalog = Catalog([item["item_id"] for item in items], pa.Table.from_pylist(items))
+    conditions = {"brand": [f"Brand {number}" for number in range(500)], "price": {"max": 500}}
+    times: dict[str, list[float]] = {}
+    with timed(times, "index"):
+        catalog.table.prepare(conditions)
+    for number in range(puts):
+        [item] = described(1, generator, first=number // 2 if number % 2 else len(items) + number)
+        item_id = item.pop("item_id")
+        with timed(times, "item log"):
+            log.append([(item_id, item)])
+        with timed(times, "catalog"):
+            catalog.change({item_id: item})
+        with timed(times, "filter of 500 brands"):
+            catalog.mask(conditions)
+    log.close()
+    tenth = max(puts // 10, 1)
+    steps = ("item log", "catalog", "filter of 500 brands")
+    return {"index_ms": times["index"][0]} | {
+        step: {"first_ms": statistics.median(times[step][:tenth]), "last_ms": statistics.median(times[step][-tenth:])}
+        for step in steps
+    }
+
+
+def measure_new(folder: Path, items: list[dict[str, Any]], new: int, read: bool) -> dict[str, Any]:
+    """Put many new items at once, twice; return the milliseconds of each step of each time."""
+    encoder, catalog = model_of(items, read)
+    registry = Registry(folder / "live")
+    registry.publish_snapshot(encoder, catalog, Manifest(version=1), None)
+    learner = NearlineLearner(registry, LearnerConfig())
+    loaded = registry.load(1)
+    replica = Recommender(loaded.encoder, loaded.catalog, loaded.version)
+    log = ItemLog(folder / "items.sqlite")
+    history = History.of([Event("u", f"i{number}", "click", None, number) for number in range(20)])
+    found = []
+    for turn in range(2):
+        named = described(new, np.random.default_rng(2 + turn), first=len(items) + turn * new)
+        put = [(item["item_id"], {name: item[name] for name in item if name != "item_id"}) for item in named]
+        times: dict[str, list[float]] = {}
+        with timed(times, "item log"):
+            revision = log.append(put) - len(put)
+        with timed(times, "learner"):
+            delta = learner.change_items(log.after(revision))
+        assert delta is not None
+        with timed(times, "replica"):
+            replica.change_items(dict(put))
+            replica.apply(delta)
+        with timed(times, "answer"):
+            [answer] = replica.recommend([Question(history, 10, ItemFilter.of({"allow": [name for name, _ in put]}))])
+        assert len(answer) == 10
+        found.append({name: value[0] for name, value in times.items()})
+    log.close()
+    return {"read": read, "first": found[0], "second": found[1]}
+
+
+def benchmark(
+    items: Annotated[int, typer.Option(min=1000, help="Items of the catalog.")] = 1_000_000,
+    puts: Annotated[int, typer.Option(min=10, help="Single puts.")] = 10_000,
+    new: Annotated[int, typer.Option(min=10, help="New items at once.")] = 1000,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+) -> None:
+    """Measure single puts, and new items in a large catalog."""
+    machine = describe_machine()
+    torch.set_num_threads(1)
+    every = described(items, np.random.default_rng(0))
+    with tempfile.TemporaryDirectory() as folder:
+        single = measure_puts(Path(folder), every, puts)
+    many = []
+    for read in (True, False):
+        with tempfile.TemporaryDirectory() as folder:
+            many.append(measure_new(Path(folder), every, new, read))
+    console = Console()
+    table = Table("step", "first tenth, ms", "last tenth, ms", title=f"{puts:,} single puts among {items:,} items")
+    for step, medians in single.items():
+        if step != "index_ms":
+            table.add_row(step, f"{medians['first_ms']:.3f}", f"{medians['last_ms']:.3f}")
+    console.print(table)
+    console.print(f"the indexes of the filter took {single['index_ms']:.0f} ms, once, beside the answers")
+    table = Table(
+        "model reads attributes", "time", *many[0]["first"], "together, ms", title=f"{new:,} new items at once"
+    )
+    for result in many:
+        for turn in ("first", "second"):
+            steps = result[turn].values()
+            table.add_row(str(result["read"]), turn, *(f"{ms:.0f}" for ms in steps), f"{sum(steps):.0f}")
+    console.print(table)
+    if json_file is not None:
+        write_json(json_file, {"machine": machine, "items": items, "puts": single, "new": many})
+
+
+if __name__ == "__main__":
+    run_command(benchmark)
