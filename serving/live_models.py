@@ -10,11 +10,10 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-from lib.errors import InputError
 from lib.log.items import ItemChange
 from lib.model.delta import Delta, DeltaMismatch
 from lib.model.version_format import OtherFormat
@@ -39,7 +38,6 @@ class LiveModels:
         self.changing_thread = ThreadPoolExecutor(1, thread_name_prefix="changes")
         self.loading_thread = ThreadPoolExecutor(1, thread_name_prefix="loading")
         self.preparing_thread = ThreadPoolExecutor(1, thread_name_prefix="preparing")
-        self.filtered: dict[str, Any] = {}  # attributes that were filtered by, each with a condition
         self.counts: Counter[str] = Counter()  # deltas, catch_ups, mismatches
         self.changed_items: dict[str, dict[str, Any] | None] = {}  # that were changed while live; None: deleted
         self.item_revision = 0  # the newest of them
@@ -47,14 +45,16 @@ class LiveModels:
         self.whole = True  # False: a change failed half-way, and a version must be loaded before anything is answered
         self.challenger: Challenger | None = None
 
-    def _load(self, changed_items: Mapping[str, Mapping[str, Any] | None]) -> Recommender:
+    def _load(
+        self, changed_items: Mapping[str, Mapping[str, Any] | None], before: Recommender | None = None
+    ) -> Recommender:
         loaded = self.registry.load()
         for damage in loaded.damage:
             logger.warning("version %d is the newest whole one: %s", loaded.version, damage)
         recommender = Recommender(loaded.encoder, loaded.catalog, loaded.version, loaded.log_offset, self.rules)
         recommender.change_items(changed_items)
-        with suppress(InputError):  # who asks by a column that is another one now is told
-            recommender.catalog.table.prepare(self.filtered)
+        if before is not None:
+            recommender.catalog.table.prepare_like(before.catalog.table)
         return recommender
 
     async def _change(self, function: Callable[[], Any]) -> Any:
@@ -112,7 +112,6 @@ class LiveModels:
                 known = {name: value for name, value in filter.conditions.items() if name in catalog.table.kinds}
                 prepare = partial(catalog.table.prepare, known)
                 await asyncio.get_running_loop().run_in_executor(self.preparing_thread, prepare)
-                self.filtered |= known
         if self.live.is_checked(filter):
             return self.live.check(filter)
         return await self._change(lambda: self.live.check(filter))
@@ -214,7 +213,7 @@ class LiveModels:
         """Load the newest version beside the one that answers; it takes over between two batches."""
         revision, changed = self.item_revision, dict(self.changed_items)
         loop = asyncio.get_running_loop()
-        recommender = await loop.run_in_executor(self.loading_thread, self._load, changed)
+        recommender = await loop.run_in_executor(self.loading_thread, self._load, changed, self.live)
         await self._change(partial(self._take_over, recommender, revision))
 
     def _take_over(self, recommender: Recommender, revision: int) -> None:

@@ -214,6 +214,7 @@ class Recommendations:
                 events=self.counts["events"],
                 deltas=self.models.counts["deltas"],
                 catch_ups=self.models.counts["catch_ups"],
+                attributes_left_out=live.catalog.table.skipped,
                 mismatches=self.models.counts["mismatches"],
                 latency_buckets=self.latency.buckets(),
                 latency_sum=self.latency.sum,

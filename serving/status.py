@@ -33,6 +33,9 @@ class ReplicaStatus(BaseModel):
     events: int = Field(description="events received")
     deltas: int = Field(description="pushed deltas applied")
     catch_ups: int = Field(description="times that this replica caught up from the registry")
+    attributes_left_out: int = Field(
+        description="of items put while live that did not fit their columns; the log of the service names them"
+    )
     mismatches: int = Field(description="deltas that came out wrong here, so that the version was loaded whole")
     latency_buckets: list[tuple[str, int]] = Field(
         description="upper bound in seconds, and how many answers took up to so long and longer than the bound before"

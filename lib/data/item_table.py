@@ -7,6 +7,7 @@ that were made so far. Readers never fail on a value that does not fit its colum
 import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -181,9 +182,8 @@ class ItemTable:
             except pa.ArrowNotImplementedError as error:
                 kind = self.kinds[column]
                 raise InputError(f"filter.{column}: an attribute of type {kind} cannot be filtered by") from error
-        put_only = self.loaded is None or column not in self.loaded.column_names
         try:
-            if put_only and self.kinds[column] not in (WHOLE, NUMBER):
+            if self._loaded_column(column) is None and self.kinds[column] not in (WHOLE, NUMBER):
                 raise pa.ArrowInvalid("a text that was put is no number")
             return self._made(self._numbers, NumberIndex, column)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -198,15 +198,28 @@ class ItemTable:
         """Return an index, made if need be: of the loaded lines, which never change, without holding others up."""
         if column in indexes:
             return indexes[column]
-        if self.loaded is not None and column in self.loaded.column_names:
-            index = kind(self.loaded[column])
-        else:
-            index = kind(pa.chunked_array([pa.nulls(self._loaded_lines, pa.string())]))
+        loaded = self._loaded_column(column)
+        index = kind(pa.chunked_array([pa.nulls(self._loaded_lines, pa.string())]) if loaded is None else loaded)
         with self._changing:
             for line, put in enumerate(self._put, start=self._loaded_lines):
                 if column in put:
                     index.put(line, put[column])
             return indexes.setdefault(column, index)
+
+    def _loaded_column(self, column: str) -> pa.ChunkedArray | None:
+        """Return a column as it was loaded, None where it had no values then."""
+        if self.loaded is None or column not in self.loaded.column_names:
+            return None
+        return None if kind_of_type(self.loaded.schema.field(column).type) is None else self.loaded[column]
+
+    def prepare_like(self, other: "ItemTable") -> None:
+        """Make the indexes that another table has, as far as the columns are here and of the same kind."""
+        for column in [*other._words]:
+            if column in self.kinds and not self._needs_numbers(column, None):
+                self.words(column)
+        for column in [*other._numbers]:
+            with suppress(InputError):
+                self.prepare({column: {"min": 0}})
 
     def _indexes_of(self, column: str) -> list[WordIndex | NumberIndex]:
         return [indexes[column] for indexes in (self._words, self._numbers) if column in indexes]
@@ -224,7 +237,10 @@ def _column(before: pa.ChunkedArray | None, put: list[Any], kind: str | None, li
     """Return a column with values that were put behind its own, `lines` nulls where it was not there."""
     kept = pa.null() if before is None else before.type
     wanted = TYPES.get(kind or "", kept) if any(value is not None for value in put) else kept
-    own = pa.chunked_array([pa.nulls(lines, wanted)]) if before is None else before
+    if before is None or (wanted != kept and kind_of_type(kept) is None):
+        own = pa.chunked_array([pa.nulls(lines, wanted)])
+    else:
+        own = before
     try:
         own = own.cast(wanted)
     except pa.ArrowInvalid:  # larger whole numbers than fit

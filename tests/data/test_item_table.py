@@ -128,3 +128,19 @@ def test_long_texts_are_found_as_a_whole_too():
 def test_a_column_without_values_is_indexed():
     for column in (pa.chunked_array([], pa.string()), pa.chunked_array([[None, None]], pa.null())):
         assert WordIndex(column).lines(["x"]).tolist() == []
+
+
+def test_a_column_that_an_earlier_program_fixed_without_a_value_takes_any_kind(tmp_path):
+    for value, other in (("x", "y"), (["x"], ["y"]), (2.5, 3), (True, False)):
+        empty = pa.table({"item_id": ["a", "b"], "tags": pa.array([[], None]), "none": pa.nulls(2)})
+        catalog = Catalog(["a", "b"], empty)
+        assert np.flatnonzero(catalog.mask({"tags": "x"})).tolist() == []
+        catalog.change({"a": {"tags": value, "none": value}, "b": {"tags": other}})
+        catalog.save(tmp_path / "catalog.parquet")
+        for one in (catalog, Catalog.load(tmp_path / "catalog.parquet")):
+            wanted = value[0] if isinstance(value, list) else value
+            for column in ("tags", "none"):
+                assert np.flatnonzero(one.mask({column: wanted})).tolist() == [1]
+            assert one.table.attributes_of("a") == {"tags": value, "none": value}
+            if value == 2.5:
+                assert np.flatnonzero(one.mask({"tags": {"min": 2.5}})).tolist() == [1, 2]

@@ -1,6 +1,9 @@
 """Items that are put and deleted while live: their row, first vector and attributes, in every later version."""
 
 import asyncio
+import threading
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -345,6 +348,47 @@ def test_numbers_of_new_items_fall_into_the_buckets_that_were_learned():
     learned = attribute_codes(catalog, values)
     alone = catalog.described(["i7", "i200", "i399"])
     assert np.array_equal(attribute_codes(alone, values)[1:], learned[[7, 200, 399]])
+
+
+def test_a_model_that_is_loaded_beside_another_is_ready_for_the_same_filters(registry):
+    models = LiveModels(registry, RankingRules())
+    for written in ({"kind": "kind0", "year": {"min": 3}}, {"colour": "red"}):
+        filter = ItemFilter.of(written)
+        assert filter is not None
+        asyncio.run(models.check_filter(filter))
+    asyncio.run(models.change_items([put("new", 1, colour="red")]))
+    again = models._load(models.changed_items, models.live)
+    for known in ({"kind": "x"}, {"year": 1995}):
+        assert again.catalog.table.is_prepared(known)
+    assert not again.catalog.table.is_prepared({"kind": {"min": 3}})
+    assert recommended(again, kind="kind0", year={"max": 6}) == recommended(models.live, kind="kind0", year={"max": 6})
+
+
+def test_a_filter_is_prepared_without_holding_answers_up(registry):
+    """A large catalog's index takes seconds: whoever asks for other things is answered meanwhile."""
+    models = LiveModels(registry, RankingRules())
+    table, filter = models.live.catalog.table, ItemFilter.of({"kind": "kind0"})
+    assert filter is not None
+    prepare, started, going_on = table.prepare, threading.Event(), threading.Event()
+
+    def slow(conditions: Mapping[str, Any]) -> None:
+        started.set()
+        assert going_on.wait(60)
+        prepare(conditions)
+
+    table.prepare = slow
+
+    async def ask() -> list[str]:
+        checked = asyncio.create_task(models.check_filter(filter))
+        await asyncio.to_thread(started.wait)
+        [answer] = await models.answer([Question(history([3, 6]), 5)], [None])
+        assert len(answer.items) == 5
+        assert not checked.done()
+        going_on.set()
+        return await checked
+
+    assert asyncio.run(ask()) == []
+    assert table.is_prepared({"kind": "x"})
 
 
 def test_an_older_answer_of_the_aggregator_does_not_undo_a_newer_one(registry):
