@@ -28,13 +28,13 @@ from lib.data.guard import CleaningRules, FeedbackGuard
 from lib.data.history import History
 from lib.data.tables import events_of
 from lib.data.user_histories import UserHistories
-from lib.errors import InputError
+from lib.errors import EventRejected, InputError
 from lib.live.micro_batch import MicroBatch, SampleSizes, micro_batch
 from lib.log.board import ChangeBoard
 from lib.log.errors import LogWriteError
 from lib.log.items import ItemChange, ItemLog
 from lib.log.layout import LogLayout
-from lib.log.log_file import LoggedEvent
+from lib.log.log_file import LoggedEvent, key_of
 from lib.log.one_machine import on_one_machine
 from lib.log.shard import ONLY, Shard
 from lib.settings import Settings
@@ -110,6 +110,7 @@ class Aggregator:
         board = folder / shard.named(BOARD_FILE)  # its own, as counters have one writer
         self.changes = ChangeBoard.create(board) if on_one_machine() else None
         self.guard = FeedbackGuard(_rules_of(shard, self.config.cleaning))
+        self.writing: Counter[bytes] = Counter()  # keys of the events that the log is about to have
         self.quarantined: set[int] = set()  # offsets of events that the learner has yet to skip
         self.rejected: Counter[str] = Counter()
         self.accepted = 0
@@ -149,14 +150,18 @@ class Aggregator:
         """
         self.rejected.update(reject or {})
         now = time.monotonic()
-        objections = [self.guard.objection(event, int(now * 1000)) for event in events]
+        objections = self._objections(events, now)
         kept = [event for event, objection in zip(events, objections, strict=True) if objection is None]
+        writing = Counter(key_of(event) for event in kept)
+        self.writing += writing
         try:
             result = await asyncio.wrap_future(self.log.append(kept)) if kept else None
         except LogWriteError:
             for event in events:  # who sends again what was not taken is no flood
-                self.guard.take_back(event.user_id)
+                self.guard.take_back(event)
             raise
+        finally:
+            self.writing -= writing
         offsets = iter(result.offsets if result is not None else ())
         others = deque(result.others if result is not None else ())
         answers: list[str | None] = []
@@ -183,6 +188,24 @@ class Aggregator:
         if self.arrivals:
             self.arrived.set()
         return answers
+
+    def _objections(self, events: Sequence[Event], now: float) -> list[EventRejected | None]:
+        """Return the guard's objection to each event, None to one that the log has or is about to have: a duplicate."""
+        keys = [key_of(event) for event in events]
+        try:
+            known = self.log.known(keys)
+        except InputError:  # the log cannot be read: whoever writes to it says why
+            known = set()
+        clock, elapsed = int(time.time() * 1000), int(now * 1000)
+        objections: list[EventRejected | None] = []
+        for event, key in zip(events, keys, strict=True):
+            objection = None
+            if key not in known and key not in self.writing:
+                objection = self.guard.objection(event, elapsed, clock - event.timestamp)
+            if objection is None:
+                known.add(key)
+            objections.append(objection)
+        return objections
 
     def _take(self, event: Event, offset: int, now: float) -> None:
         """Add a durable event to its user's history and to the pending ones."""

@@ -143,11 +143,11 @@ def row_of(index: int, event: Event) -> Row:
     if not isinstance(event.timestamp, int) or abs(event.timestamp) > INT64_MAX:
         raise InputError(f"event {index}: timestamp must be whole milliseconds since 1970, not {event.timestamp!r}")
     if event.value is None:
-        return _key(event), *event
+        return key_of(event), *event
     # SQLite would keep NaN as "no value".
     if not isinstance(event.value, int | float) or not abs(event.value) <= sys.float_info.max:
         raise InputError(f"event {index}: value must be a finite number or be left out, not {event.value!r}")
-    return _key(event), *event._replace(value=float(event.value))
+    return key_of(event), *event._replace(value=float(event.value))
 
 
 def event_of(row: Row) -> Event:
@@ -160,15 +160,15 @@ def logged_event(found: tuple) -> LoggedEvent:
     return LoggedEvent(found[0], Event(*found[1:-1]), found[-1])
 
 
-def keys_of_user(user_id: str) -> tuple[bytes, bytes]:
-    """Return the least and the greatest key that an event of the user can have."""
-    return _digest(user_id) + bytes(16), _digest(user_id) + b"\xff" * 16
-
-
-def _key(event: Event) -> bytes:
+def key_of(event: Event) -> bytes:
     """Return the 32 bytes that duplicates share: the user's digest, then the digest of the rest of the identity."""
     rest = (event.event_id,) if event.event_id is not None else (event.item_id, event.event, str(event.timestamp))
     return _digest(event.user_id) + _digest(*rest)
+
+
+def keys_of_user(user_id: str) -> tuple[bytes, bytes]:
+    """Return the least and the greatest key that an event of the user can have."""
+    return _digest(user_id) + bytes(16), _digest(user_id) + b"\xff" * 16
 
 
 def _digest(*fields: str) -> bytes:

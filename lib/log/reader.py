@@ -18,6 +18,7 @@ from lib.log.log_file import (
 )
 from lib.log.order import LogOrder, Run
 
+KEYS_AT_ONCE = 500  # that one statement looks for
 REPLAY_EVENTS = 10_000  # events of one read transaction; a longer one would keep the WAL from being reused
 
 
@@ -61,6 +62,15 @@ class FeedbackLogReader:
         newest = f"{SELECT} WHERE offset IN ({NEWEST_OF_USER}) ORDER BY offset"
         found = self._database.rows(newest, *keys_of_user(user_id), -1 if limit is None else limit)
         return [logged_event(row) for row in found]
+
+    def known(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Return those of the keys (lib.log.log_file.key_of) whose events the log has."""
+        found: set[bytes] = set()
+        for start in range(0, len(keys), KEYS_AT_ONCE):
+            some = keys[start : start + KEYS_AT_ONCE]
+            statement = f"SELECT key FROM events WHERE key IN ({', '.join('?' * len(some))})"
+            found.update(key for (key,) in self._database.rows(statement, *some))
+        return found
 
     def last_offset(self) -> int:
         """Return the highest offset ever given, 0 for a log that never held an event; an erasure does not lower it."""

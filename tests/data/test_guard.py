@@ -38,6 +38,63 @@ def test_the_flood_guard_agrees_with_clean():
     assert sorted(kept["item_id"].to_pylist()) == sorted(admitted)
 
 
+def past_reasons(guard: FeedbackGuard, events: list[Event], now: int = NOW) -> Counter[str]:
+    """How many events that arrive at once were refused, by reason."""
+    found = (guard.objection(event, now, now - event.timestamp) for event in events)
+    return Counter("" if objection is None else objection.reason for objection in found)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_events_of_years_that_arrive_at_once_are_no_flood(order):
+    years = [click("u", f"i{place % 7}", NOW - 12 * 60 * 60 * 1000 * place) for place in range(1, 1001)]
+    guard = FeedbackGuard(RULES)
+    assert past_reasons(guard, years[::order]) == {"": 1000}
+    assert past_reasons(guard, [click("u", f"j{place}") for place in range(30)]) == {"": 30}  # and now goes on
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "mixed"])
+def test_a_flood_of_the_past_is_told_by_its_own_times(order):
+    times = NOW - 3_600_000 + 100 * np.arange(2000)
+    times = {"rising": times, "falling": times[::-1], "mixed": np.random.default_rng(0).permutation(times)}[order]
+    passed = past_reasons(FeedbackGuard(RULES), [click("bot", f"i{t}", int(t)) for t in times])[""]
+    assert RULES.flood_events <= passed <= 0.6 * len(times)  # what is refused counts, too
+    at_once = [click("bot", f"i{place}", NOW - 3_600_000 + 500 * (place // 50)) for place in range(200)]
+    assert past_reasons(FeedbackGuard(RULES), at_once)["rate"] > 100
+    again = [click("bot", "i", NOW - 3_600_000 + 2000 * place) for place in range(60)]
+    assert past_reasons(FeedbackGuard(RULES), again) == {"": RULES.repeat_events, "repeat": 60 - RULES.repeat_events}
+
+
+def test_so_many_events_of_invented_times_are_taken_in_an_hour():
+    guard = FeedbackGuard(RULES)
+    invented = [click("bot", "i", NOW - 10_000_000 * place) for place in range(1, 10_001)]
+    assert past_reasons(guard, invented) == {"": RULES.past_events, "flood": 10_000 - RULES.past_events}
+    assert past_reasons(guard, [click("person", "i", NOW - 100_000)]) == {"": 1}
+    assert past_reasons(guard, invented[:1], NOW + 3_599_999) == {"flood": 1}
+    assert past_reasons(guard, invented[:1], NOW + 3_600_000) == {"": 1}
+    assert past_reasons(FeedbackGuard(CleaningRules(past_events=0)), invented) == {"": 10_000}
+
+
+def test_the_past_of_few_users_is_remembered():
+    guard = FeedbackGuard(RULES, max_users=10)
+    for place in range(100):
+        assert past_reasons(guard, [click(str(place), f"i{event}", NOW - 100_000 * event) for event in (1, 2)]) == {
+            "": 2
+        }
+    assert (len(guard._pasts), guard._past_events) == (10, 20)
+    assert past_reasons(guard, [click("late", "i", NOW - 100_000)], NOW + 3_600_000) == {"": 1}
+    assert (len(guard._pasts), guard._past_events) == (1, 1)
+
+
+def test_what_was_not_taken_is_forgotten():
+    guard = FeedbackGuard(CleaningRules(past_events=2, flood_events=2))
+    for events in ([click("u", f"i{place}", NOW - 100_000 * place) for place in (1, 2)], [click("u", i) for i in "ab"]):
+        for _ in range(3):
+            assert past_reasons(guard, events) == {"": 2}
+            for event in events:
+                guard.take_back(event)
+        assert past_reasons(guard, [*events, events[0]]) == {"": 2, "flood": 1}
+
+
 def test_a_bot_is_stopped_and_let_back_when_it_has_been_quiet():
     guard = FeedbackGuard(RULES)
     clicks = [(click("bot", f"i{place}", NOW + 100 * place), NOW + place) for place in range(5000)]
@@ -89,12 +146,16 @@ def test_a_crowd_of_newcomers_is_counted_once_each():
             assert guard.objection(event, NOW + place) is None
             crowded.append(guard.crowded(event, NOW + place))
     assert crowded == [False] * 40 + [True] * 20
-    assert guard.noticed[CROWD] == 20
+    late = Event("old times", "pushed", "click", None, NOW - 10_000_000)
+    assert guard.objection(late, NOW + 40, 10_000_000) is None
+    assert guard.crowded(late, NOW + 40), "a crowd is told by arrival"
+    assert not guard.crowded(late, NOW + 40 + RULES.flood_window_ms)
+    assert guard.noticed[CROWD] == 21
     assert guard.objection(click("other", "calm"), NOW) is None
     assert not guard.crowded(click("other", "calm"), NOW)
 
 
-@pytest.mark.parametrize("name", ["rate_events", "repeat_events", "opinion_changes", "crowd_users"])
+@pytest.mark.parametrize("name", ["past_events", "rate_events", "repeat_events", "opinion_changes", "crowd_users"])
 def test_a_rule_below_zero_is_refused(name):
     values: dict[str, Any] = {name: -1}
     with pytest.raises(ValueError, match=name):

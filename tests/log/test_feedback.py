@@ -21,7 +21,7 @@ from lib.log.backend import LOG_FILE, SQLITE
 from lib.log.errors import LogCorrupt, LogLocked, LogWriteError
 from lib.log.feedback import FeedbackLog
 from lib.log.layout import LogLayout
-from lib.log.log_file import LoggedEvent
+from lib.log.log_file import LoggedEvent, key_of
 from lib.log.reader import FeedbackLogReader
 from lib.log.shard import ONLY
 from lib.log.store import AppendResult
@@ -99,6 +99,17 @@ def test_replay_ends_where_the_log_ended_when_it_began(log):
     first = next(replay)
     log.append([make_event(3)]).result()
     assert [entry.offset for entry in (first, *replay)] == [1, 2]
+
+
+def test_it_says_which_events_it_has(log):
+    events = [make_event(number, event_id=None if number % 2 else str(number)) for number in range(2000)]
+    log.append(events[:1200]).result()
+    keys = [key_of(event) for event in events]
+    assert log.known(keys) == set(keys[:1200])
+    assert log.known([key_of(events[0]._replace(item_id="other")), key_of(events[1]._replace(item_id="other"))]) == {
+        keys[0]  # an event_id is all of an identity, without one the item is a part of it
+    }
+    assert log.known([]) == set()
 
 
 def test_events_of_a_user_newest_last(log):

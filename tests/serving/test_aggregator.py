@@ -1,6 +1,7 @@
 """The aggregator without Ray: when it releases events to the learner."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -8,7 +9,7 @@ from lib.data.events import Event
 from lib.data.guard import CleaningRules
 from lib.data.history import History
 from lib.errors import InputError
-from serving.aggregator import Aggregator, AggregatorConfig, Trigger
+from serving.aggregator import DUPLICATE, Aggregator, AggregatorConfig, Trigger
 from tests.helpers.logs import make_event
 
 HOUR = 60 * 60 * 1000
@@ -35,6 +36,43 @@ def test_events_are_released_when_so_many_or_so_old_are_pending(tmp_path, trigge
         return found
 
     assert asyncio.run(released()) == due
+
+
+def test_a_repeated_request_changes_nothing_however_large_it_is(tmp_path):
+    rules = CleaningRules(flood_events=10, rate_events=0)
+
+    async def run() -> None:
+        aggregator = Aggregator(str(tmp_path), config=AggregatorConfig(cleaning=rules))
+        now = time.time_ns() // 1_000_000
+        events = [make_event(number, timestamp=now - number) for number in range(9)]
+        assert await aggregator.append(events) == [None] * 9
+        for _ in range(3):
+            assert await aggregator.append(events) == [DUPLICATE] * 9
+        more = [make_event(number, timestamp=now) for number in (100, 101)]
+        answers = await aggregator.append([*events, more[0], more[1], more[0], more[1]])
+        assert answers[:10] == [*[DUPLICATE] * 9, None], "repeated events are not counted"
+        assert [answer and answer[:5] for answer in answers[10:]] == ["flood", DUPLICATE[:5], "flood"]
+        assert (aggregator.duplicates, aggregator.rejected) == (3 * 9 + 9 + 1, {"flood": 2})
+        other = [make_event(number, "other", timestamp=now) for number in range(9)]
+        both = await asyncio.gather(aggregator.append(other), aggregator.append(other))  # at once
+        assert sorted(map(str, both[0] + both[1])) == ["None"] * 9 + [DUPLICATE] * 9
+        assert not aggregator.writing
+        await aggregator.close()
+
+    asyncio.run(run())
+
+
+def test_events_of_the_past_are_no_flood_of_today(tmp_path):
+    async def run() -> None:
+        aggregator = Aggregator(str(tmp_path))
+        now = time.time_ns() // 1_000_000
+        years = [make_event(number, timestamp=now - HOUR * 10 * number) for number in range(1, 1001)]
+        assert await aggregator.append(years) == [None] * 1000
+        assert await aggregator.append(years) == [DUPLICATE] * 1000
+        assert await aggregator.append([make_event(number, timestamp=now) for number in range(30)]) == [None] * 30
+        await aggregator.close()
+
+    asyncio.run(run())
 
 
 def test_histories_are_in_order_of_time_also_after_a_restart(tmp_path):

@@ -17,6 +17,7 @@ from ray.exceptions import RayTaskError
 from jobs.command_line import run_command
 from jobs.serve import serve_command
 from lib.data.catalog import Catalog
+from lib.data.events import Event
 from lib.data.guard import CleaningRules
 from lib.data.replay import ReplaySample
 from lib.errors import InputError
@@ -422,11 +423,14 @@ def jump(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def test_a_clock_that_jumps_stalls_no_trigger_and_floods_nobody(tmp_path, jump, by):
     rules = CleaningRules(flood_events=2, flood_window_ms=200)
 
+    def event_now(number: int) -> Event:
+        return make_event(number, timestamp=time.time_ns() // 1_000_000)
+
     async def run() -> None:
         aggregator = Aggregator(str(tmp_path), config=AggregatorConfig(cleaning=rules))
-        assert await aggregator.append([make_event(1), make_event(2)]) == [None, None]
+        assert await aggregator.append([event_now(1), event_now(2)]) == [None, None]
         jump(by)
-        [answer] = await aggregator.append([make_event(3)])
+        [answer] = await aggregator.append([event_now(3)])
         assert answer is not None, "the minute of a flood is not over because the clock was set"
         batch = await aggregator.next_batch(0, 0, SAMPLE, 20_000)
         assert isinstance(batch, MicroBatch), "the trigger waits for hours"
@@ -434,7 +438,7 @@ def test_a_clock_that_jumps_stalls_no_trigger_and_floods_nobody(tmp_path, jump, 
         delays = [time.time() * 1000 - received for received in batch.received_at]
         assert all(0 <= delay < HOUR / 2 for delay in delays)
         await asyncio.sleep(0.3)
-        assert await aggregator.append([make_event(4), make_event(5)]) == [None, None]
+        assert await aggregator.append([event_now(4), event_now(5)]) == [None, None]
         await aggregator.close()
 
     asyncio.run(run())

@@ -186,6 +186,20 @@ def test_the_good_part_of_a_batch_is_kept(service: LiveService, items: list[str]
     assert sum(after["rejected"].values()) - sum(before["rejected"].values()) == len(BAD_EVENTS)
 
 
+def test_a_large_request_that_is_repeated_changes_nothing(service: LiveService, items: list[str]) -> None:
+    now = time.time_ns() // 1_000_000
+    recent = [click("repeating", items[n % 40], timestamp=now - 200 * n) for n in range(250)]
+    years = [
+        click("importing", items[n % 40], timestamp=now - 36_000_000 * n) for n in range(1, LARGEST_EVENT_BATCH + 1)
+    ]
+    for events in (recent, years):
+        assert service.send(*events) == {"accepted": len(events), "duplicates": 0, "rejected": []}
+        for _ in range(2):
+            assert service.send(*events) == {"accepted": 0, "duplicates": len(events), "rejected": []}
+    assert service.send(click("repeating", items[50]), click("importing", items[50]))["accepted"] == 2
+    service.wait_until_learned()
+
+
 def test_an_event_that_comes_late_is_read_where_it_was(service: LiveService, items: list[str]) -> None:
     now = time.time_ns() // 1_000_000
     times = [now - 60_000 * minutes for minutes in (50, 40, 30, 20, 10)]
