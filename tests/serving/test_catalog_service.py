@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.helpers.service import LiveService, assert_refused, ids
+from tests.helpers.service import LiveService, assert_refused, click, ids
 
 REPLICAS_ASKED = 12  # new connections, which HAProxy spreads over the replicas
 
@@ -75,6 +75,24 @@ def test_feedback_on_a_put_item_is_learned(service, new_item):
     service.send(event)
     service.wait_until_learned()
     assert new_item in [item["item_id"] for item in service.export("finder")]
+
+
+def test_an_item_that_events_alone_name_has_a_row_once_two_users_have_met_it(service):
+    before = service.wait_until_learned()["learner"]["unknown_items"]
+    for number in range(3):
+        service.send(click("finder-1", "found", timestamp=1_700_000_000_000 + number))
+    service.send(*(click("maker-up", f"made-up-{number}", timestamp=1_700_000_000_000) for number in range(20)))
+    after = service.wait_until_learned()["learner"]["unknown_items"]
+    assert (after["waiting"], after["rows"]) == (before["waiting"] + 21, before["rows"])
+    for _ in range(REPLICAS_ASKED):
+        assert "found" not in recommended(service)
+    assert [event["item_id"] for event in service.export("finder-1")] == ["found"] * 3
+    assert service.recommend("finder-1")["items"]
+    service.send(click("finder-2", "found"))
+    after = service.wait_until_learned()["learner"]["unknown_items"]
+    assert (after["waiting"], after["rows"]) == (before["waiting"] + 20, before["rows"] + 1)
+    live_everywhere(service, "found")
+    service.client.delete("/v1/items/found").raise_for_status()
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,26 @@ def test_a_rollback_to_an_unknown_version_says_which_there_are(service: LiveServ
     assert service.wait_until_learned()["model_version"] == version
 
 
+def test_a_rollback_to_a_pruned_version_says_which_are_stored(mortal_service: LiveService) -> None:
+    small = learner_config().model_copy(update={"keep_bytes": 1, "snapshot_every": 2})
+    with stopped_learner(mortal_service, after=small):
+        first = mortal_service.status()["model_version"]
+    for number in range(8):
+        mortal_service.send(click("pruner", f"item-{number + 1:04}"))
+        status = mortal_service.wait_until_learned()
+    response = mortal_service.client.post("/v1/rollback", json={"version": first + 1})
+    assert_refused(response, 404, "version", f"{first + 1} is not stored", "any more", "keep_bytes", "stored are 1, ")
+    stored = status["learner"]["stored"]
+    files = [file for name in ("snapshots", "deltas") for file in (mortal_service.state / name).rglob("*")]
+    assert stored["bytes"] == sum(file.stat().st_size for file in files if file.is_file())
+    assert stored["pruned"] >= 4
+    assert stored["keep_bytes"] == 1
+    oldest = min(int(file.name) for file in (mortal_service.state / "deltas").iterdir())
+    assert mortal_service.client.post("/v1/rollback", json={"version": oldest}).raise_for_status().json()
+    with stopped_learner(mortal_service):
+        pass  # the one that starts again has the usual settings
+
+
 def test_a_rollback_without_a_learner_says_so(mortal_service: LiveService) -> None:
     with stopped_learner(mortal_service):
         assert_refused(mortal_service.client.post("/v1/rollback", json={"version": 1}), 503, "learner")
