@@ -27,7 +27,7 @@ from lib.errors import InputError
 TITLE_COLUMNS = ("title", "name")
 REMOVED = b"afterclick.removed"  # key of the removed items in the metadata of catalog.parquet
 SPLITS = b"afterclick.splits"  # key of how each text column is split into parts
-MOST_LIKES = 5000  # lines that are looked at for one item; what has more says little
+MOST_LIKES = 2000  # lines that are looked at for one item; what has more says little
 TEXT_KINDS = (TEXT, TEXTS)
 
 

@@ -128,9 +128,9 @@ class NumberIndex:
         Raises:
             pa.ArrowInvalid, pa.ArrowNotImplementedError: its values are no numbers.
         """
-        numbers = pc.cast(column, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        numbers = as_numbers(column).to_numpy(zero_copy_only=False)
         lines = np.argsort(numbers, kind="stable")  # NaN comes last
-        self._lines = lines[: np.isfinite(numbers).sum()].astype(np.int32)
+        self._lines = lines[: len(numbers) - np.isnan(numbers).sum()].astype(np.int32)
         self._numbers = numbers[self._lines]
         self._loaded = len(numbers)
         self._put = np.full(64, np.nan)  # of the lines that were put
@@ -162,6 +162,17 @@ class NumberIndex:
 
     def _put_lines(self, chosen: np.ndarray) -> np.ndarray:
         return (np.flatnonzero(chosen) + self._loaded).astype(np.int32)
+
+
+def as_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column as float64; a float32 as the decimal fraction that it was written as, 19.99 for 19.989999771.
+
+    Raises:
+        pa.ArrowInvalid, pa.ArrowNotImplementedError: its values are no numbers.
+    """
+    if column.type in (pa.float16(), pa.float32()):
+        column = column.cast(pa.float32()).cast(pa.string())
+    return pc.cast(column, pa.float64(), safe=False)
 
 
 def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from lib.data.attribute_kinds import NUMBER, TEXT, TEXTS, TYPES, WHOLE, fitting, kind_of_type
-from lib.data.column_index import NO_LINES, NumberIndex, WordIndex
+from lib.data.column_index import NO_LINES, NumberIndex, WordIndex, as_numbers
 from lib.data.conditions import bounds_of, numbers_of, texts_of, values_of
 from lib.errors import InputError
 
@@ -242,9 +242,9 @@ def _column(before: pa.ChunkedArray | None, put: list[Any], kind: str | None, li
     else:
         own = before
     try:
-        own = own.cast(wanted)
+        own = as_numbers(own) if wanted == pa.float64() else own.cast(wanted)
     except pa.ArrowInvalid:  # larger whole numbers than fit
-        own, wanted = own.cast(pa.float64(), safe=False), pa.float64()
+        own, wanted = as_numbers(own), pa.float64()
     if pa.types.is_floating(wanted):
         put = [None if value is None else float(value) for value in put]
     return pa.chunked_array([*own.chunks, pa.array(put, wanted)], wanted)

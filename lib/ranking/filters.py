@@ -59,7 +59,14 @@ class ItemFilter:
                     f"filter.{name}: more than {MOST_VALUES} values in one filter; put an attribute for them"
                 )
         allow = tuple(filter["allow"]) if "allow" in filter else None
-        return cls(json.dumps(filter, sort_keys=True), conditions, allow, tuple(filter.get("deny", ())))
+        try:
+            key = json.dumps(filter, sort_keys=True, ensure_ascii=False)
+            key.encode()
+        except ValueError as error:
+            raise InputError(
+                f"filter: a part of it is no valid Unicode, or a number of thousands of digits ({error})"
+            ) from error
+        return cls(key, conditions, allow, tuple(filter.get("deny", ())))
 
     def notes(self, catalog: Catalog) -> list[str]:
         """Name the attributes that no item of the catalog has had."""

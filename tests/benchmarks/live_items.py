@@ -44,33 +44,36 @@ from tests.benchmarks.machine import describe_machine
 WORDS, VOCABULARY, BRANDS, CATEGORIES = 20, 50_000, 2000, 200
 
 
-def described(count: int, generator: np.random.Generator, first: int = 0) -> list[dict[str, Any]]:
+def described(count: int, generator: np.random.Generator, first: int = 0) -> pa.Table:
     """Describe so many items."""
     words = np.minimum(generator.zipf(1.2, (count, WORDS)), VOCABULARY)
-    brands, categories = generator.integers(0, BRANDS, count), generator.integers(0, CATEGORIES, count)
-    prices = generator.integers(1, 100_000, count) / 100
-    return [
+    return pa.table(
         {
-            "item_id": f"i{first + number}",
-            "brand": f"Brand {brand}",
-            "category": f"Category {category}",
-            "price": price,
-            "about": " ".join(f"w{word}" for word in own),
+            "item_id": [f"i{number}" for number in range(first, first + count)],
+            "brand": [f"Brand {number}" for number in generator.integers(0, BRANDS, count).tolist()],
+            "category": [f"Category {number}" for number in generator.integers(0, CATEGORIES, count).tolist()],
+            "price": generator.integers(1, 100_000, count) / 100,
+            "about": [" ".join(f"w{word}" for word in own) for own in words.tolist()],
         }
-        for number, (brand, category, price, own) in enumerate(
-            zip(brands.tolist(), categories.tolist(), prices.tolist(), words.tolist(), strict=True)
-        )
-    ]
+    )
 
 
-def model_of(items: list[dict[str, Any]], read: bool) -> tuple[BehaviourEncoder, Catalog]:
+def as_put(items: pa.Table) -> list[tuple[str, dict[str, Any] | None]]:
+    """Return items as the item log takes them."""
+    return [(item.pop("item_id"), item) for item in items.to_pylist()]
+
+
+def model_of(items: pa.Table, read: bool) -> tuple[BehaviourEncoder, Catalog]:
     """Make an untrained model of these items, which reads their attributes or does not."""
-    catalog = Catalog([item["item_id"] for item in items], pa.Table.from_pylist(items))
+    catalog = Catalog(items["item_id"].to_pylist(), items)
     values = attribute_values(catalog) if read else []
     codes = attribute_codes(catalog, values, 4)
-    shape = PRESETS["small"].shape()
     config = BehaviourEncoderConfig(
-        item_rows=len(items) + 1, event_kinds=["click"], attribute_values=values, attributes_per_item=4, **shape
+        item_rows=len(items) + 1,
+        event_kinds=["click"],
+        attribute_values=values,
+        attributes_per_item=4,
+        **PRESETS["small"].shape(),
     )
     torch.manual_seed(0)
     encoder = BehaviourEncoder(config)
@@ -86,22 +89,21 @@ def timed(times: dict[str, list[float]], name: str) -> Iterator[None]:
     times.setdefault(name, []).append((time.perf_counter() - start) * 1e3)
 
 
-def measure_puts(folder: Path, items: list[dict[str, Any]], puts: int) -> dict[str, Any]:
+def measure_puts(folder: Path, items: pa.Table, puts: int) -> dict[str, Any]:
     """Put items one by one; return for each step the medians of the first and of the last tenth, in ms."""
     generator = np.random.default_rng(1)
     log = ItemLog(folder / "items.sqlite")
-    catalog = Catalog([item["item_id"] for item in items], pa.Table.from_pylist(items))
+    catalog = Catalog(items["item_id"].to_pylist(), items)
     conditions = {"brand": [f"Brand {number}" for number in range(500)], "price": {"max": 500}}
     times: dict[str, list[float]] = {}
     with timed(times, "index"):
         catalog.table.prepare(conditions)
     for number in range(puts):
-        [item] = described(1, generator, first=number // 2 if number % 2 else len(items) + number)
-        item_id = item.pop("item_id")
+        put = as_put(described(1, generator, first=number // 2 if number % 2 else len(items) + number))
         with timed(times, "item log"):
-            log.append([(item_id, item)])
+            log.append(put)
         with timed(times, "catalog"):
-            catalog.change({item_id: item})
+            catalog.change(dict(put))
         with timed(times, "filter of 500 brands"):
             catalog.mask(conditions)
     log.close()
@@ -113,7 +115,7 @@ def measure_puts(folder: Path, items: list[dict[str, Any]], puts: int) -> dict[s
     }
 
 
-def measure_new(folder: Path, items: list[dict[str, Any]], new: int, read: bool) -> dict[str, Any]:
+def measure_new(folder: Path, items: pa.Table, new: int, read: bool) -> dict[str, Any]:
     """Put many new items at once, twice; return the milliseconds of each step of each time."""
     encoder, catalog = model_of(items, read)
     registry = Registry(folder / "live")
@@ -125,8 +127,7 @@ def measure_new(folder: Path, items: list[dict[str, Any]], new: int, read: bool)
     history = History.of([Event("u", f"i{number}", "click", None, number) for number in range(20)])
     found = []
     for turn in range(2):
-        named = described(new, np.random.default_rng(2 + turn), first=len(items) + turn * new)
-        put = [(item["item_id"], {name: item[name] for name in item if name != "item_id"}) for item in named]
+        put = as_put(described(new, np.random.default_rng(2 + turn), first=len(items) + turn * new))
         times: dict[str, list[float]] = {}
         with timed(times, "item log"):
             revision = log.append(put) - len(put)

@@ -144,3 +144,12 @@ def test_a_column_that_an_earlier_program_fixed_without_a_value_takes_any_kind(t
             assert one.table.attributes_of("a") == {"tags": value, "none": value}
             if value == 2.5:
                 assert np.flatnonzero(one.mask({"tags": {"min": 2.5}})).tolist() == [1, 2]
+
+
+def test_numbers_beyond_all_bounds():
+    catalog = Catalog(list("abcde"), pa.table({"item_id": list("abcde"), "n": [-np.inf, 1.0, np.nan, np.inf, 2.0]}))
+    assert np.flatnonzero(catalog.mask({"n": {"min": 1}})).tolist() == [2, 4, 5]
+    assert np.flatnonzero(catalog.mask({"n": {"max": 10**400}})).tolist() == [1, 2, 4, 5]
+    assert np.flatnonzero(catalog.mask({"n": {"min": -(10**400), "max": 1}})).tolist() == [1, 2]
+    assert np.flatnonzero(catalog.mask({"n": [10**400, 2]})).tolist() == [4, 5]
+    assert not catalog.mask({"n": {"min": float("nan")}}).any()

@@ -259,7 +259,7 @@ def test_numbers_of_few_bits_and_large_whole_numbers_are_not_cut(tmp_path):
     attributes = {
         "item_id": ["a", "b"],
         "small": pa.array([1, 200], pa.uint8()),
-        "single": pa.array([1.5, 2.5], pa.float32()),
+        "single": pa.array([1.5, 2.99], pa.float32()),
         "huge": pa.array([2**63 + 5, 1], pa.uint64()),
         "code": pa.array(["x", "y"]).dictionary_encode(),
     }
@@ -271,6 +271,8 @@ def test_numbers_of_few_bits_and_large_whole_numbers_are_not_cut(tmp_path):
         assert one.table.attributes_of("a") == expected
         assert np.flatnonzero(one.mask({"single": {"min": 19.99, "max": 19.99}})).tolist() == [1]
         assert np.flatnonzero(one.mask({"small": -70_000, "code": "z"})).tolist() == [1]
+        assert np.flatnonzero(one.mask({"single": 2.99})).tolist() == [2]
+        assert np.flatnonzero(one.mask({"single": {"min": 2.99, "max": 2.99}})).tolist() == [2]
 
 
 def test_a_put_of_an_unchanged_film_keeps_its_codes():
@@ -445,7 +447,7 @@ def test_the_likes_of_a_new_item_in_a_large_catalog_are_some_of_those_that_share
     assert catalog.likes("new", items).tolist() == [number for number in range(70, 80) if number % 3 == 1]
     catalog.change({"new": {"about": "all third1"}})
     common = catalog.likes("new", items)
-    assert 1000 < len(common) <= 5000
+    assert 500 < len(common) <= 2000
     assert (common % 3 == 1).all()
 
 
