@@ -105,7 +105,8 @@ class ApproximateIndex:
             return exact_search(vectors, queries, k, mask, seen)
         # the nearest rows that pass a selective mask lie farther away, in more lists
         probe_factor = min(-(-listed // passing), MOST_PROBE_FACTOR) if selective else 1
-        scores, rows, usable = self._search(vectors, queries, k, 2 * k + 64, probe_factor, mask, selective, seen)
+        count = min(2 * k + 64, MOST_CANDIDATES)
+        scores, rows, usable = self._search(vectors, queries, k, count, probe_factor, mask, selective, seen)
         for exact in (False, True):
             short = torch.nonzero(usable < k + k // 4 + 8)[:, 0]  # too few, given the error of the codes
             if not len(short):

@@ -1,6 +1,7 @@
 """Retrieval equals brute force where it is exact, comes near it where it is not, and follows updates and filters."""
 
 import time
+from typing import Any
 
 import faiss
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from lib.retrieval.approximate import FreshRows, inner_products, is_seen
 from lib.retrieval.exact import exact_search
 from lib.retrieval.faiss_lists import PROBED_LISTS, CpuLists, GpuLists, inverted_lists, list_count, search_device
-from lib.retrieval.index import ItemIndex
+from lib.retrieval.index import ItemIndex, use_threads
 from tests.benchmarks.vectors import recall, trained_like
 
 ITEMS = 30_000
@@ -189,6 +190,44 @@ def test_filters_keep_k_results_whenever_k_exist(lasting, queries, share):
     assert found_share(lasting, queries, mask, random_seen(64, ITEMS, 1000) if share > 0.01 else None, k) >= 0.98
     _, rows = lasting.search(queries[:3], ITEMS, mask)
     assert ((rows >= 0).sum(axis=1) == mask.sum()).all()
+
+
+class GpuLimits(GpuLists):
+    """The lists for a GPU on the CPU, which refuse what the kernels of a GPU refuse."""
+
+    def search(
+        self, packed: Any, queries: torch.Tensor, count: int, probe_factor: int, mask: np.ndarray | None
+    ) -> torch.Tensor:
+        """Return candidates, if they are not more than the kernels can select."""
+        if count > 2048:
+            raise RuntimeError(f"GPU index only supports k <= 2048 (requested {count})")
+        return super().search(packed, queries, count, probe_factor, mask)
+
+
+@pytest.fixture(scope="module", params=["exact", "for a CPU", "for a GPU"])
+def every_index(items, request) -> ItemIndex:
+    """Each kind of index, over a catalog that is small enough to be searched thousands of times."""
+    use_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "for a GPU":
+            patch.setattr("lib.retrieval.approximate.inverted_lists", GpuLimits)
+        return ItemIndex(items[:2500], exact_rows=2500 if request.param == "exact" else 256)
+
+
+@pytest.mark.parametrize(("share", "seen_best"), [(1.0, 0), (1.0, 500), (0.6, 300)])
+def test_every_k_from_1_to_1000_is_answered_in_full(every_index, queries, share, seen_best):
+    """Filters and seen rows widen the search, up to an exact one."""
+    mask = np.random.default_rng(3).random(2500) < share
+    mask[0] = False
+    seen = [np.sort(line) for line in brute_force(every_index.vectors, queries[:1], seen_best)] if seen_best else None
+    for k in range(1, 1001):
+        scores, rows = every_index.search(queries[:1], k, mask, seen)
+        assert rows.shape == (1, k)
+        assert (rows > 0).all()
+        assert (np.diff(scores, axis=1) <= 0).all()
+        assert all(len(np.unique(line)) == k for line in rows)
+        assert mask[rows].all()
+        assert seen is None or not any(np.isin(line, own).any() for line, own in zip(rows, seen, strict=True))
 
 
 def test_a_filter_that_leaves_one_region_of_the_catalog(lasting, items, queries):
