@@ -41,8 +41,8 @@ class RankedItem(NamedTuple):
     propensity: float | None = None  # with exploration: the probability of this item here, given those above it
 
 
-# the rows that may be found (R,), how many, and the rows that are seen -> rows, scores
-Search = Callable[[np.ndarray, int, np.ndarray], tuple[np.ndarray, np.ndarray]]
+# the rows that may be found (R,), how many, the rows that are seen, and what is added to each score -> rows, scores
+Candidates = Callable[[np.ndarray, int, np.ndarray, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
 
 
 class Question(NamedTuple):
@@ -192,29 +192,36 @@ class Recommender:
             for own_scores, own_rows, count in zip(scores, rows, found, strict=True)
         ]
 
-    def _search(self, query: Tensor) -> Search:
+    def _search(self, query: Tensor) -> Candidates:
         """Return how candidates for one query (C,) are found."""
 
-        def nearest(mask: np.ndarray, count: int, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            scores, rows = self.index.search(query[None], count, mask, [seen])
+        def nearest(
+            mask: np.ndarray, count: int, seen: np.ndarray, weights: np.ndarray | None
+        ) -> tuple[np.ndarray, np.ndarray]:
+            scores, rows = self.index.search(query[None], count, mask, [seen], weights)
             real = rows[0] >= 0
             return rows[0][real], scores[0][real]
 
         return nearest
 
-    def _rerank(self, k: int, filter: ItemFilter | None, seen: np.ndarray, search: Search) -> list[RankedItem]:
+    def _rerank(self, k: int, filter: ItemFilter | None, seen: np.ndarray, candidates: Candidates) -> list[RankedItem]:
         """Answer one person by the ranking rules."""
         rules, mask = self._bound_rules(), self.mask(filter)
         count = rules.candidates(k)
-        masks = [mask if group is None else mask & group for group in rules.searches]
-        found = [search(own, count, seen) for own in masks]
+        rows, scores = rules.find(mask, lambda among, weights: candidates(among, count, seen, weights))
         if len(pins := rules.pinned(mask, seen)):
             pinned = np.zeros(len(mask), dtype=bool)
             pinned[pins] = True
-            found.append(search(pinned, len(pins), seen))
-        rows, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
+            found = candidates(pinned, len(pins), seen, None)
+            rows, scores = np.concatenate([rows, found[0]]), np.concatenate([scores, found[1]])
         ranked = rerank(
-            rows, scores, k, rules, self.index.vectors, self.generator, lambda open: search(mask & open, count, seen)
+            rows,
+            scores,
+            k,
+            rules,
+            self.index.vectors,
+            self.generator,
+            lambda among, weights: candidates(mask & among, count, seen, weights),
         )
         items = self._items(ranked.scores, ranked.rows)
         if ranked.propensities is None:
@@ -226,6 +233,13 @@ class Recommender:
         if not self._bound or not self._bound.fits(self.catalog, len(self.index)):
             self._bound = BoundRules.of(self.rules, self.catalog, len(self.index))
         return self._bound
+
+    def idle_rules(self) -> list[str]:
+        """Name the ranking rules that have no effect on the catalog as it is now, each with the reason."""
+        if not self.rules.active:
+            return []
+        rules = self._bound_rules()
+        return [*rules.faults, *rules.idle]
 
     def _explain(self, question: Question, items: list[RankedItem]) -> list[RankedItem]:
         """Give items the events that raised their scores most as reasons, if that was asked for."""
@@ -298,15 +312,17 @@ class Recommender:
         """Return the most popular items of late, for people of whom nothing is known."""
         popularity = self.encoder.item_popularity.cpu().numpy()
 
-        def most(mask: np.ndarray, count: int, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            scores, rows = most_popular(popularity, mask, count)
+        def most(
+            mask: np.ndarray, count: int, seen: np.ndarray, weights: np.ndarray | None
+        ) -> tuple[np.ndarray, np.ndarray]:
+            scores, rows = most_popular(popularity, mask, count, None if weights is None else top * weights)
             return rows, scores / top
 
         top = float(popularity[self.mask(filter)].max(initial=0.0)) or 1.0
         if self.rules.active:
             items = self._rerank(k, filter, NOTHING_SEEN, most)
         else:
-            rows, scores = most(self.mask(filter), k, NOTHING_SEEN)
+            rows, scores = most(self.mask(filter), k, NOTHING_SEEN, None)
             items = self._items(scores, rows)
         return [item._replace(reason="popular") for item in items]
 

@@ -13,14 +13,11 @@ and lib/ranking/off_policy.py reads.
 """
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from lib.ranking.rules import BoundRules
-
-Search = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # rows that may be found (R,) bool -> rows, scores
+from lib.ranking.rules import BoundRules, Search
 
 
 @dataclass(frozen=True)
@@ -196,8 +193,7 @@ class Slate:
         allowed[self.rows] = False
         for limited, counts in zip(self.rules.categories, self.counts, strict=True):
             allowed &= limited.without([code for code, count in counts.items() if code and count >= limited.limit])
-        found = [search(allowed if group is None else allowed & group) for group in self.rules.searches]
-        rows, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        rows, scores = self.rules.find(allowed, search)
         self.add(rows, scores)
         return len(rows) > 0
 

@@ -7,7 +7,7 @@ Weights and temperature are in units of the score s = uT A v, about a cosine: fr
 some hundredths apart. 0.05 moves an item by a few places, 0.3 past most others, 2 past all.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -24,7 +24,9 @@ from lib.ranking.filters import ItemFilter
 from lib.settings import Settings
 
 LAST = 1e6  # far more than scores and weights can make up for
-MOST_GROUPS = 16  # of rows with equal weights, each of which is one search
+MOST_RULES = 100  # of a kind: each costs a filter whenever the catalog changes
+MOST_CATEGORIES = 256  # of one item that a limit counts
+MOST_GROUPS = 16  # of rows with equal weights, each of which is one search; with more, one search weighs every row
 
 
 def _readable(filter: dict[str, Any]) -> dict[str, Any]:
@@ -57,14 +59,19 @@ class RankingRules(Settings):
 
     pin: dict[Annotated[int, Field(ge=1)], ItemId] = Field(
         default={},
-        max_length=100,
+        max_length=MOST_RULES,
         description="place (from 1) -> item id. It stands there if it passes the request's filter and is not seen; "
         "else, and until the catalog has it, the place goes to another. A place beyond the answer's last is not shown",
     )
-    boost: tuple[Boost, ...] = Field(default=(), description="items that gain in score, found however far they are")
-    bury: tuple[Bury, ...] = Field(default=(), description="items that lose in score, or come last")
+    boost: tuple[Boost, ...] = Field(
+        default=(), max_length=MOST_RULES, description="items that gain in score, found however far they are"
+    )
+    bury: tuple[Bury, ...] = Field(
+        default=(), max_length=MOST_RULES, description="items that lose in score, or come last"
+    )
     at_most: dict[str, Annotated[int, Field(ge=1, strict=True)]] = Field(
         default={},
+        max_length=MOST_RULES,
         description="attribute -> how many items of one answer may share a value of it: a hard limit, so where nothing "
         "else is left the answer is shorter. Pinned items are counted, and shown even where they alone exceed it",
     )
@@ -120,56 +127,79 @@ class Categories:
     """
 
     limit: int  # items of one answer with the same code
-    entry_of_row: np.ndarray  # (R,) int32, the line of `codes`
-    codes: np.ndarray  # (D, F) int32, one line for each distinct set of values, the last of them empty
+    entry_of_row: np.ndarray  # (R,) int32, which of the distinct sets of values each row has; the last one is empty
+    codes: np.ndarray  # (V,) int32 of all sets, one after another
+    starts: np.ndarray  # (D + 1,) int64, where each of the D sets starts in `codes`, and the last one ends
 
     def of(self, rows: np.ndarray) -> np.ndarray:
-        """Return (n, F) codes of rows (n,)."""
-        return self.codes[self.entry_of_row[rows]]
+        """Return (n, F) codes of rows (n,), F as many as one of them has."""
+        entries = self.entry_of_row[rows]
+        starts, counts = self.starts[entries], self.starts[entries + 1] - self.starts[entries]
+        place = np.arange(counts.max(initial=0))
+        found = np.zeros((len(rows), len(place)), dtype=np.int32)
+        own = place < counts[:, None]
+        found[own] = self.codes[(starts[:, None] + place)[own]]
+        return found
 
     def without(self, full: Sequence[int]) -> np.ndarray:
         """Return (R,) bool: the rows that have none of these codes."""
-        admitted = ~np.logical_or.reduce(np.isin(self.codes, full), axis=1)  # (D,)
+        sums = np.concatenate([[0], np.isin(self.codes, full).cumsum()])
+        admitted = sums[self.starts[1:]] == sums[self.starts[:-1]]  # (D,)
         return admitted[self.entry_of_row]
+
+
+# the rows that may be found (R,) bool, and what is added to the score of each (R,) -> the best rows, their own scores
+Search = Callable[[np.ndarray, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class BoundRules:
     """Ranking rules for one catalog, bound once (`BoundRules.of`), and again when they no longer fit it (`fits`).
 
-    The candidates of one person are: for each of `searches` the `candidates(k)` best rows that pass it and the
-    request's mask and are not seen; and `pinned(mask, seen)`. With boost and bury alone that gives exactly the k items
-    of the whole catalog whose score with its weight is highest, as each search covers the rows of one weight.
+    The candidates of one person are the `candidates(k)` best rows that `find` finds by their score with its weight, and
+    `pinned(mask, seen)`. With boost and bury alone that gives exactly the k items of the whole catalog whose score with
+    its weight is highest.
     """
 
     rules: RankingRules
     changes: int  # of the catalog that it was made for
     pins: Mapping[int, int]  # row -> place, from 0
     weights: np.ndarray  # (R,) float64, added to a row's score
-    searches: tuple[np.ndarray | None, ...]  # (R,) bool each, no row in two; None is all rows
+    groups: tuple[np.ndarray | None, ...]  # (R,) bool each: rows of a weight, without pins; None: all; none: too many
     categories: tuple[Categories, ...]
+    idle: tuple[str, ...]  # rules without effect until items are put, and why
+    faults: tuple[str, ...]  # rules without effect as they do not suit the catalog's attributes, and why
 
     @classmethod
     def of(cls, rules: RankingRules, catalog: Catalog, rows: int | None = None) -> "BoundRules":
         """Bind rules to a catalog whose item vectors have so many rows; by default one more than it has items.
 
-        Raises:
-            InputError: a rule names an attribute that the catalog does not have, or a condition has another form.
+        A catalog changes while it is live, so nothing is raised: a rule that does not suit it now has no effect, and
+        is listed.
         """
         rows = len(catalog) + 1 if rows is None else rows
+        idle, faults = _idle(rules, catalog), []
         pins = {catalog.row_of[item]: place - 1 for place, item in rules.pin.items() if item in catalog.row_of}
-        weights, groups = _weighted(rules, catalog, rows)
-        for group in groups:
-            group[list(pins)] = False
-        whole = len(groups) == 1 and not pins
+        weights = _weights(rules, catalog, rows, faults)
         return cls(
             rules=rules,
             changes=catalog.changes,
             pins=pins,
             weights=weights,
-            searches=(None,) if whole else tuple(groups),
-            categories=_limited(rules.at_most, catalog, rows),
+            groups=_groups(weights, pins),
+            categories=_limited(rules.at_most, catalog, rows, faults),
+            idle=idle,
+            faults=tuple(faults),
         )
+
+    def check(self) -> None:
+        """Refuse rules that do not suit the catalog.
+
+        Raises:
+            InputError: the first of them.
+        """
+        if self.faults:
+            raise InputError(self.faults[0])
 
     def fits(self, catalog: Catalog, rows: int) -> bool:
         """Return whether the catalog and the number of rows are those that the rules were bound to."""
@@ -179,67 +209,103 @@ class BoundRules:
         """Return how many rows each search has to find for an answer of k."""
         return max(2 * k, self.rules.candidates) if self.rules.chooses else k
 
+    def find(self, mask: np.ndarray, search: Search) -> tuple[np.ndarray, np.ndarray]:
+        """Return rows of a mask (R,), pins left out, that include the best by score and weight, and their scores.
+
+        Rows of few weights take a search of each; of many, one search that weighs every row.
+        """
+        if not self.groups:
+            mask = mask.copy()
+            mask[list(self.pins)] = False
+            return search(mask, self.weights)
+        found = [search(mask if group is None else mask & group, None) for group in self.groups]
+        rows, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return rows, scores
+
     def pinned(self, mask: np.ndarray, seen: np.ndarray) -> np.ndarray:
         """Return the pinned rows that pass the request's mask (R,) and are not among the rows seen."""
         return np.array([row for row in self.pins if mask[row] and row not in seen], dtype=np.int64)
 
 
-def _weighted(rules: RankingRules, catalog: Catalog, rows: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return (R,) the weight of each row, and the rows of each weight as masks (R,)."""
+def _idle(rules: RankingRules, catalog: Catalog) -> tuple[str, ...]:
+    """Name what no item has: pinned items, and attributes of filters and limits."""
+    idle = [
+        f"pin.{place}: there is no item {item!r}; until it is put, another one has its place"
+        for place, item in rules.pin.items()
+        if item not in catalog.row_of or item in catalog.removed
+    ]
+    for kind, filtered in (("boost", rules.boost), ("bury", rules.bury)):
+        for place, rule in enumerate(filtered):
+            readable = ItemFilter.of(rule.filter)
+            idle += [f"{kind}.{place}.{note}" for note in ([] if readable is None else readable.notes(catalog))]
+    unknown = [name for name in rules.at_most if not _has(catalog, name)]
+    return (*idle, *(f"at_most.{name}: no item has this attribute, so nothing is limited" for name in unknown))
+
+
+def _has(catalog: Catalog, attribute: str) -> bool:
+    """Return whether any item has had an attribute, also one of values that cannot be filtered by."""
+    loaded = [] if catalog.table.loaded is None else catalog.table.loaded.column_names
+    return attribute != "item_id" and (attribute in catalog.table.kinds or attribute in loaded)
+
+
+def _weights(rules: RankingRules, catalog: Catalog, rows: int, faults: list[str]) -> np.ndarray:
+    """Return (R,) the weight of each row."""
     weights = np.zeros(rows)
-    groups: list[np.ndarray] = [np.ones(rows, dtype=bool)]
     signed = [(f"boost.{place}", rule.filter, rule.weight) for place, rule in enumerate(rules.boost)]
     signed += [
         (f"bury.{place}", rule.filter, -LAST if rule.weight is None else -rule.weight)
         for place, rule in enumerate(rules.bury)
     ]
     for name, filter, weight in signed:
-        mask = np.zeros(rows, dtype=bool)
-        mask[: len(catalog) + 1] = _mask(name, filter, catalog)
-        weights[mask] += weight
-        parts: list[np.ndarray] = [part for group in groups for part in (group & mask, group & ~mask)]
-        groups = [part for part in parts if part.any()]
-        if len(groups) > MOST_GROUPS:
-            raise InputError(f"{name}: the rules make more than {MOST_GROUPS} sums of weights; let fewer rules overlap")
-    return weights, groups
+        readable = ItemFilter.of(filter)
+        assert readable is not None
+        try:
+            weights[: len(catalog) + 1][readable.mask(catalog)] += weight
+        except InputError as error:
+            faults.append(f"{name}.{error}")
+    return weights
 
 
-def _mask(name: str, filter: dict[str, Any], catalog: Catalog) -> np.ndarray:
-    readable = ItemFilter.of(filter)
-    assert readable is not None
-    try:
-        return readable.mask(catalog)
-    except InputError as error:
-        raise InputError(f"{name}.{error}") from error
-
-
-def _limited(at_most: Mapping[str, int], catalog: Catalog, rows: int) -> tuple[Categories, ...]:
-    if not at_most:
+def _groups(weights: np.ndarray, pins: Mapping[int, int]) -> tuple[np.ndarray | None, ...]:
+    """Return the rows of each weight but for those that are pinned, as masks (R,); nothing where there are too many."""
+    sums = np.unique(weights[np.flatnonzero(weights)])
+    if len(sums) >= MOST_GROUPS:
         return ()
-    attributes = catalog.attributes
-    if attributes is None:
-        name = next(iter(at_most))
-        raise InputError(f"at_most.{name}: the catalog has no attributes; ingest the dataset with an items table")
-    known = [column for column in attributes.column_names if column != "item_id"]
-    for name in at_most:
-        if name not in known:
-            raise InputError(f"at_most.{name}: no such attribute; the catalog has {', '.join(known)}")
+    if not len(sums) and not pins:
+        return (None,)
+    groups = [weights == value for value in (0.0, *sums)]
+    for group in groups:
+        group[list(pins)] = False
+    return tuple(groups)
+
+
+def _limited(at_most: Mapping[str, int], catalog: Catalog, rows: int, faults: list[str]) -> tuple[Categories, ...]:
+    limits = {name: limit for name, limit in at_most.items() if _has(catalog, name)}
+    if not limits or catalog.attributes is None:
+        return ()
     row_of = catalog.row_of  # an item that is described need not have a row yet
-    described = np.array([row_of.get(item_id, 0) for item_id in attributes["item_id"].to_pylist()], dtype=np.int64)
-    return tuple(_categories(catalog, name, limit, described, rows) for name, limit in at_most.items())
+    described = np.array([row_of.get(item_id, 0) for item_id in catalog.attributes["item_id"].to_pylist()], np.int64)
+    found = []
+    for name, limit in limits.items():
+        try:
+            found.append(_categories(catalog, name, limit, described, rows))
+        except InputError as error:
+            faults.append(str(error))
+    return tuple(found)
 
 
 def _categories(catalog: Catalog, name: str, limit: int, described: np.ndarray, rows: int) -> Categories:
     entries, values = _distinct(catalog, name)
     code_of: dict[str, int] = {}
-    own = [sorted({code_of.setdefault(value, len(code_of) + 1) for value in line if value}) for line in values]
-    codes = np.zeros((len(own) + 1, max(map(len, own), default=0)), dtype=np.int32)
-    for entry, line in enumerate(own):
-        codes[entry, : len(line)] = line
+    own = [
+        [code_of.setdefault(value, len(code_of) + 1) for value in dict.fromkeys(line) if value][:MOST_CATEGORIES]
+        for line in values
+    ]
     entry_of_row = np.full(rows, len(own), dtype=np.int32)
     entry_of_row[described] = entries
     entry_of_row[0] = len(own)
-    return Categories(limit, entry_of_row, codes)
+    codes = np.array([code for line in own for code in line], dtype=np.int32)
+    return Categories(limit, entry_of_row, codes, np.cumsum([0, *map(len, own), 0]))
 
 
 def _distinct(catalog: Catalog, name: str) -> tuple[np.ndarray, list[list[str]]]:

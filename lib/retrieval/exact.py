@@ -20,6 +20,7 @@ def exact_search(
     k: int,
     mask: np.ndarray | None = None,
     seen: Sequence[np.ndarray] | None = None,
+    weights: np.ndarray | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scores (B, k) and rows (B, k) of the largest inner products, best first.
 
@@ -31,10 +32,11 @@ def exact_search(
         k: how many.
         mask: (N,) bool, the rows that may be found; None for all.
         seen: for each query the rows that it must not find, each once; None for none.
+        weights: (N,) float64, added to the inner products to find and order the rows; the scores are without it.
     """
     passing = len(vectors) if mask is None else int(np.count_nonzero(mask))
     if mask is not None and passing * GATHERED_SHARE < len(mask):
-        return _search_gathered(vectors, queries, k, np.flatnonzero(mask), seen)
+        return _search_gathered(vectors, queries, k, np.flatnonzero(mask), seen, weights)
     step = max((SCORES_AT_ONCE_ON_GPU if vectors.is_cuda else SCORES_AT_ONCE) // max(len(vectors), 1), 1)
     found = []
     for start in range(0, max(len(queries), 1), step):
@@ -42,7 +44,7 @@ def exact_search(
         scores = _scores(vectors, queries[part], mask, len(vectors) - passing)
         if seen is not None:
             exclude(scores, seen[part])
-        found.append(top_k(scores, k))
+        found.append(_top_k_weighted(scores, k, weights) if weights is not None and len(weights) else top_k(scores, k))
     if len(found) == 1:
         return found[0]
     scores, rows = zip(*found, strict=True)
@@ -50,7 +52,12 @@ def exact_search(
 
 
 def _search_gathered(
-    vectors: torch.Tensor, queries: torch.Tensor, k: int, chosen: np.ndarray, seen: Sequence[np.ndarray] | None
+    vectors: torch.Tensor,
+    queries: torch.Tensor,
+    k: int,
+    chosen: np.ndarray,
+    seen: Sequence[np.ndarray] | None,
+    weights: np.ndarray | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gather a few rows and search among them."""
     if seen is not None:
@@ -59,7 +66,8 @@ def _search_gathered(
         places = [place[rows] for rows in seen]
         seen = [one[one >= 0] for one in places]
     rows = torch.from_numpy(np.append(chosen, -1)).to(vectors.device)  # the place -1 stands for the row -1
-    scores, found = exact_search(vectors[rows[:-1]], queries, k, None, seen)
+    weights = None if weights is None else weights[chosen]
+    scores, found = exact_search(vectors[rows[:-1]], queries, k, None, seen, weights)
     return scores, rows[found]
 
 
@@ -97,3 +105,13 @@ def top_k(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         columns = torch.nn.functional.pad(columns, missing, value=-1)
     columns[found == -torch.inf] = -1
     return found, columns
+
+
+def _top_k_weighted(scores: torch.Tensor, k: int, weights: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `top_k` does of scores (B, N) with weights (N,) added, in the scores without them.
+
+    In 64 bits, in which a weight of a million leaves the differences of scores as they are.
+    """
+    found, columns = top_k(scores.double() + torch.from_numpy(weights).to(scores.device), k)
+    own = scores.gather(1, columns.clamp(min=0))
+    return torch.where(found > -torch.inf, own, -torch.inf), columns

@@ -102,6 +102,7 @@ class ItemIndex:
         k: int,
         mask: np.ndarray | None = None,
         seen: Sequence[np.ndarray] | None = None,
+        weights: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return scores (B, k) and rows (B, k) of the best items, best first; minus infinity and -1 where fewer exist.
 
@@ -110,12 +111,17 @@ class ItemIndex:
             k: how many; so many are found whenever so many pass `mask` and `seen`.
             mask: (N,) bool, the rows that may be found; None for all.
             seen: for each query the rows that it must not find, ascending, such as a person's history; None for none.
+            weights: (N,) float64, added to each row's score to find and order the rows, all of them searched exactly;
+                the scores are without it.
         """
         given = torch.from_numpy(queries) if isinstance(queries, np.ndarray) else queries
         vectors = self._tensor[: self._count]
         given = given.to(self._device, torch.float32).contiguous()
-        if self._approximate is None or (mask is not None and np.count_nonzero(mask) <= self._exact_rows):
-            scores, rows = exact_search(vectors, given, k, mask, seen)
+        if self._approximate is None or weights is not None or self._are_few(mask):
+            scores, rows = exact_search(vectors, given, k, mask, seen, weights)
         else:
             scores, rows = self._approximate.search(vectors, given, k, mask, seen)
         return scores.cpu().numpy(), rows.cpu().numpy()
+
+    def _are_few(self, mask: np.ndarray | None) -> bool:
+        return mask is not None and int(np.count_nonzero(mask)) <= self._exact_rows

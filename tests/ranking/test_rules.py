@@ -1,5 +1,6 @@
 """Ranking rules: each does what it promises, and says how likely what it drew was."""
 
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -52,10 +53,13 @@ def bound(catalog: Catalog, **rules) -> BoundRules:
     return BoundRules.of(RankingRules(**rules), catalog)
 
 
-def best(scores: np.ndarray, mask: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def best(
+    scores: np.ndarray, mask: np.ndarray, count: int, weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The index, the long way."""
     rows = np.flatnonzero(mask & (np.arange(len(mask)) > 0))
-    rows = rows[np.argsort(-scores[rows], kind="stable")[:count]]
+    merit = scores if weights is None else scores + weights
+    rows = rows[np.argsort(-merit[rows], kind="stable")[:count]]
     return rows, scores[rows]
 
 
@@ -72,10 +76,18 @@ def answer(
     mask = np.ones(len(scores), dtype=bool) if mask is None else mask.copy()
     pinned = rules.pinned(mask, seen)
     mask[seen] = False
-    masks = [mask if group is None else mask & group for group in rules.searches]
-    rows = np.concatenate([best(scores, one, rules.candidates(k))[0] for one in masks] + [pinned])
+    found, _ = rules.find(mask, lambda among, weights: best(scores, among, rules.candidates(k), weights))
+    rows = np.concatenate([found, pinned])
     generator = np.random.default_rng(seed)
-    return rerank(rows, scores[rows], k, rules, vectors, generator, lambda more: best(scores, mask & more, 20))
+    return rerank(
+        rows,
+        scores[rows],
+        k,
+        rules,
+        vectors,
+        generator,
+        lambda among, weights: best(scores, mask & among, 20, weights),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,7 +101,7 @@ def test_every_rule_is_off_by_default(catalog, scores, vectors):
     assert found.scores.tolist() == scores[found.rows].tolist()
     assert found.propensities is None
     assert bound(catalog).candidates(10) == 10
-    assert bound(catalog).searches == (None,)
+    assert bound(catalog).groups == (None,)
 
 
 @pytest.mark.parametrize(
@@ -145,27 +157,66 @@ def test_a_wrong_rule_is_named(written, message):
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ({"bury": [{"filter": {"price": {"low": 1}}}]}, "bury.0.filter.price: a range is written"),
-        ({"at_most": {"size": 3}}, "at_most.size: no such attribute; the catalog has colour, genres, tags, price"),
-        ({"at_most": {"item_id": 3}}, "at_most.item_id: no such attribute"),
+        ({"boost": [{"filter": {"colour": {"min": 1}}, "weight": 1}]}, "boost.0.filter.colour: a range needs numbers"),
     ],
 )
-def test_a_rule_that_the_catalog_cannot_keep_is_named(catalog, written, message):
+def test_a_rule_that_does_not_suit_the_catalog_is_named_and_has_no_effect(catalog, scores, vectors, written, message):
+    rules = bound(catalog, **written)
     with pytest.raises(InputError) as raised:
-        bound(catalog, **written)
+        rules.check()
     assert str(raised.value).startswith(message)
+    assert answer(rules, scores, vectors, 10).rows.tolist() == best(scores, scores < 9, 10)[0].tolist()
 
 
-def test_limits_need_attributes():
-    with pytest.raises(InputError, match=r"at_most\.genres: the catalog has no attributes; ingest"):
-        bound(Catalog(["a"]), at_most={"genres": 1})
+@pytest.mark.parametrize(
+    ("written", "idle"),
+    [
+        ({"pin": {2: "i99", 1: "i5"}}, ["pin.2: there is no item 'i99'"]),
+        (
+            {"boost": [{"filter": {"size": 3}, "weight": 1}]},
+            ["boost.0.filter.size: no item has this attribute, so none matches; there are colour, genres, tags, price"],
+        ),
+        ({"bury": [{"filter": {"deny": ["i1"], "in_stock": False}}]}, ["bury.0.filter.in_stock: no item has"]),
+        ({"at_most": {"size": 3, "colour": 100}}, ["at_most.size: no item has this attribute"]),
+        ({"at_most": {"item_id": 3}}, ["at_most.item_id: no item has this attribute"]),
+    ],
+)
+def test_a_rule_of_what_nothing_has_yet_is_named_and_has_no_effect(catalog, scores, vectors, written, idle):
+    rules = bound(catalog, **written)
+    rules.check()
+    assert len(rules.idle) == len(idle)
+    assert all(told.startswith(expected) for told, expected in zip(rules.idle, idle, strict=True))
+    expected = best(scores, scores < 9, 10)[0].tolist()
+    if "pin" in written:
+        expected = [5, *(row for row in expected if row != 5)][:10]
+    assert answer(rules, scores, vectors, 10).rows.tolist() == expected
 
 
-def test_too_many_sums_of_weights_are_refused(catalog):
-    boost = [{"filter": {"price": {"min": price}, "deny": [f"i{price}"]}, "weight": 1} for price in range(1, 7)]
-    boost += [{"filter": {"colour": colour}, "weight": 2} for colour in COLOURS]
-    with pytest.raises(InputError, match=r"boost\.\d: the rules make more than 16 sums of weights; let fewer"):
-        bound(catalog, boost=boost)
+def test_limits_without_attributes_have_no_effect():
+    assert bound(Catalog(["a"]), at_most={"genres": 1}).idle == (
+        "at_most.genres: no item has this attribute, so nothing is limited",
+    )
+
+
+def test_more_rules_than_an_answer_can_afford_are_refused_when_they_are_read():
+    for kind in ("boost", "bury"):
+        RankingRules.model_validate({kind: [{"filter": {"colour": "red"}, "weight": 1}] * 100})
+        with pytest.raises(InputError, match=rf"^{kind}: tuple should have at most 100 items"):
+            bound(Catalog(), **{kind: [{"filter": {"colour": "red"}, "weight": 1}] * 101})
+    with pytest.raises(InputError, match=r"^at_most: dictionary should have at most 100 items"):
+        bound(Catalog(), at_most={f"attribute-{number}": 1 for number in range(101)})
+
+
+def test_an_item_with_more_values_than_are_counted_changes_nothing_for_others(scores, vectors):
+    """Its codes take room of their own; the first 256 are counted."""
+    tags = [[f"t{number}" for number in range(100_000)], ["t1"], ["t99999"], ["t99999"], None]
+    catalog = Catalog(list("abcde"), pa.table({"item_id": list("abcde"), "tags": tags}))
+    rules = bound(catalog, at_most={"tags": 1})
+    assert rules.categories[0].of(np.array([1])).shape == (1, 256)
+    assert rules.categories[0].of(np.array([2, 5])).tolist() == [[2], [0]]
+    rows, values = np.arange(1, 6), np.array([0.5, 0.4, 0.3, 0.2, 0.1])
+    found = rerank(rows, values, 5, rules, vectors, np.random.default_rng(0))
+    assert found.rows.tolist() == [1, 3, 5]
 
 
 def test_rules_are_bound_anew_when_the_catalog_changed():
@@ -238,6 +289,88 @@ def test_weights_reach_the_whole_catalog(catalog, scores, vectors):
         found = answer(rules, scores, vectors, k)
         assert found.rows.tolist() == best(weighted, scores < 9, k)[0].tolist()
         assert found.scores.tolist() == scores[found.rows].tolist()  # s, without the weight
+
+
+def random_filter(generator: np.random.Generator) -> dict:
+    """Some filter, over attributes that items have and one that they only may get."""
+    conditions = {
+        "colour": [str(value) for value in generator.choice(COLOURS, generator.integers(1, 3), replace=False)],
+        "tags": str(generator.choice(GENRES)),
+        "price": {"min": int(generator.integers(0, 5)), "max": int(generator.integers(3, 8))},
+        "size": int(generator.integers(0, 3)),
+        "deny": [f"i{number}" for number in generator.integers(1, ITEMS, 20)],
+    }
+    chosen = generator.choice(list(conditions), generator.integers(1, 3), replace=False)
+    return {str(name): conditions[str(name)] for name in chosen}
+
+
+def weighted_by_hand(written: dict, catalog: Catalog, row: int) -> float:
+    """What the rules add to the score of a row, item by item."""
+    assert catalog.attributes is not None
+    own = next(line for line in catalog.attributes.to_pylist() if line["item_id"] == catalog.item_ids[row])
+    total = 0.0
+    for sign, rule in [(1, rule) for rule in written["boost"]] + [(-1, rule) for rule in written["bury"]]:
+        passes = True
+        for name, condition in rule["filter"].items():
+            value = own["item_id"] if name == "deny" else own.get(name)
+            if name == "deny":
+                passes &= value not in condition
+            elif name == "price":
+                passes &= value is not None and condition["min"] <= value <= condition["max"]
+            else:
+                wanted = condition if isinstance(condition, list) else [condition]
+                passes &= any(each in (value if isinstance(value, list) else [value]) for each in wanted)
+        total += sign * rule.get("weight", 1e6) * passes
+    return total
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_rules_and_any_puts_give_what_scoring_every_item_gives(catalog, scores, vectors, seed):
+    generator = np.random.default_rng(seed)
+    count = int(generator.integers(1, 13))
+    written = {"boost": [], "bury": []}
+    for _ in range(count):
+        rule = {"filter": random_filter(generator), "weight": float(generator.choice([0.1, 0.2, 0.3, 0.7]))}
+        kind = str(generator.choice(["boost", "bury"]))
+        if kind == "bury" and generator.random() < 0.2:
+            del rule["weight"]
+        written[kind].append(rule)
+    live = Catalog(catalog.item_ids[1:], catalog.attributes)
+    for _ in range(4):
+        for item in generator.choice(live.item_ids[1:], 5, replace=False):
+            put = {"colour": str(generator.choice([*COLOURS, "black"])), "price": int(generator.integers(0, 9))}
+            put |= {"tags": [str(tag) for tag in generator.choice(GENRES, 2, replace=False)]}
+            put |= {"size": int(generator.integers(0, 3))} if generator.random() < 0.5 else {}
+            live.change({str(item): put})
+        rules = bound(live, **written)
+        assert rules.faults == ()
+        weights = np.array([0.0, *(weighted_by_hand(written, live, row) for row in range(1, ITEMS + 1))])
+        assert rules.weights == pytest.approx(weights)
+        expected = best(scores.astype(np.float64) + weights, scores < 9, 12)[0]
+        found = answer(rules, scores, vectors, 12)
+        assert found.rows.tolist() == expected.tolist()
+        assert found.scores.tolist() == scores[expected].tolist()
+
+
+@pytest.mark.parametrize("others", [{}, {"at_most": {"tags": 2}}, {"diversity_lambda": 0.6}, {"pin": {2: "i7"}}])
+def test_rows_of_many_weights_are_weighed_in_one_search_with_the_same_answer(catalog, scores, vectors, others):
+    """The rules of the report: five that overlap in every way, and one more weight than is searched for singly."""
+    items = np.arange(1, ITEMS + 1)
+    boost = [
+        {"filter": {"allow": [f"i{item}" for item in items if item >> bit & 1]}, "weight": 0.01 * 2**bit}
+        for bit in range(5)
+    ]
+    rules = bound(catalog, boost=boost, **others)
+    assert rules.groups == ()
+    weights = np.unique(rules.weights)
+    every_group = replace(rules, groups=tuple(rules.weights == value for value in weights))
+    for group in every_group.groups:
+        assert group is not None
+        group[list(rules.pins)] = False
+    for k in (1, 5, 30):
+        one, many = answer(rules, scores, vectors, k), answer(every_group, scores, vectors, k)
+        assert one.rows.tolist() == many.rows.tolist()
+        assert one.scores.tolist() == many.scores.tolist()
 
 
 def test_a_weight_of_two_puts_before_all_others(catalog, scores, vectors):
@@ -351,7 +484,7 @@ def test_candidates_that_are_searched_later_are_compared_with_the_answer(catalog
     rules = bound(catalog, **written)
     rows = np.flatnonzero(catalog.mask({"colour": "red"}))
     generator = np.random.default_rng(0)
-    found = rerank(rows, scores[rows], 4, rules, vectors, generator, lambda more: best(scores, more, ITEMS)).rows
+    found = rerank(rows, scores[rows], 4, rules, vectors, generator, lambda *among: best(scores, among[0], ITEMS)).rows
     others = np.flatnonzero(~catalog.mask({"colour": "red"}))[1:]
     merit = 0.4 * scores[others] - 0.6 * (vectors[others] @ vectors[found[:3]].T).max(axis=1)
     assert found[3] == others[merit.argmax()]
