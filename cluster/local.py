@@ -11,8 +11,10 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,11 +27,12 @@ HOST = "127.0.0.1"
 OTHER_PORTS = range(10_000, 12_000)
 REPLICA_PORTS = range(12_000, 32_000)
 PORTS_PER_CLUSTER = 200
+LONGEST_FOLDER = 97 - 57 - len("/admin.sock")  # characters
 
 
 def prepare_environment() -> None:
     """Set what Ray and Serve read at import, unless the user has set it already."""
-    folder = Path(tempfile.gettempdir()) / f"afterclick-haproxy-{os.getpid()}"
+    folder = _haproxy_folder()
     if "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC" not in os.environ:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     settings = {} if "RAY_ADDRESS" in os.environ else _settings_of_one_machine()
@@ -67,6 +70,13 @@ def prepare_environment() -> None:
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+
+
+def _haproxy_folder() -> Path:
+    """Return this process's folder for HAProxy; Serve adds 57 characters, and a socket's path may have 97."""
+    name = f"afterclick-{os.getpid()}"
+    folder = Path(tempfile.gettempdir()) / name
+    return folder if len(str(folder)) <= LONGEST_FOLDER else Path("/tmp") / name
 
 
 def _settings_of_one_machine() -> dict[str, str]:
@@ -139,11 +149,46 @@ def connect() -> bool:
 @contextmanager
 def running_ray() -> Iterator[None]:
     """Have Ray for the length of a job; stop it if it was started here."""
-    started = connect()
+    prepare_environment()
+    import ray
+
+    own = not ray.is_initialized() and "RAY_ADDRESS" not in os.environ
+    try:
+        with _own_sigterm():
+            connect()
+        yield
+    finally:
+        if own:
+            with undisturbed():
+                ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM: `ray.init` sets one of its own, which exits with another status."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:  # what Ray's handler raises
+        if callable(handler):
+            handler(signal.SIGTERM, None)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ignore Ctrl-C and SIGTERM during a block that stops what runs, which takes seconds and must not be cut off."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        if started:
-            import ray
-
-            ray.shutdown()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -1,16 +1,19 @@
 """The `afterclick` command line: one Typer application whose verbs are imported when they are called.
 
-Exit status: 0; 1, a job failed; 2, bad input, with one line that names the field and the remedy; 130, Ctrl-C. The
+Exit status: 0; 1, a job failed; 2, bad input, with one line that names the field and the remedy; 130, Ctrl-C; 143,
+SIGTERM. The last two are 128 and the signal's number, as shells have it, also of a verb that stops cleanly. The
 traceback of a failed job goes to a log file that its one line names, and to stderr where AFTERCLICK_TRACEBACK=1.
 """
 
 import importlib
 import os
+import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from types import FrameType
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -19,9 +22,12 @@ from typer.main import get_command
 
 from lib.errors import InputError
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 TRACEBACK = "AFTERCLICK_TRACEBACK"
-EXIT_STATUS = f"Exit status: 0, 1 (failed), 2 (bad input) or 130 (Ctrl-C). {TRACEBACK}=1 prints tracebacks."
+EXIT_STATUS = (
+    f"Exit status: 0, 1 (failed), 2 (bad input), {INTERRUPTED} (Ctrl-C) or {TERMINATED} (SIGTERM). "
+    f"{TRACEBACK}=1 prints tracebacks."
+)
 
 
 class Verb(NamedTuple):
@@ -131,11 +137,23 @@ def _run(command: Any, arguments: Sequence[str] | None, name: str | None) -> int
 
 
 def _guarded(run: Callable[[], int]) -> int:
-    """Return the exit status of a run, after the one line that says what went wrong with it."""
+    """Return the exit status of a run, after the one line that says what went wrong with it.
+
+    SIGTERM interrupts it as Ctrl-C does, so that it stops its parts first. Of the exceptions that a handler may raise
+    Ray lets KeyboardInterrupt alone through as it is.
+    """
+    terminated = []
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        terminated.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
-        return run()
+        status = run()
+        return TERMINATED if status == INTERRUPTED and terminated else status
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return TERMINATED if terminated else INTERRUPTED
     except Exception as error:
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             traceback.print_exc()
@@ -145,6 +163,8 @@ def _guarded(run: Callable[[], int]) -> int:
             return BAD_INPUT
         print(f"failed: {_one_line(_description(origin))} (log: {_write_log(error)})", file=sys.stderr)
         return FAILED
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _description(error: BaseException) -> str:

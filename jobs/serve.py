@@ -60,9 +60,9 @@ def serve_command(
         list[str] | None, typer.Option(help="Test setting key=value; repeatable.", rich_help_panel=CHALLENGER)
     ] = None,
 ) -> None:
-    """Serve a model, learn from feedback, push the weights; Ctrl-C stops it cleanly."""
+    """Serve a model, learn from feedback, push the weights; Ctrl-C and SIGTERM stop it cleanly, in 10 s at most."""
     from jobs.configuration import settings_from, values_of, yaml_of
-    from jobs.service import LiveSettings, check_service, counted, running_service, stop_on_signal
+    from jobs.service import LiveSettings, check_service, counted, running_service, sole_service, stop_on_signal
     from lib.data.guard import CleaningRules
     from lib.ranking.rules import RankingRules
     from serving.app import ServeArguments
@@ -82,14 +82,16 @@ def serve_command(
         challenger=_challenger(challenger, challenger_share, shadow, values_of(challenger_set or [])),
     )
     check_service(arguments, port)
-    stop = stop_on_signal()
     parts = f"{counted(replicas, 'replica')}, {counted(aggregators, 'aggregator')} and the learner"
-    print(f"starting Ray, {parts}", flush=True)
-    with running_service(arguments, port, live.learner, learner_workers) as url:
-        print(f"serving at {url}  (page: {url}/, API: {url}/docs)  Ctrl-C stops it", flush=True)
-        stop.wait()
-        print("stopping", flush=True)
+    with sole_service(arguments.state_location):
+        print(f"starting Ray, {parts}", flush=True)
+        with running_service(arguments, port, live.learner, learner_workers) as url:
+            stop = stop_on_signal()
+            print(f"serving at {url}  (page: {url}/, API: {url}/docs)  Ctrl-C stops it", flush=True)
+            stop.wait()
+            print("stopping", flush=True)
     print("stopped", flush=True)
+    raise typer.Exit(stop.status)
 
 
 def _challenger(

@@ -3,13 +3,17 @@
 It is started in the order in which its parts need one another, and stopped in the opposite order.
 """
 
+import fcntl
 import logging
+import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import FrameType
 from typing import cast
 
 import httpx
@@ -17,11 +21,11 @@ import ray
 from pydantic import Field
 from ray import serve
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import HTTPOptions
 
-from cluster.local import HOST, require_free_port, running_ray
+from cluster.local import HOST, require_free_port, running_ray, undisturbed
 from lib.data.dataset import read_events
 from lib.errors import InputError
 from lib.live.settings import LearnerConfig
@@ -36,8 +40,9 @@ from serving.learner import check_logs, start_learner
 from serving.rollout import APPLICATION, LEARNER
 from serving.status import LearnerStatus
 
+LOCK_FILE = "serving.lock"  # in the state folder
 START_SECONDS = 60.0  # for HAProxy to know the replicas
-STOP_SECONDS = 30.0
+STOP_SECONDS = 6.0  # for all parts together; containers are killed after 10
 
 
 class LiveSettings(LearnerConfig):
@@ -55,19 +60,43 @@ def check_service(arguments: ServeArguments, port: int) -> None:
     """Refuse, before Ray is started, what cannot be served.
 
     Raises:
-        InputError: the port is taken; model, dataset, state or challenger cannot be used; or the catalog lacks what
-            a ranking rule names.
+        InputError: the port is taken; model, dataset or challenger cannot be used; or a ranking rule does not suit the
+            catalog.
     """
     require_free_port(port)
     arguments.check()
     _, catalog, _ = load_model(arguments.model)
-    BoundRules.of(arguments.ranking, catalog)
+    BoundRules.of(arguments.ranking, catalog).check()
     if arguments.challenger is not None:
         check_challenger(arguments.challenger, arguments.state_location)
     if arguments.data is not None:
         read_events(arguments.data)
     Registry(arguments.state_location).check_format()
-    check_state(arguments.state_location, pages=True)
+
+
+@contextmanager
+def sole_service(state: str) -> Iterator[None]:
+    """Hold a state folder for one `serve`; the lock goes with the process, however that ends.
+
+    Raises:
+        InputError: another process serves it, or its feedback log cannot be used.
+    """
+    folder = Path(state)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(
+                f"state: {state} is served already, by process {file.read().strip()}; stop that first, or name another "
+                "--state"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        check_state(state, pages=True)
+        yield
 
 
 @contextmanager
@@ -102,6 +131,7 @@ def start_service(
         serve.run(application, name=APPLICATION, route_prefix="/")
         _warn_of(_status_of(start_learner(arguments.state_location, learner, learner_workers)).damage)
         _wait_until_answering(url)
+        _warn_of(_idle_rules(url))
     except BaseException:
         stop_service()
         raise
@@ -109,19 +139,47 @@ def start_service(
 
 
 def stop_service() -> None:
-    """Stop learner, replicas and aggregators, in this order, so that nothing that was acknowledged stays unwritten."""
-    with ExitStack() as stops:  # the last one first, each of them whatever becomes of the others
-        stops.callback(lambda: _stop_actors(running_aggregators(), "close"))
-        stops.callback(lambda: _stop_actors(_actors_named(EXPERIMENTS), "close"))
-        stops.callback(_stop_serve)
-        stops.callback(lambda: _stop_actors(_actors_named(LEARNER), "stop"))
+    """Stop learner, replicas and aggregators, in this order, so that nothing that was acknowledged stays unwritten.
+
+    What takes longer than STOP_SECONDS is ended as it is: all that was acknowledged is on disk then, too.
+    """
+    deadline = time.monotonic() + STOP_SECONDS
+    with undisturbed(), ExitStack() as stops:  # the last one first, each of them whatever becomes of the others
+        stops.callback(lambda: _stop_actors("aggregator", running_aggregators(), "close", deadline))
+        stops.callback(lambda: _stop_actors("experiment", _actors_named(EXPERIMENTS), "close", deadline))
+        stops.callback(lambda: _stop_serve(deadline))
+        stops.callback(lambda: _stop_actors("learner", _actors_named(LEARNER), "stop", deadline))
 
 
-def stop_on_signal() -> threading.Event:
-    """Return an event that Ctrl-C and SIGTERM set from now on, instead of ending the process."""
-    stop = threading.Event()
+class StopSignal:
+    """Ctrl-C or SIGTERM as something to wait for, with the exit status that tells which of them came."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self._received: SimpleQueue[None] = SimpleQueue()  # a handler may put into it in the midst of a `get`
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal; the first one decides."""
+        self.status = self.status or 128 + number
+        self._received.put(None)
+
+    def is_set(self) -> bool:
+        """Return whether a signal has come."""
+        return self.status != 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for a signal, so many seconds at most; return whether one has come."""
+        if not self.is_set():
+            with suppress(Empty):
+                self._received.get(timeout=timeout)
+        return self.is_set()
+
+
+def stop_on_signal() -> StopSignal:
+    """Return an event that Ctrl-C and SIGTERM set from now on, instead of raising an exception."""
+    stop = StopSignal()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, stop.receive)
     return stop
 
 
@@ -154,7 +212,7 @@ def _status_of(learner: ActorHandle) -> LearnerStatus:
 
 
 def _warn_of(damage: list[str]) -> None:
-    """Print what a part found damaged in its files and goes on without."""
+    """Print what a part goes on without."""
     for found in damage:
         print(f"warning: {found}", file=sys.stderr, flush=True)
 
@@ -176,16 +234,33 @@ def _wait_until_answering(url: str) -> None:
             time.sleep(0.05)
 
 
-def _stop_serve() -> None:
+def _idle_rules(url: str) -> list[str]:
+    """Return the ranking rules that have no effect on the live catalog, and why."""
+    status = httpx.get(f"{url}/v1/status", timeout=START_SECONDS).raise_for_status().json()
+    return [f"ranking.{rule}" for rule in sorted({rule for each in status["replicas"] for rule in each["idle_rules"]})]
+
+
+def _stop_serve(deadline: float) -> None:
     """Shut Serve down without the error message that Ray prints where `serve.shutdown` does all of it.
 
     The controller answers the call to shut down by ending itself, so that the call always fails. Serve makes it with
     retries, of which Ray tells the driver; without retries the failure is only raised.
     """
     for controller in _actors_named(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE):
-        with suppress(RayError):  # it has ended; or it takes too long, and serve.shutdown says so
-            ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=STOP_SECONDS)
+        try:
+            stopped = controller.graceful_shutdown.options(max_task_retries=0).remote()
+            ray.get(stopped, timeout=_seconds_until(deadline))
+        except GetTimeoutError:
+            _warn_of(["the replicas are ended in the midst of requests, as they did not stop in time"])
+            return  # serve.shutdown would wait half a minute more
+        except RayError:  # it has ended
+            pass
     serve.shutdown()
+
+
+def _seconds_until(deadline: float) -> float:
+    """Return what is left of the time, a moment at least."""
+    return max(deadline - time.monotonic(), 0.5)
 
 
 def _actors_named(name: str, namespace: str = NAMESPACE) -> list[ActorHandle]:
@@ -196,10 +271,14 @@ def _actors_named(name: str, namespace: str = NAMESPACE) -> list[ActorHandle]:
         return []
 
 
-def _stop_actors(actors: list[ActorHandle], method: str) -> None:
-    """Have actors finish what they do, then end them; one that does not answer is ended all the same."""
+def _stop_actors(part: str, actors: list[ActorHandle], method: str, deadline: float) -> None:
+    """Have actors finish what they do, then end them; one that does not answer in time is ended all the same."""
     try:
-        ray.get([getattr(actor, method).remote() for actor in actors], timeout=STOP_SECONDS)
+        ray.get([getattr(actor, method).remote() for actor in actors], timeout=_seconds_until(deadline))
+    except GetTimeoutError:
+        _warn_of([f"the {part} is ended in the midst of its work, which a restart repeats"])
+    except RayError:  # it has ended already
+        pass
     finally:
         for actor in actors:
             ray.kill(actor)

@@ -75,6 +75,8 @@ def _serve(world: "World", model: Path, replicas: int, port: int, seconds: float
         with LiveView(world.titles, console) as view:
             tally, status = asyncio.run(_run_live(url, world, frozen_model(model), seconds, view, stop.is_set))
         console.print(summary(tally, status))
+    if stop.is_set():
+        raise typer.Exit(stop.status)
 
 
 async def _run_live(

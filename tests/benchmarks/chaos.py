@@ -92,7 +92,7 @@ class Server:
         kill(processes)
         self.process.wait()
         kill(haproxies_of(self.root))  # one that was being started meanwhile
-        shutil.rmtree(Path(tempfile.gettempdir()) / f"afterclick-haproxy-{self.root}", ignore_errors=True)
+        shutil.rmtree(Path(tempfile.gettempdir()) / f"afterclick-{self.root}", ignore_errors=True)
         return processes
 
     async def whole(self, load: Load) -> None:

@@ -70,6 +70,18 @@ def test_what_the_user_has_set_stays(monkeypatch):
     assert os.environ["RAY_TRAIN_V2_ENABLED"] == "1"
 
 
+@pytest.mark.parametrize("temporary", ["/tmp", "/tmp/a-folder-of-a-user-whose-name-is-long"])
+@pytest.mark.parametrize("process", [7, 4_194_304])
+def test_the_path_of_haproxys_socket_is_short_enough(monkeypatch, temporary, process):
+    monkeypatch.setattr("tempfile.tempdir", temporary)
+    monkeypatch.setattr(os, "getpid", lambda: process)
+    monkeypatch.delenv("RAY_SERVE_HAPROXY_SOCKET_PATH")
+    monkeypatch.setattr("atexit.register", lambda *_, **__: None)
+    prepare_environment()
+    configured = Path(os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"])
+    assert len(str(configured.parent / ("c" * 56) / configured.name)) <= 97, "Serve adds the cluster's id"
+
+
 def test_a_free_port_is_free_until_it_is_taken():
     port = free_port()
     require_free_port(port)

@@ -89,7 +89,7 @@ def haproxies_of(root: int) -> list[int]:
     """The HAProxy processes of a service, by their configuration file (cluster/local.py)."""
     numbers = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
     titles = ((number, command_line(number)) for number in numbers)
-    return [number for number, title in titles if "haproxy -db" in title and f"afterclick-haproxy-{root}/" in title]
+    return [number for number, title in titles if "haproxy -db" in title and f"afterclick-{root}/" in title]
 
 
 def everything_of(root: int) -> list[int]:

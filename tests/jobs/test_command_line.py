@@ -131,7 +131,7 @@ def test_help_does_not_wait_for_what_only_the_job_needs():
     ("arguments", "jobs"),
     [
         (["--help"], {"command_line"}),
-        (["status", "--help"], {"command_line", "configuration", "client", "status"}),
+        (["status", "--help"], {"command_line", "configuration", "client", "status", "tables"}),
         (["serve", "--help"], {"command_line", "serve"}),
     ],
 )
@@ -468,7 +468,8 @@ def test_ctrl_c_is_130_without_a_word(afterclick, command):
     assert afterclick("status") == (130, "", "")
 
 
-def test_ctrl_c_of_a_process(tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_process_without_a_word(tmp_path, number, status):
     # a service that takes the connection and never answers
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -483,9 +484,9 @@ def test_ctrl_c_of_a_process(tmp_path):
         )
         connection, _ = silent.accept()
         with connection:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, b"", b"")
+    assert (process.returncode, out, err) == (status, b"", b"")
 
 
 def test_a_job_is_a_module_too(tmp_path):
