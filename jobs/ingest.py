@@ -12,11 +12,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from jobs.configuration import write_json
+from jobs.tables import print_facts
 from lib.data.events import EVENT_KINDS, EVENT_SCHEMA
 from lib.data.formats.files import FORMATS
 from lib.data.ingest import IngestReport, ingest
@@ -172,16 +171,11 @@ def _print_report(console: Console, report: IngestReport, out: Path) -> None:
             for kind, count in report.unknown_kinds.items()
         ),
     ]
-    if not console.is_terminal:
-        for name, value in rows:
-            print(f"{name}: {value}")
+    if console.is_terminal:
+        print_facts(rows, "Ingested")
         return
-    table = Table(show_header=False, title="Ingested")
-    table.add_column()
-    table.add_column(justify="right")
     for name, value in rows:
-        table.add_row(escape(name), escape(value))
-    console.print(table)
+        print(f"{name}: {value}")
 
 
 def _rating_rows(report: IngestReport) -> list[tuple[str, str]]:

@@ -6,10 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
+from jobs.tables import print_table
 from lib.errors import InputError
 from lib.evaluation.comparison import Breakdown, Comparison, Estimate
 from lib.evaluation.metrics import LEVEL, RESAMPLES
@@ -28,25 +25,24 @@ HEADINGS = {
 
 def print_comparison(comparison: Comparison, title: str) -> None:
     """Print the contenders' metrics, their differences from the first, and ndcg of each bucket of cases."""
-    console = Console()
     names = list(comparison.results[0].metrics)
-    table = metric_table(title, names)
-    for result in comparison.results:
-        table.add_row(result.name, *(metric_cell(result.metrics[name]) for name in names))
-    table.caption = CAPTION
-    console.print(table)
+    rows = [[result.name, *(metric_cell(result.metrics[name]) for name in names)] for result in comparison.results]
+    print_table(["", *names], rows, title)
+    print(f"{CAPTION}\n")
     if len(comparison.results) > 1:
         names = list(comparison.results[1].differences)
-        table = metric_table(f"difference from {comparison.results[0].name}, paired", names)
-        for result in comparison.results[1:]:
-            table.add_row(result.name, *(metric_cell(result.differences[name], signed=True) for name in names))
-        console.print(table)
+        rows = [
+            [result.name, *(metric_cell(result.differences[name], signed=True) for name in names)]
+            for result in comparison.results[1:]
+        ]
+        print_table(["", *names], rows, f"difference from {comparison.results[0].name}, paired")
     for place, breakdown in enumerate(comparison.breakdowns):
         metric = ndcg_name(comparison)
-        table = metric_table(f"{metric} by {HEADINGS[breakdown.by]}", bucket_names(breakdown))
-        for result in comparison.results:
-            table.add_row(result.name, *(metric_cell(bucket[metric]) for bucket in result.breakdowns[place]))
-        console.print(table)
+        rows = [
+            [result.name, *(metric_cell(bucket[metric]) for bucket in result.breakdowns[place])]
+            for result in comparison.results
+        ]
+        print_table(["", *bucket_names(breakdown)], rows, f"{metric} by {HEADINGS[breakdown.by]}")
 
 
 def ndcg_name(comparison: Comparison) -> str:
@@ -65,15 +61,6 @@ def bucket_names(breakdown: Breakdown) -> list[str]:
         f"{label}{size}\n{cases:,} cases"
         for label, size, cases in zip(breakdown.labels, sizes, breakdown.cases, strict=True)
     ]
-
-
-def metric_table(title: str, columns: Sequence[str]) -> Table:
-    """Make an empty table with a first column for names."""
-    table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
-    table.add_column("", overflow="fold")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
 
 
 def metric_cell(estimate: Estimate, signed: bool = False) -> str:
@@ -138,19 +125,19 @@ def _bars(axes: "Axes", groups: Sequence[str], series: Sequence[tuple[str, list[
 
 def print_replay(comparison: ReplayComparison, title: str) -> None:
     """Print each arm's metrics, its lift, the groups, and what learning cost."""
-    console = Console()
-    table = metric_table(title, [*METRICS, f"{METRICS[1]}\nover {BASE}", "CPU s", "events read"])
+    rows = []
     for arm in comparison.arms:
         lift = _percent(arm.lift[METRICS[1]]) if arm.lift else "-"
         cost = (f"{arm.facts[name]:,.0f}" if name in arm.facts else "-" for name in ("learn_seconds", "events_read"))
-        table.add_row(arm.name, *(metric_cell(arm.metrics["all"][name]) for name in METRICS), lift, *cost)
-    table.caption = CAPTION
-    console.print(table)
+        rows.append([arm.name, *(metric_cell(arm.metrics["all"][name]) for name in METRICS), lift, *cost])
+    print_table(["", *METRICS, f"{METRICS[1]}\nover {BASE}", "CPU s", "events read"], rows, title)
+    print(f"{CAPTION}\n")
     groups = [f"{name}\n{events:,} events" for name, events in comparison.groups.items()]
-    table = metric_table(f"{METRICS[1]} of groups", groups)
-    for arm in comparison.arms:
-        table.add_row(arm.name, *(metric_cell(arm.metrics[group][METRICS[1]]) for group in comparison.groups))
-    console.print(table)
+    rows = [
+        [arm.name, *(metric_cell(arm.metrics[group][METRICS[1]]) for group in comparison.groups)]
+        for arm in comparison.arms
+    ]
+    print_table(["", *groups], rows, f"{METRICS[1]} of groups")
 
 
 def _percent(estimate: Estimate) -> str:

@@ -9,11 +9,10 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel, ValidationError
-from rich.console import Console
-from rich.table import Table
 
 from jobs.client import DEFAULT_URL, get_json
 from jobs.configuration import write_json
+from jobs.tables import print_facts, print_table
 from lib.errors import InputError, objection
 from serving.status import AggregatorsStatus, AggregatorsUnavailable, ReplicaStatus, Status
 
@@ -27,16 +26,15 @@ def status_command(
     if json_ is not None:
         write_json(json_, answer)
     status = _status(answer, url)
-    console = Console()
-    console.print(f"model version {status.model_version}")
-    console.print(_replicas(status.replicas))
-    console.print(_facts("learner", status.learner))
-    console.print(_facts("aggregator", status.aggregator))
+    print(f"model version {status.model_version}\n")
+    _print_replicas(status.replicas)
+    _print_part("learner", status.learner)
+    _print_part("aggregator", status.aggregator)
     if status.experiment is not None:
-        console.print(_facts("experiment", status.experiment))
+        _print_part("experiment", status.experiment)
     if isinstance(status.aggregator, AggregatorsStatus | AggregatorsUnavailable):
         for shard in status.aggregator.shards:
-            console.print(_facts(f"aggregator {shard.shard}", shard))
+            _print_part(f"aggregator {shard.shard}", shard)
 
 
 def _status(answer: Any, url: str) -> Status:
@@ -49,19 +47,19 @@ def _status(answer: Any, url: str) -> Status:
         ) from error
 
 
-def _replicas(replicas: list[ReplicaStatus]) -> Table:
-    table = Table("replica", "version", "checksum", "answers", "deltas", "catch-ups", title="replicas")
+def _print_replicas(replicas: list[ReplicaStatus]) -> None:
+    rows = []
     for replica in replicas:
         counts = (replica.version, replica.checksum, replica.answers, replica.deltas, replica.catch_ups)
-        table.add_row(replica.replica_id, *map(str, counts))
-    return table
+        rows.append([replica.replica_id, *map(str, counts)])
+    print_table(["replica", "version", "checksum", "answers", "deltas", "catch-ups"], rows)
+    for rule in sorted({rule for replica in replicas for rule in replica.idle_rules}):
+        print(f"ranking.{rule}")
 
 
-def _facts(title: str, part: BaseModel) -> Table:
-    table = Table("fact", "value", title=title)
-    for name, value in _flat(part.model_dump(exclude={"shards"})):
-        table.add_row(name, str(round(value, 4) if isinstance(value, float) else value))
-    return table
+def _print_part(title: str, part: BaseModel) -> None:
+    facts = _flat(part.model_dump(exclude={"shards"}))
+    print_facts([(name, round(value, 4) if isinstance(value, float) else value) for name, value in facts], title)
 
 
 def _flat(facts: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from jobs.configuration import write_json
+from jobs.tables import print_table
 from lib.errors import InputError
 
 if TYPE_CHECKING:
@@ -80,19 +79,24 @@ def versions_command(
     versions = stored_versions(model, state)
     if json_ is not None:
         write_json(json_, [version.model_dump() for version in versions])
-    table = Table("version", "stored as", "made by", "created", "log offset", "events", "bytes")
+    rows = []
     for version in versions[-last:]:
         made_by: str = version.facts.kind
         if version.facts.restored is not None:
             made_by += f" to {version.facts.restored}"
-        created = datetime.fromtimestamp(version.created / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        created = datetime.fromtimestamp(version.created / 1000, UTC).strftime("%Y-%m-%d %H:%M")
         events = "" if version.facts.events is None else str(version.facts.events)
-        table.add_row(
-            str(version.version), version.kind, made_by, created, str(version.log_offset), events, f"{version.size:,}"
+        rows.append(
+            [str(version.version), version.kind, made_by, created, str(version.log_offset), events, _size(version.size)]
         )
-    Console().print(table)
+    print_table(["version", "stored", "made by", "created", "log offset", "events", "size"], rows, texts=4)
     if len(versions) > last:
         print(f"{len(versions) - last} older versions; show more with --last")
+
+
+def _size(count: int) -> str:
+    """Write a number of bytes in three digits."""
+    return f"{count} B" if count < 1000 else f"{count / 1e3:.3g} kB" if count < 1e6 else f"{count / 1e6:.3g} MB"
 
 
 if __name__ == "__main__":

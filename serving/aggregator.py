@@ -38,6 +38,7 @@ from lib.log.log_file import LoggedEvent, key_of
 from lib.log.one_machine import on_one_machine
 from lib.log.shard import ONLY, Shard
 from lib.settings import Settings
+from serving.request_id import names_answer
 from serving.status import AggregatorStatus
 
 NAMESPACE = "afterclick"  # of the actors
@@ -45,6 +46,7 @@ AGGREGATOR = "aggregator"
 ITEM_LOG_FILE = "items.sqlite"
 BOARD_FILE = "changes"
 DUPLICATE = "duplicate"
+UNKNOWN_REQUEST = "unknown_request_id"  # an event names an answer that there never was
 MOST_ARRIVALS = 100_000  # pending events whose times of arrival are kept
 DATASET_ROWS = 100_000  # of a dataset that are Python objects at once
 NEWCOMER_EVENTS = 5  # a user with fewer in the history is a newcomer
@@ -180,6 +182,8 @@ class Aggregator:
                 other = others.popleft()
                 self._take(other.event, other.offset, now)
             self._notice(event, offset, int(now * 1000))
+            if event.request_id is not None and not names_answer(event.request_id):
+                self.guard.noticed[UNKNOWN_REQUEST] += 1
             self._take(event, offset, now)
             self.accepted += 1
             answers.append(None)
@@ -267,8 +271,8 @@ class Aggregator:
         return revision
 
     async def users(self, limit: int) -> list[tuple[str, int]]:
-        """Return the first `limit` users, each with the number of events."""
-        return [(user_id, len(self.histories.get(user_id))) for user_id in self.histories.users(limit)]
+        """Return the `limit` users who acted last (1,024 at most), the latest first, with the number of events."""
+        return [(user_id, len(self.histories.get(user_id))) for user_id in self.histories.latest_users()[:limit]]
 
     async def latest_users(self) -> list[str]:
         """Return who acted last, the latest first."""

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -132,9 +133,9 @@ class Aggregators:
         return outcome
 
     async def users(self, limit: int) -> list[tuple[str, int]]:
-        """Return `limit` users, each with the number of events."""
+        """Return the `limit` users who acted last, the latest of each shard first, with the number of events."""
         found = await asyncio.gather(*[self._call(shard, "users", limit) for shard in range(len(self.handles))])
-        return [user for users in found for user in users][:limit]
+        return [user for users in zip_longest(*found) for user in users if user is not None][:limit]
 
     async def latest_users(self) -> list[str]:
         """Return who acted last, the latest of each shard first."""

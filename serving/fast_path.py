@@ -33,7 +33,7 @@ class FastPath:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         frequent = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in (EVENTS, RECOMMENDATIONS)
-        if not frequent:
+        if not frequent or scope["query_string"]:  # which these two do not have, and the application refuses
             await self.app(scope, receive, send)
             return
         messages = [await receive()]

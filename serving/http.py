@@ -2,20 +2,24 @@
 
 from functools import partial
 
-from fastapi import FastAPI, HTTPException
+from fastapi import Depends, FastAPI, HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import ERROR_ANSWERS
 from serving.fast_path import FastPath
 from serving.recommendations import Recommendations
 from serving.routes import events, items, operations, recommendations, users
+from serving.routes.dependencies import known_parameters
 from serving.schemas import LARGEST_BODY
 
 
 def http_application(replica: Recommendations) -> FastPath:
     """Return the ASGI application of one replica."""
     app = FastAPI(
-        title="Afterclick", description="A recommender that learns from the click you just made.", version="1"
+        title="Afterclick",
+        description="A recommender that learns from the click you just made.",
+        version="1",
+        dependencies=[Depends(known_parameters)],
     )
     app.state.replica = replica
     app.add_middleware(BoundedBody)

@@ -7,7 +7,6 @@ import asyncio
 import logging
 import os
 import time
-import uuid
 from collections import Counter
 from collections.abc import Sequence
 
@@ -35,6 +34,7 @@ from serving.history_cache import HistoryCache
 from serving.latency import LatencyHistogram
 from serving.live_histories import LiveHistories
 from serving.live_models import LiveModels
+from serving.request_id import new_request_id
 from serving.rollout import Acknowledgement
 from serving.status import ReplicaStatus, Status
 
@@ -100,6 +100,7 @@ class Recommendations:
             return
         await self.models.catch_up(self.models.registry.head() or 0)
         await self.aggregators.open_boards()
+        await self.histories.read(set())  # what changed of the items
         self.tasks = [asyncio.create_task(self.batches.watch()), asyncio.create_task(self.histories.warm_up())]
         challenger = self.models.challenger
         if challenger is not None and await challenger.tell():
@@ -128,7 +129,7 @@ class Recommendations:
         answer = await self._ask((question, user_id), deadline)
         self.counts["answers"] += 1
         self.latency.observe(time.perf_counter() - start)
-        request_id = uuid.uuid4().hex
+        request_id = new_request_id()
         if answer.arm is not None and user_id is not None and self.models.challenger is not None:
             request_id = self.models.challenger.note(request_id, user_id, answer)
         if self.decisions is not None:
@@ -218,6 +219,7 @@ class Recommendations:
                 mismatches=self.models.counts["mismatches"],
                 latency_buckets=self.latency.buckets(),
                 latency_sum=self.latency.sum,
+                idle_rules=live.idle_rules(),
             )
 
     async def status(self) -> Status:

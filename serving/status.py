@@ -41,6 +41,7 @@ class ReplicaStatus(BaseModel):
         description="upper bound in seconds, and how many answers took up to so long and longer than the bound before"
     )
     latency_sum: float = Field(description="seconds of all answers")
+    idle_rules: list[str] = Field(description="ranking rules without effect on the catalog as it is now, and why")
 
 
 class RejectionStatus(BaseModel):

@@ -114,9 +114,13 @@ def order_events(table: pa.Table) -> pa.Table:
 
 
 def events_of(table: pa.Table) -> list[Event]:
-    """Return the rows of an event table as events, without event_id and request_id."""
-    columns = (table[name].to_pylist() for name in HISTORY_FIELDS)
-    return [Event(*values) for values in zip(*columns, strict=True)]
+    """Return the rows of an event table as events, without event_id and request_id.
+
+    A value is the shortest number that has its 32 bits: 71.95, as it was given, not 71.94999694824219.
+    """
+    shortest = table["value"].cast(pa.float32()).cast(pa.string()).cast(pa.float64())
+    columns = (shortest if name == "value" else table[name] for name in HISTORY_FIELDS)
+    return [Event(*values) for values in zip(*(column.to_pylist() for column in columns), strict=True)]
 
 
 def partition_of(users: pa.ChunkedArray, count: int) -> np.ndarray:

@@ -257,9 +257,12 @@ class ExperimentResults:
     def _difference(self, reward: str, alpha: float, effect: float) -> Difference:
         live, challenger = (self.totals[arm, reward] for arm in ARMS)
         distance, information = (float(value) for value in difference(live, challenger))
+        rate = (live.rewarded + challenger.rewarded) / max(live.answers + challenger.answers, 1)
+        lacking = [(arm, totals.lacking(rate)) for arm, totals in ((LIVE, live), (CHALLENGER, challenger))]
         return Difference(
             value=distance,
             interval=_bounds(interval(distance, information, alpha, effect)),
+            unknown="; ".join(f"{arm}: {what}" for arm, what in lacking if what is not None) or None,
             evidence=float(evidence(live, challenger, effect)),
         )
 
@@ -287,9 +290,10 @@ class ExperimentResults:
 
 
 def _rate(totals: ArmTotals, alpha: float, effect: float) -> Rate:
-    rate = float(totals.rate)
-    information = 1 / float(totals.variance) if totals.is_enough(rate) and totals.variance > 0 else 0.0
-    return Rate(rate=rate, interval=_bounds(interval(rate, information, alpha, effect)))
+    rate, variance = float(totals.rate), float(totals.variance)
+    unknown = totals.lacking(rate) or (None if variance > 0 else "every user has the same rate so far")
+    information = 0.0 if unknown else 1 / variance
+    return Rate(rate=rate, interval=_bounds(interval(rate, information, alpha, effect)), unknown=unknown)
 
 
 def _bounds(bounds: tuple[float, float]) -> Interval:

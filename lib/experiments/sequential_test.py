@@ -69,6 +69,15 @@ class ArmTotals:
         outcomes = self.answers * np.minimum(rate, 1 - rate)
         return (self.users >= LEAST_USERS) & (outcomes >= LEAST_OUTCOMES)
 
+    def lacking(self, rate: float) -> str | None:
+        """Say what would have to come before anything is known of a rate; None where enough has."""
+        if self.users < LEAST_USERS:
+            return f"{int(self.users)} users so far; it takes {LEAST_USERS}"
+        outcomes = self.answers * min(rate, 1 - rate)
+        if outcomes < LEAST_OUTCOMES:
+            return f"too few answers with a reward, or without one: {outcomes:.0f} so far; it takes {LEAST_OUTCOMES}"
+        return None
+
 
 def difference(live: ArmTotals, challenger: ArmTotals) -> tuple[Number, Number]:
     """Return the challenger's rate less the live one, and how much is known of it (the inverse of its variance)."""

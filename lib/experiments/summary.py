@@ -10,6 +10,7 @@ class Rate(BaseModel):
 
     rate: float
     interval: Interval = Field(description="confidence interval; null while nothing is known")
+    unknown: str | None = Field(description="why there is no interval yet; null where there is one")
 
 
 class ArmSummary(BaseModel):
@@ -27,6 +28,7 @@ class Difference(BaseModel):
 
     value: float
     interval: Interval = Field(description="confidence interval; null while nothing is known")
+    unknown: str | None = Field(description="why there is no interval yet; null where there is one")
     evidence: float = Field(description="of a difference; 1 / alpha decides")
 
 

@@ -6,6 +6,7 @@ import orjson
 from fastapi import Depends, Header, Query, Request, Response
 from starlette.convertors import PathConvertor, register_url_convertor
 
+from lib.errors import InputError
 from serving.errors import DEADLINE_HEADER
 from serving.fast_path import deadline_of
 from serving.recommendations import Recommendations
@@ -30,6 +31,19 @@ async def replica_of(request: Request) -> Recommendations:
 async def seconds_to_wait(request: Request, deadline: Annotated[str | None, DEADLINE] = None) -> float | None:
     """Return the client's deadline."""
     return deadline_of(request.scope["headers"])
+
+
+async def known_parameters(request: Request) -> None:
+    """Refuse a query parameter that the request does not have, as bodies refuse unknown fields.
+
+    Raises:
+        InputError: it names the parameter, and those there are.
+    """
+    known = [field.alias for field in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if name not in known:
+            there_are = f"there are {', '.join(known)}" if known else "this request has none"
+            raise InputError(f"{name}: no such query parameter; {there_are}")
 
 
 Replica = Annotated[Recommendations, Depends(replica_of)]

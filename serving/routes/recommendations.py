@@ -1,7 +1,6 @@
 """Recommendations: for a user, for a history that comes with the request, and beside an item."""
 
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from lib.ranking.filters import ItemFilter
 from lib.ranking.recommender import Question
 from serving.challenger import Answer
 from serving.recommendations import Recommendations
+from serving.request_id import new_request_id
 from serving.routes.dependencies import Deadline, K, Replica, json_response
 from serving.schemas import ItemId, RecommendationRequest, RecommendationResponse, UserId
 
@@ -40,7 +40,7 @@ async def get_similar(replica: Replica, item_id: ItemId, k: K = 10) -> Response:
         answer = await models.similar(item_id, k)
     except KeyError:
         raise HTTPException(404, f"item_id: the catalog has no item {item_id!r}") from None
-    return json_response(_content(replica, uuid.uuid4().hex, answer))
+    return json_response(_content(replica, new_request_id(), answer))
 
 
 async def answer_request(replica: Recommendations, request: RecommendationRequest, deadline: float | None) -> Response:

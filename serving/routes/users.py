@@ -12,7 +12,7 @@ router = APIRouter()
 
 @router.get("/v1/users")
 async def get_users(replica: Replica, limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> Response:
-    """Return some users and the number of their events."""
+    """Return the users who acted last, the latest first, and the number of their events."""
     users = await replica.aggregators.users(limit)
     return json_response({"users": [{"user_id": user_id, "events": events} for user_id, events in users]})
 

@@ -149,6 +149,10 @@ def test_each_answer_counts_and_each_kind_of_reward_once_an_answer(results):
         assert (live["users"], live["answers"], live["rewards"]) == (2, 4, {"click": 1, "purchase": 1})
         assert (live["click_through"]["rate"], live["conversion"]["rate"]) == (0.25, 0.25)
         assert live["click_through"]["interval"] is None, "so little says nothing"
+        assert live["click_through"]["unknown"] == "2 users so far; it takes 100"
+        assert again.summary(HALF).model_dump()["difference"]["conversion"]["unknown"] == (
+            "live: 2 users so far; it takes 100; challenger: 1 users so far; it takes 100"
+        )
         assert (challenger["answers"], challenger["rewards"]) == (1, {"cart": 1})
         assert (challenger["click_through"]["rate"], challenger["conversion"]["rate"]) == (1.0, 0.0)
         assert again.verdict(HALF) is None
@@ -189,6 +193,10 @@ def test_the_verdict_follows_the_rewards(results, live, challenger, verdict):
     low, high = compared["interval"] or (-1.0, 1.0)
     assert compared["value"] == pytest.approx((challenger - live) / 1000)
     assert low < compared["value"] < high
+    assert (compared["interval"] is None) == (compared["unknown"] is not None)
+    if live == challenger == 0:
+        few = "too few answers with a reward, or without one: 0 so far; it takes 30"
+        assert compared["unknown"] == f"live: {few}; challenger: {few}"
     assert (low > 0 or high < 0) == (verdict is not None) == (compared["evidence"] >= 20)
     assert counted.verdict(HALF.model_copy(update={"reward": "conversion"})) is None
     assert counted.verdict(HALF.model_copy(update={"shadow": True})) is None

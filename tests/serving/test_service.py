@@ -2,9 +2,13 @@
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from serving.schemas import LARGEST_BODY, LARGEST_EVENT_BATCH, LARGEST_K
@@ -100,6 +104,46 @@ def test_an_item_named_for_the_first_time_can_be_asked_for(service: LiveService)
     answer = service.client.get("/v1/items/arrived%20now/similar").raise_for_status().json()
     assert len(answer["items"]) == 10
     assert "arrived now" not in ids(answer)
+
+
+def test_values_come_back_as_they_were_given(service: LiveService, items: list[str], shop_dataset: Path) -> None:
+    """Live ones, and those of the dataset, whose numbers have 32 bits."""
+    values = [71.95, 0.1, 5, 1234567.89, 1e-7]
+    service.send(*(click("spender", item, value=value) for item, value in zip(items, values, strict=False)))
+    assert [event["value"] for event in service.export("spender")] == values
+    table = pq.read_table(shop_dataset / "events.parquet").filter(pc.field("value").is_valid())
+    bought = table.slice(0, 1).to_pylist()[0]
+    shortest = float(str(np.float32(bought["value"])))
+    assert shortest != bought["value"]
+    assert shortest in [event.get("value") for event in service.export(bought["user_id"])]
+
+
+def test_who_came_last_is_listed_first(service: LiveService, items: list[str]) -> None:
+    for user in ("came first", "came last"):
+        service.send(click(user, items[0]))
+    listed = service.client.get("/v1/users?limit=3").raise_for_status().json()["users"]
+    assert [user["user_id"] for user in listed[:2]] == ["came last", "came first"]
+    assert (len(listed), listed[0]["events"]) == (3, 1)
+
+
+def test_events_that_name_an_answer_that_there_never_was_are_counted(service: LiveService, items: list[str]) -> None:
+    def counted() -> int:
+        count = service.status()["aggregator"]["noticed"].get("unknown_request_id", 0)
+        samples = {labels["reason"]: value for labels, value in metrics(service)["afterclick_events_noticed_total"]}
+        assert samples.get("unknown_request_id", 0) == count
+        return count
+
+    similar = service.client.get(f"/v1/items/{quote(items[0], safe='')}/similar").raise_for_status().json()
+    known = [service.recommend("chooser")["request_id"], similar["request_id"]]
+    before = counted()
+    for number, request_id in enumerate(known):
+        assert service.send(click("chooser", items[number], request_id=request_id))["accepted"] == 1
+    assert counted() == before
+    for number, wrong in enumerate(("mine", known[0][:-1] + ("0" if known[0][-1] != "0" else "1"), known[0] + "0")):
+        named = click("chooser", items[number], request_id=wrong, event_id=f"named {number}")
+        assert service.send(named)["accepted"] == 1
+        assert service.send(named)["duplicates"] == 1
+        assert counted() == before + 1 + number, "a repeated event is counted once"
 
 
 # ------------------------------------------------------------------------------------------------ duplicates and floods
@@ -308,6 +352,16 @@ def test_a_bad_body_is_refused_with_its_field(
         ("GET", "/v1/items/%7F/similar", 422, ("item_id", "U+007F")),
         ("DELETE", "/v1/items/a%0A", 422, ("item_id", "U+000A")),
         ("GET", "/v1/users?limit=x", 422, ("limit",)),
+        ("GET", "/v1/users/u/recommendations?n=5", 422, ("n: no such query parameter; there are k",)),
+        ("GET", "/v1/users/u/recommendations?k=5&explain=true", 422, ("explain: no such", "k")),
+        ("GET", "/v1/users/u/export?limit=5", 422, ("limit: no such query parameter; this request has none",)),
+        ("GET", "/v1/items/no-such-item/similar?K=5", 422, ("K: no such", "k")),
+        ("GET", "/v1/users?k=5", 422, ("k: no such", "limit")),
+        ("GET", "/v1/status?verbose=1", 422, ("verbose",)),
+        ("POST", "/v1/events?dry_run=1", 422, ("dry_run",)),
+        ("POST", "/v1/recommendations?k=5", 422, ("k: no such",)),
+        ("PUT", "/v1/items?dry_run=1", 422, ("dry_run",)),
+        ("DELETE", "/v1/items/no-such-item?force=1", 422, ("force",)),
         ("GET", "/v1/nothing", 404, ("/v1/nothing",)),
         ("GET", "/v1/events", 405, ("GET", "POST")),
         ("DELETE", "/v1/recommendations", 405, ("DELETE", "POST")),
