@@ -50,8 +50,10 @@ def checked_ledger(state: str) -> "Ledger":
     from lib.versions.ledger import check
     from lib.versions.registry import Registry
 
+    registry = Registry(state)
+    registry.check_format()
     # read before the log: what is learned meanwhile is in the log already
-    chain = Accounts(Registry(state)).newest_lineage()
+    chain = Accounts(registry).newest_lineage()
     if not chain:
         raise InputError(
             f"state: no versions are stored at {state}, so there is nothing to check; serve the model first"

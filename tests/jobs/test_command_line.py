@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
+from cluster.local import free_port
 from jobs import command_line
 from jobs.command_line import VERBS
 from lib.errors import InputError
@@ -305,6 +306,20 @@ def test_a_port_that_is_taken(afterclick, tiny_model, keep_signals):
 def test_versions_that_are_nowhere(afterclick, tmp_path, tiny_model):
     outcome = afterclick("versions", "--model", tiny_model, "--state", tmp_path)
     assert_one_line(outcome, f"error: state: no versions are stored at {tmp_path}", "--state")
+
+
+@pytest.mark.parametrize("verb", ["serve", "versions"])
+def test_versions_of_a_newer_release_are_refused_in_one_line(afterclick, tmp_path, tiny_model, monkeypatch, verb):
+    from lib.model.version_format import FORMAT
+    from lib.versions.registry import Registry
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lib.model.folder.FORMAT", FORMAT + 1)
+        Registry(tmp_path).start_from(tiny_model)
+    more = ["--check"] if verb == "versions" else ["--port", free_port()]
+    outcome = afterclick(verb, "--model", tiny_model, "--state", tmp_path, *more)
+    file = tmp_path / "snapshots" / "0000000001" / "manifest.json"
+    assert_one_line(outcome, f"error: version: {file} has format {FORMAT + 1}, ", "--state")
 
 
 # -------------------------------------------------------------------------------------------- a service that is not one

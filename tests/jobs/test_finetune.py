@@ -158,8 +158,10 @@ def test_without_a_learner_the_result_waits_for_one_that_takes_it_over_once(comm
     offered = registry.offers.load(name)
     assert (offered.log_offset, offered.facts.since) == (180, 6)
     assert (offered.facts.events_trained, offered.facts.events_rejected) == (180, 0)
+    assert offered.facts.half_life == registry.load(6).facts.half_life == 1000
     learner = NearlineLearner(registry, CONFIG)
     learner.take_over(name)
+    assert learner.lineage.facts.half_life == 1000
     assert int(learner.model.encoder.popularity_reference) == learner.log_offset
     assert (learner.version, learner.log_offset, learner.lineage.events_trained) == (12, 180, 180)
     restarted = NearlineLearner(registry, CONFIG)

@@ -22,6 +22,7 @@ from lib.live.finetuning import (
     feedback,
     histories_around,
     judge,
+    of_known_items,
     older_events,
 )
 from lib.live.learner import NearlineLearner
@@ -213,3 +214,10 @@ def test_events_that_nothing_comes_before_cannot_judge(log):
     model = tiny_encoder(), CATALOG
     with pytest.raises(TooFewEvents, match="no held-out event follows another one of its user"):
         judge(model, model, replace(first))
+
+
+def test_an_id_that_one_user_alone_made_up_is_left_out(log):
+    log.append([event(300, "u1", 99), event(301, "u1", 99), event(302, "u1", 98), event(303, "u2", 98)]).result()
+    events = of_known_items(feedback(log, 90, 104), CATALOG, users=2)
+    assert events["offset"].to_pylist() == [*range(91, 101), 103, 104]
+    assert set(of_known_items(events, CATALOG, users=3)["offset"].to_pylist()) == set(range(91, 101))
