@@ -137,6 +137,7 @@ class NearlineLearner:
         self, journal: UndoJournal, facts: VersionFacts, *changed: torch.Tensor, log_offset: int | None = None
     ) -> Delta:
         """Publish what the journal has recorded, beside other rows (R,) that changed."""
+        self.lineage.reference = self.gate.reference.version if self.gate.reference else None
         rows = self.model.rows_to_publish(journal.changed_rows(), *changed)
         changes = self.model.changes(journal, rows)
         return self.lineage.publish(self.model, changes, facts, self.influence.newcomers, log_offset)

@@ -41,6 +41,7 @@ class Lineage:
             sweep(registry)
         self.retention = Retention(registry, self.accounts, config.keep_bytes, config.snapshot_every)
         self.newest_number = max(loaded.version, registry.head() or 0)  # also of versions that are damaged
+        self.reference: int | None = None  # the version that the gate may go back to
         self.unknown_items = UnknownItems(loaded, config.new_item_users, config.new_item_rows)
         self.follow(loaded)
 
@@ -96,13 +97,13 @@ class Lineage:
         manifest, optimizer = self._manifest(), model.trainer.optimizer_state() | self.unknown_items.whole()
         require_equal(model.checksum)
         self.store(lambda: self.registry.publish_base(model.encoder, model.catalog, manifest, optimizer))
-        self.store(lambda: self.retention.prune(self.base))
+        self.store(lambda: self.retention.prune(self.base, self.reference))
 
     def save_snapshot(self, model: LearningModel) -> None:
         """Store the newest version whole, so that loading it needs no deltas, and prune what is old."""
         manifest, optimizer = self._manifest(), model.trainer.optimizer_state() | self.unknown_items.whole()
         self.store(lambda: self.registry.publish_snapshot(model.encoder, model.catalog, manifest, optimizer))
-        self.store(lambda: self.retention.prune(self.base))
+        self.store(lambda: self.retention.prune(self.base, self.reference))
 
     def store(self, write: Callable[[], T]) -> T | None:
         """Write, and write again as often as it fails, where somebody waits for the storage; None where rank 0 does."""

@@ -1,7 +1,8 @@
 """What a version says of itself: how it was made, and what the weights have learned up to it.
 
 Stored as JSON with every version, in the header of a delta and in the manifest of a model folder. What was not said is
-not written; names that are unknown here, those of another release, are left out.
+not written; names that are unknown here, those of another release, are left out. Another `kind` needs another format
+(lib/model/version_format.py).
 """
 
 from typing import Any, Literal, NamedTuple

@@ -1,17 +1,17 @@
 """Which versions are kept, which deleted to make room, and when one is stored whole, so that loading needs few deltas.
 
 Deltas are kept since the newest snapshot but one, so each of these versions can be loaded. Of the older ones snapshots
-stay, as long as there is room; the first one and the present base stay in any case.
+stay, as long as there is room; the first one, the present base and what the gate may go back to stay in any case.
 """
 
 from lib.model.folder import MANIFEST
-from lib.versions.accounts import LEDGER_FILE, Accounts
+from lib.versions.accounts import Accounts
 from lib.versions.offers import OFFERS
 from lib.versions.registry import DELTAS, SNAPSHOTS, Registry, delta_file, snapshot_folder
 from lib.versions.rejections import REJECTIONS
 from lib.versions.store import sweep_scratch
 
-ABANDONED = 86_400.0  # seconds; an offer that takes longer to write was given up
+ABANDONED = 86_400.0  # seconds; what takes longer to write was given up
 PARTS = 3  # of the room, one is for snapshots and two for deltas: those since the newest snapshot, and before it
 
 
@@ -45,12 +45,17 @@ class Retention:
         large = max(self.newest_snapshot, self.keep_bytes // PARTS)
         return self.since_snapshot >= large or version % self.snapshot_every == 0
 
-    def prune(self, base: int) -> None:
-        """Delete what there is no room for; what the deleted versions have learned is kept in the ledger."""
+    def prune(self, base: int, reference: int | None) -> None:
+        """Delete what there is no room for; what the deleted versions have learned is kept in the ledger.
+
+        The present base stays, and `reference`: the version that the gate may go back to.
+        """
         snapshots, deltas = self.registry.sizes()
         newest = sorted(snapshots)[-2:]
-        old_deltas = [version for version in deltas if version <= newest[0]]
-        old_snapshots = self._superfluous(snapshots, {min(snapshots), base, *newest})
+        below = max((version for version in snapshots if version <= (reference or 0)), default=0)
+        leading = range(below + 1, (reference or 0) + 1)  # the deltas that lead to the reference
+        old_deltas = [version for version in deltas if version <= newest[0] and version not in leading]
+        old_snapshots = self._superfluous(snapshots, {min(snapshots), base, below, *newest})
         if old_deltas or old_snapshots:
             left = snapshots.keys() - set(old_snapshots)
             self.accounts.fold(newest[0], left | {base})
@@ -80,7 +85,7 @@ def sweep(registry: Registry) -> None:
     """
     store = registry.store
     sweep_scratch()
-    store.sweep("", LEDGER_FILE)
+    store.sweep("", ABANDONED)  # where others write, too
     for folder in (SNAPSHOTS, DELTAS, REJECTIONS):
         store.sweep(folder)
     whole = {snapshot_folder(version) for version in registry.snapshots()}

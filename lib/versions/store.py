@@ -59,11 +59,10 @@ class Store:
         """Return the names of a folder's folders, ascending."""
         return self._children(folder, fs.FileType.Directory)
 
-    def sweep(self, folder: str, name: str = "") -> None:
-        """Delete what writers that were killed have left in a folder, of one name or of all; nobody may write there."""
+    def sweep(self, folder: str, age: float = 0.0) -> None:
+        """Delete what writers that were killed have left in a folder, where it is older than so many seconds."""
         for info in self._infos(folder):
-            child = Path(info.path).name
-            if not child.startswith(f".{name}"):
+            if not Path(info.path).name.startswith(".") or _age(info) < age:
                 continue
             if info.type == fs.FileType.Directory:
                 self.fs.delete_dir(info.path)
@@ -87,8 +86,7 @@ class Store:
 
     def age(self, name: str) -> float:
         """Return the seconds since a file or folder was changed last."""
-        changed = self.fs.get_file_info(self.path(name)).mtime_ns
-        return 0.0 if changed is None else (time.time_ns() - changed) / 1e9
+        return _age(self.fs.get_file_info(self.path(name)))
 
     def size(self, name: str) -> int:
         """Return the bytes of a file, or of all files of a folder."""
@@ -202,6 +200,10 @@ class Store:
         if path not in self._made:
             self.fs.create_dir(path, recursive=True)
             self._made.add(path)
+
+
+def _age(info: fs.FileInfo) -> float:
+    return 0.0 if info.mtime_ns is None else (time.time_ns() - info.mtime_ns) / 1e9
 
 
 @contextmanager

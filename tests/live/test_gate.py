@@ -270,6 +270,28 @@ def test_slow_harm_is_taken_back_and_learning_rests(tmp_path):
     assert NearlineLearner(registry, learner.config).lineage.events_rejected == 1 + FIRST_REST
 
 
+def test_what_the_gate_may_go_back_to_outlives_pruning(tmp_path):
+    registry = started_registry(tmp_path / "store")
+    gate = GateConfig(held_out_candidates=12)
+    learner = NearlineLearner(registry, LearnerConfig(negatives=8, gate=gate, keep_bytes=1, snapshot_every=4))
+    for number in range(1, 3):
+        learner.learn(micro_batch(number, [history([1, 2, 3])]))
+    learner.gate.forget()  # the next one before an update is the reference
+    state = copied_state(learner.model.encoder)
+    for number in range(3, 15):
+        learner.learn(micro_batch(number, [history([1, 2, 3])]))
+    assert learner.gate.reference is not None
+    assert learner.gate.reference.version == 3
+    with pytest.raises(InputError, match="any more"):
+        registry.load(5)
+    assert_same_state(state, copied_state(registry.load(3).encoder))
+    learner.gate.pairs.extend([(3.0, 2.0, 0.1, 0.2)] * FEWEST_PAIRS)
+    rejection = learner.learn(micro_batch(15, [history([1, 2, 3])]))
+    assert isinstance(rejection, Rejection)
+    assert rejection.delta is not None
+    assert_same_state(state, copied_state(learner.model.encoder))
+
+
 def test_many_rejections_fill_several_files(tmp_path):
     registry = started_registry(tmp_path / "store")
     listed = Rejections(registry.store)

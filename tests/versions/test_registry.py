@@ -251,7 +251,8 @@ def test_what_killed_processes_left_is_swept_when_a_learner_starts(registry, mon
         shutil.copytree(whole, files / "offers" / name)
         if name != "whole":
             (files / "offers" / name / MANIFEST).unlink()
-    os.utime(files / "offers" / "abandoned", (0, 0))
+    for name in ("offers/abandoned", ".ledger.json.4711"):
+        os.utime(files / name, (0, 0))
     ended = subprocess.Popen(["true"])
     ended.wait()
     for process in (ended.pid, os.getpid()):
