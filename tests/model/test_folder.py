@@ -1,5 +1,6 @@
 """A model folder: read back as it was written, and refused with the file's name whatever is wrong with it."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lib.model.folder import (
     save_model,
     write_manifest,
 )
+from lib.model.version_format import FORMAT, OLDEST_FORMAT, OtherFormat
 from tests.helpers.tiny import assert_same_state, copied_state, item_ids, tiny_encoder
 
 
@@ -174,3 +176,19 @@ def test_a_manifest_may_be_written_again_with_what_was_measured(folder):
     write_manifest(folder, manifest)
     assert read_manifest(folder).metrics == {"ndcg@10": 0.25, "recall@10": None}
     load_model(folder)
+
+
+@pytest.mark.parametrize("number", [None, 0, *range(OLDEST_FORMAT, FORMAT + 2)])
+def test_a_manifest_says_which_releases_can_read_it(tmp_path, number):
+    save_model(tmp_path, tiny_encoder(), Catalog(item_ids(24)), Manifest(version=7))
+    said = json.loads((tmp_path / MANIFEST).read_text())
+    assert said.pop("format") == FORMAT
+    del said["checksums"][MANIFEST]  # as what another release wrote is whole
+    (tmp_path / MANIFEST).write_text(json.dumps(said if number is None else said | {"format": number}))
+    if number is None or OLDEST_FORMAT <= number <= FORMAT:
+        assert load_model(tmp_path)[2].version == 7
+        return
+    with pytest.raises(
+        OtherFormat, match=rf"manifest\.json has format {number}, .*; install the release that wrote it"
+    ):
+        load_model(tmp_path)

@@ -4,6 +4,7 @@ import asyncio
 
 import numpy as np
 import pytest
+from fastapi import Request
 
 from lib.live.learner import NearlineLearner
 from lib.model.delta import Delta
@@ -11,7 +12,7 @@ from lib.model.fingerprint import fingerprint
 from lib.ranking.recommender import Question
 from lib.ranking.rules import RankingRules
 from lib.versions.registry import Registry
-from serving.errors import NoModel
+from serving.errors import NoModel, answer_of
 from serving.live_models import LiveModels
 from tests.helpers.learners import CONFIG, update
 from tests.helpers.tiny import history, started_registry
@@ -71,3 +72,9 @@ def test_a_replica_that_cannot_read_a_newer_release_stays_at_its_version(registr
     asyncio.run(models.catch_up(2))
     [answer] = asyncio.run(models.answer([Question(history([1, 2]), 5)], [None]))
     assert (answer.version, models.live.version) == (1, 1)
+
+
+def test_without_a_whole_model_a_request_is_to_be_sent_again():
+    error = NoModel()
+    answer = asyncio.run(answer_of(error)(Request({"type": "http"}), error))
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
