@@ -53,8 +53,7 @@ class LiveModels:
             logger.warning("version %d is the newest whole one: %s", loaded.version, damage)
         recommender = Recommender(loaded.encoder, loaded.catalog, loaded.version, loaded.log_offset, self.rules)
         recommender.change_items(changed_items)
-        if before is not None:
-            recommender.catalog.table.prepare_like(before.catalog.table)
+        recommender.prepare(before)
         return recommender
 
     async def _change(self, function: Callable[[], Any]) -> Any:

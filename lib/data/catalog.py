@@ -64,6 +64,10 @@ class Catalog:
         """One line for each item that has any attributes, keyed by item_id; made anew after a change."""
         return self.table.table()
 
+    def described_rows(self) -> np.ndarray:
+        """Return for each line of `attributes` the row of its item; 0 where it has none yet."""
+        return self._row_of_line[self.table.current_lines()]
+
     def __len__(self) -> int:
         """Return the number of items; rows 1..len(catalog) are in use."""
         return len(self.row_of)

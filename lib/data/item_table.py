@@ -113,13 +113,18 @@ class ItemTable:
     def table(self) -> pa.Table | None:
         """Return the attributes of all items, one line each; made anew after a change."""
         if self._table[0] != self.changes:
-            loaded = self.loaded
-            if loaded is not None:
-                kept = np.ones(self._loaded_lines, dtype=bool)
-                kept[self._replaced] = False
-                loaded = loaded.filter(pa.array(kept))
+            loaded = None if self.loaded is None else self.loaded.filter(pa.array(self._kept()[: self._loaded_lines]))
             self._table = (self.changes, self._joined(loaded, self._put))
         return self._table[1]
+
+    def current_lines(self) -> np.ndarray:
+        """Return the lines that `table` has, in its order."""
+        return np.flatnonzero(self._kept())
+
+    def _kept(self) -> np.ndarray:
+        kept = np.ones(len(self), dtype=bool)
+        kept[self._replaced] = False
+        return kept
 
     def select(self, item_ids: Sequence[str]) -> pa.Table | None:
         """Return the attributes of those of these items that have any."""

@@ -283,8 +283,7 @@ def _limited(at_most: Mapping[str, int], catalog: Catalog, rows: int, faults: li
     limits = {name: limit for name, limit in at_most.items() if _has(catalog, name)}
     if not limits or catalog.attributes is None:
         return ()
-    row_of = catalog.row_of  # an item that is described need not have a row yet
-    described = np.array([row_of.get(item_id, 0) for item_id in catalog.attributes["item_id"].to_pylist()], np.int64)
+    described = catalog.described_rows()
     found = []
     for name, limit in limits.items():
         try:

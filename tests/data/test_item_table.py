@@ -96,6 +96,8 @@ def test_any_puts_give_what_the_items_say_one_by_one(tmp_path, seed):
     table = catalog.attributes
     assert table is not None
     assert len(set(table["item_id"].to_pylist())) == len(table)
+    rows = [catalog.row_of.get(item_id, 0) for item_id in table["item_id"].to_pylist()]
+    assert catalog.described_rows().tolist() == rows
 
 
 def test_a_put_touches_neither_the_table_nor_its_index():

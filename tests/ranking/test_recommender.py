@@ -172,6 +172,20 @@ def test_a_filter_that_no_longer_goes_with_the_catalog_fails_nobody(recommender)
     assert ask(recommender, 1, 2, filter=sized) == []
 
 
+def test_rules_know_what_was_put_a_moment_ago():
+    """No training, and no restart: the attribute is new with the put."""
+    out_of_stock = RankingRules(**{"bury": [{"filter": {"in_stock": False}}], "at_most": {"shelf": 1}})
+    recommender = Recommender(tiny_encoder(), described_catalog(), 1, rules=out_of_stock)
+    before = ids(ask(recommender, 1, 2, k=ITEMS))
+    assert [told.partition(":")[0] for told in recommender.idle_rules()] == ["bury.0.filter.in_stock", "at_most.shelf"]
+    best, second, third = before[:3]
+    recommender.change_items({best: {"in_stock": False}, second: {"in_stock": True, "shelf": "a"}})
+    assert ids(ask(recommender, 1, 2, k=ITEMS)) == [*before[1:], best]
+    recommender.change_items({third: {"in_stock": "sold out", "shelf": "a"}})  # the item log would refuse the text
+    assert ids(ask(recommender, 1, 2, k=ITEMS)) == [second, *before[3:], best]
+    assert recommender.idle_rules() == []
+
+
 def test_masks_are_bounded_by_their_bytes(recommender, monkeypatch):
     monkeypatch.setattr("lib.ranking.recommender.MASK_BYTES", 100_000)
     for number in range(1000):
