@@ -15,6 +15,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,8 @@ HOST = "127.0.0.1"
 OTHER_PORTS = range(10_000, 12_000)
 REPLICA_PORTS = range(12_000, 32_000)
 PORTS_PER_CLUSTER = 200
+END_SECONDS = 9.5  # after a signal; containers are killed after 10
+RAY_ENDS = threading.Event()  # set while this process ends its Ray itself
 LONGEST_FOLDER = 97 - 57 - len("/admin.sock")  # characters
 
 
@@ -159,8 +162,44 @@ def running_ray() -> Iterator[None]:
         yield
     finally:
         if own:
+            RAY_ENDS.set()
             with undisturbed():
                 ray.shutdown()
+                _end_haproxy()
+            RAY_ENDS.clear()
+
+
+def end_in_time(status: int) -> None:
+    """Have this process and its Ray end soon, whatever becomes of what stops them in good order meanwhile.
+
+    They end after END_SECONDS; or at once where Ray has ended by itself, as systemd, for one, sends SIGTERM to every
+    process: nothing could be stopped then, and each call to Ray would wait for a minute.
+    """
+    threading.Thread(target=_end, args=(time.monotonic() + END_SECONDS, status), name="end", daemon=True).start()
+
+
+def _end(deadline: float, status: int) -> None:
+    import ray._private.worker as worker
+
+    while time.monotonic() < deadline:
+        node = worker._global_node
+        if node is not None and node.dead_processes() and not RAY_ENDS.is_set():
+            break
+        time.sleep(0.1)
+    if worker._global_node is not None:
+        worker._global_node.kill_all_processes(check_alive=False)
+    _end_haproxy()
+    shutil.rmtree(_haproxy_folder(), ignore_errors=True)
+    os._exit(status)
+
+
+def _end_haproxy() -> None:
+    """End what is left of HAProxy where Serve was not given the time to: it would hold the port for good."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended meanwhile, or is another user's
+            command = path.read_bytes()
+            if b"haproxy\0-db\0" in command and f"{_haproxy_folder()}/".encode() in command:
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 @contextmanager

@@ -142,18 +142,22 @@ def _guarded(run: Callable[[], int]) -> int:
     SIGTERM interrupts it as Ctrl-C does, so that it stops its parts first. Of the exceptions that a handler may raise
     Ray lets KeyboardInterrupt alone through as it is.
     """
-    terminated = []
+    received: list[int] = []
 
-    def terminate(number: int, frame: FrameType | None) -> None:
-        terminated.append(number)
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if "ray" in sys.modules and not received:
+            from cluster.local import end_in_time
+
+            end_in_time(128 + number)
+        received.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         status = run()
-        return TERMINATED if status == INTERRUPTED and terminated else status
+        return TERMINATED if status == INTERRUPTED and received[:1] == [signal.SIGTERM] else status
     except KeyboardInterrupt:
-        return TERMINATED if terminated else INTERRUPTED
+        return TERMINATED if received[:1] == [signal.SIGTERM] else INTERRUPTED
     except Exception as error:
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             traceback.print_exc()
@@ -164,7 +168,8 @@ def _guarded(run: Callable[[], int]) -> int:
         print(f"failed: {_one_line(_description(origin))} (log: {_write_log(error)})", file=sys.stderr)
         return FAILED
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _description(error: BaseException) -> str:

@@ -25,7 +25,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import HTTPOptions
 
-from cluster.local import HOST, require_free_port, running_ray, undisturbed
+from cluster.local import HOST, end_in_time, require_free_port, running_ray, undisturbed
 from lib.data.dataset import read_events
 from lib.errors import InputError
 from lib.live.settings import LearnerConfig
@@ -160,7 +160,9 @@ class StopSignal:
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal; the first one decides."""
-        self.status = self.status or 128 + number
+        if not self.status:
+            self.status = 128 + number
+            end_in_time(self.status)
         self._received.put(None)
 
     def is_set(self) -> bool:

@@ -11,7 +11,7 @@ import pytest
 
 from lib.data.events import EARLIEST_TIMESTAMP, EVENT_SCHEMA, HISTORY_FIELDS, Event, validate_event
 from lib.data.guard import CleaningRules
-from lib.data.tables import clean, order_events
+from lib.data.tables import clean, events_of, order_events
 from lib.errors import EventRejected, InputError
 
 NOW = 1_700_000_000_000
@@ -261,6 +261,14 @@ def test_an_empty_table_stays_one():
     assert (kept.schema, kept.num_rows, counts) == (EVENT_SCHEMA, 0, Counter())
     kept, counts = clean(table_of(GOOD | {"user_id": None}), NOW, RULES)
     assert (kept.schema, kept.num_rows) == (EVENT_SCHEMA, 0)
+
+
+def test_values_of_a_table_come_back_in_the_digits_that_they_had():
+    values = [71.95, 0.1, 5.0, None, -3.4e38, 1e-7, 123456.7, 0.0, 1e20]
+    events = [Event("u", f"i{place}", "click", value, NOW + place) for place, value in enumerate(values)]
+    table, _ = clean(table_of(*(event._asdict() for event in events)), NOW + 100, RULES)
+    assert table.schema.field("value").type == pa.float32()
+    assert events_of(table) == events
 
 
 def test_tables_of_other_shapes():

@@ -329,7 +329,7 @@ def test_versions_of_a_newer_release_are_refused_in_one_line(afterclick, tmp_pat
     ("rules", "words"),
     [
         ("boots: []", ["boots", "there are pin, boost"]),
-        ("boost: [{filter: {genre: Comedy}, weight: 0.1}]", ["boost.0.filter", "attributes"]),
+        ("boost: [{filter: {price: {low: 1}}, weight: 0.1}]", ["boost.0.filter.price", "range"]),
         ("at_most: {genres: 0}", ["at_most.genres", "1"]),
         ("- pin", ["ranking", "mapping"]),
         ("pin: [", ["ranking", "YAML"]),

@@ -186,6 +186,17 @@ def test_sigterm_stops_serve_as_ctrl_c_does_and_a_second_serve_is_refused_in_one
         assert log.count() == 5
 
 
+def test_sigterm_to_every_process_leaves_nothing_either(run, tmp_path):
+    """As systemd sends it by default: Ray has ended before anything could be stopped."""
+    save_model(tmp_path / "model", tiny_encoder(), Catalog(item_ids(24)), Manifest())
+    serve = run("serve", "--model", tmp_path / "model", "--port", free_port(), "--replicas", 1)
+    serve.wait_until_it_prints("serving at")
+    os.killpg(serve.process.pid, signal.SIGTERM)
+    status, _, err = serve.ended()
+    assert (status, err) == (143, [])
+    assert serve.leaves_nothing(), serve.processes()
+
+
 @pytest.mark.parametrize("begun", ["gcs_server", "raylet", "ServeController", "haproxy"])
 def test_sigterm_while_serve_starts_leaves_nothing(run, tmp_path, begun):
     save_model(tmp_path / "model", tiny_encoder(), Catalog(item_ids(24)), Manifest())

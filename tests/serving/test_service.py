@@ -2,13 +2,9 @@
 
 import json
 import time
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pytest
 
 from serving.schemas import LARGEST_BODY, LARGEST_EVENT_BATCH, LARGEST_K
@@ -106,16 +102,10 @@ def test_an_item_named_for_the_first_time_can_be_asked_for(service: LiveService)
     assert "arrived now" not in ids(answer)
 
 
-def test_values_come_back_as_they_were_given(service: LiveService, items: list[str], shop_dataset: Path) -> None:
-    """Live ones, and those of the dataset, whose numbers have 32 bits."""
+def test_values_come_back_as_they_were_given(service: LiveService, items: list[str]) -> None:
     values = [71.95, 0.1, 5, 1234567.89, 1e-7]
     service.send(*(click("spender", item, value=value) for item, value in zip(items, values, strict=False)))
     assert [event["value"] for event in service.export("spender")] == values
-    table = pq.read_table(shop_dataset / "events.parquet").filter(pc.field("value").is_valid())
-    bought = table.slice(0, 1).to_pylist()[0]
-    shortest = float(str(np.float32(bought["value"])))
-    assert shortest != bought["value"]
-    assert shortest in [event.get("value") for event in service.export(bought["user_id"])]
 
 
 def test_who_came_last_is_listed_first(service: LiveService, items: list[str]) -> None:
@@ -129,8 +119,8 @@ def test_who_came_last_is_listed_first(service: LiveService, items: list[str]) -
 def test_events_that_name_an_answer_that_there_never_was_are_counted(service: LiveService, items: list[str]) -> None:
     def counted() -> int:
         count = service.status()["aggregator"]["noticed"].get("unknown_request_id", 0)
-        samples = {labels["reason"]: value for labels, value in metrics(service)["afterclick_events_noticed_total"]}
-        assert samples.get("unknown_request_id", 0) == count
+        samples = metrics(service).get("afterclick_events_noticed_total", [])
+        assert {labels["reason"]: value for labels, value in samples}.get("unknown_request_id", 0) == count
         return count
 
     similar = service.client.get(f"/v1/items/{quote(items[0], safe='')}/similar").raise_for_status().json()
