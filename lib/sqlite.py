@@ -13,6 +13,11 @@ from typing import Literal
 from lib.durable import rename_durably
 
 BUSY_SECONDS = 5.0  # to wait while another process writes
+SYNC_FAILED = "SQLITE_IOERR_FSYNC"
+
+
+class Unsynced(sqlite3.OperationalError):
+    """A commit is in the file, and it is not known whether it stays there if the machine or the process stops."""
 
 
 class Database:
@@ -64,7 +69,7 @@ class Database:
         """Write all that the block writes, or nothing.
 
         Raises:
-            sqlite3.Error: it could not be written.
+            sqlite3.Error: it could not be written; Unsynced where it is not known whether it was.
         """
         with self._lock:
             connection = self.connection
@@ -74,10 +79,26 @@ class Database:
             try:
                 yield connection
                 connection.execute("COMMIT")
-            except BaseException:
+            except BaseException as error:
                 if connection.in_transaction:  # SQLite rolls back by itself after some failures
                     connection.execute("ROLLBACK")
+                if getattr(error, "sqlite_errorname", None) == SYNC_FAILED:
+                    self._take_out()
                 raise
+
+    def _take_out(self) -> None:
+        """Write another commit, which changes nothing, over one whose sync failed.
+
+        That one was given up, but the write-ahead log has it whole: who opens the file after a crash would find it.
+
+        Raises:
+            Unsynced: this failed, too.
+        """
+        try:
+            [version] = self.connection.execute("PRAGMA user_version").fetchone()
+            self.connection.execute(f"PRAGMA user_version = {version}")
+        except sqlite3.Error as error:
+            raise Unsynced(f"{error}, twice") from error
 
     def damage(self) -> str | None:
         """Read all pages, and return the first damage among them: 0.4 s for a log of a million events."""

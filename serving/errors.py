@@ -12,7 +12,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from starlette.exceptions import HTTPException
 
 from lib.errors import InputError
-from lib.log.errors import LogFull, LogWriteError, PartlyWritten
+from lib.log.errors import LogFull, LogUnavailable, LogUnsure, LogWriteError, PartlyWritten
 from serving.batches import Overloaded
 
 logger = logging.getLogger("ray.serve")
@@ -68,10 +68,25 @@ async def restarting(request: Request, error: Exception) -> Response:
     return _error(503, "a part of the service is restarting; try again", {"Retry-After": "1"})
 
 
+async def log_away(request: Request, error: Exception) -> Response:
+    """Answer 503: an aggregator cannot open its log, and tries again."""
+    reason = getattr(error, "cause", error)
+    logger.error("a request was refused: %s", reason)
+    return _error(503, f"the log cannot be opened now, and it is tried again: {reason}", {"Retry-After": "1"})
+
+
 async def not_durable(request: Request, error: Exception) -> Response:
     """Answer 503: what was sent could not be written."""
     logger.error("a request was refused: %s", error)
     return _error(503, "the log could not be written, so nothing of the request was taken; try again")
+
+
+async def unsure(request: Request, error: Exception) -> Response:
+    """Answer 503: what was sent may have been written, or not."""
+    logger.error("of a request it is not known whether it was taken: %s", error)
+    return _error(
+        503, "the disk of the log confirms nothing, so the request may have been taken, or not; send it again"
+    )
 
 
 async def disk_full(request: Request, error: Exception) -> Response:
@@ -108,10 +123,12 @@ ERROR_ANSWERS: Mapping[type[Exception], ErrorAnswer] = {
     RequestValidationError: bad_request,
     NoModel: restarting,
     RayActorError: restarting,
+    LogUnavailable: log_away,
     GetTimeoutError: restarting,
     asyncio.TimeoutError: restarting,
     LogWriteError: not_durable,
     LogFull: disk_full,
+    LogUnsure: unsure,
     PartlyWritten: partly_taken,
     Overloaded: overloaded,
     DeadlineMissed: deadline_missed,

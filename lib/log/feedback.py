@@ -78,6 +78,11 @@ class FeedbackLog(FeedbackLogReader):
         """Number of writes that changed something, each with its fsync."""
         return self.store.commits
 
+    @property
+    def passed_over(self) -> list[str]:
+        """What another program has put into the log, and why it is no feedback."""
+        return self.store.passed_over
+
     def append(self, events: Sequence[Event]) -> Future[AppendResult]:
         """Write events; the future resolves once they are committed and fsynced. Does not block; thread-safe.
 

@@ -11,7 +11,8 @@ Notable features:
 - After a failed write the copy takes over what the partition really holds before anything else is written; so it does
   where another writer has put a message in between. The next append then tells of those events.
 
-The topic must keep its messages: retention.ms=-1, retention.bytes=-1, no compaction. A missing message is noticed.
+The topic must keep its messages: retention.ms=-1, retention.bytes=-1, no compaction. A missing message is noticed. One
+of another program is passed over, and said; it has no offsets.
 """
 
 import logging
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 LARGEST_MESSAGE = 16 << 20  # bytes before compression; the broker's own limit is of what is left after it
 MESSAGES_AT_ONCE = 1_000
 ABSENT = {field.name: None for field in EVENT_FIELDS if field.optional}  # what a message may leave out
+PASSED_OVER = "CREATE TABLE IF NOT EXISTS passed_over(place INTEGER PRIMARY KEY, reason TEXT NOT NULL)"
 POSITION = "CREATE TABLE IF NOT EXISTS position(next INTEGER NOT NULL)"  # of the partition's messages, from 0
 
 
@@ -121,6 +123,7 @@ class _Message(NamedTuple):
     place: int  # in the partition
     rows: list[Row]  # of its events
     received_at: int
+    foreign: str | None = None  # why it is no feedback, so that it has no rows
 
 
 class KafkaStore:
@@ -154,6 +157,7 @@ class KafkaStore:
         self.path = copy
         self.torn = False  # a torn commit of a copy is read again
         self.commits = 0
+        self.passed_over: list[str] = []
         self.shard = shard
         self.timeout = timeout
         self._others: list[LoggedEvent] = []  # taken over and not yet told of
@@ -161,10 +165,12 @@ class KafkaStore:
         # a power loss may take the newest commits of a copy, which are read again
         self.copy = SqliteStore(copy, wait_for_lock=wait_for_lock, synchronous="NORMAL")
         try:
+            self._rows(PASSED_OVER)
             self._rows(POSITION)
             self._rows("INSERT INTO position SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM position)")
             _patiently(self._catch_up, wait_for_brokers)
             self._others.clear()  # they are in the log that is opened
+            self.passed_over = [reason for (reason,) in self._rows("SELECT reason FROM passed_over ORDER BY place")]
             self._producer: Producer | None = self.topic.producer(timeout)
         except BaseException:
             self.copy.close()
@@ -263,10 +269,9 @@ class KafkaStore:
             count, received_at = fields["shard"][1], int(fields["received_at"])
             rows = [row_of(index, Event(**ABSENT | event)) for index, event in enumerate(fields["events"])]
         except (ValueError, TypeError, KeyError) as error:
-            raise InputError(
-                f"log: message {place} in partition {self.shard.number} of {self.name} is no feedback of such a log "
-                f"({error!r}); use a topic of its own"
-            ) from error
+            reason = f"message {place} in partition {self.shard.number} of {self.name} is no feedback ({error!r})"
+            logger.error("%s and is passed over", reason)
+            return _Message(place, [], 0, f"{reason} and is passed over; use a topic of its own")
         if count != self.shard.count:
             raise InputError(f"log: {self.name} was written by {count} aggregators; start with --aggregators {count}")
         return _Message(place, rows, received_at)
@@ -285,7 +290,7 @@ class KafkaStore:
                     raise BrokersAway(f"log: {self.name} gave no message within {self.timeout:g} s; see to its brokers")
                 read = [self._decoded(message) for message in messages]
                 offsets |= self._store(read)
-                for place, rows, received_at in read:
+                for place, rows, received_at, _ in read:
                     given = zip(offsets[place], rows, strict=True)
                     self._others += [LoggedEvent(o, event_of(row), received_at) for o, row in given if o is not None]
                 position = read[-1].place + 1
@@ -314,7 +319,10 @@ class KafkaStore:
             return {}
         with self.copy.database.transaction() as connection:
             offsets = insert_rows(connection, [(message.rows, message.received_at) for message in messages])
+            foreign = [(message.place, message.foreign) for message in messages if message.foreign is not None]
+            connection.executemany("INSERT INTO passed_over VALUES(?, ?)", foreign)
             connection.execute("UPDATE position SET next = ?", (messages[-1].place + 1,))
+        self.passed_over += [reason for _, reason in foreign]
         return {message.place: given for message, given in zip(messages, offsets, strict=True)}
 
     def _position(self) -> int:

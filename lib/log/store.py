@@ -48,6 +48,7 @@ class Store(Protocol):
     path: Path  # of the SQLite file that the log is read from
     torn: bool  # whether a last commit that was not whole was dropped; what it held was never acknowledged
     commits: int  # writes that changed something, each with its fsync
+    passed_over: list[str]  # what another program has put into the log, and why it is no feedback
 
     def append(self, batches: Sequence[list[Row]]) -> Sequence[AppendResult | Exception]:
         """Write batches of rows, each of them whole or not at all; return the outcome of each.
@@ -98,6 +99,7 @@ class SqliteStore:
         self.path = path
         self.name = str(path)
         self.commits = 0
+        self.passed_over: list[str] = []
         self._lock = _lock(path, wait_for_lock)
         try:
             self.torn = last_commit_is_torn(path)
