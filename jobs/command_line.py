@@ -13,14 +13,16 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import wraps
+from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from lib.errors import InputError
+from lib.errors import InputError, refuse_uri
 
 FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 TRACEBACK = "AFTERCLICK_TRACEBACK"
@@ -124,8 +126,30 @@ def run_command(function: Callable[..., None], arguments: Sequence[str] | None =
 def _command_of(function: Callable[..., None]) -> Any:
     """Return a function as a Typer command of its own."""
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(epilog=EXIT_STATUS)(function)
+    single.command(epilog=EXIT_STATUS)(_refusing_uris(function))
     return get_command(single)
+
+
+def _refusing_uris(function: Callable[..., None]) -> Callable[..., None]:
+    """Have a command refuse URIs for its options that are paths; one that takes URIs is a string."""
+
+    @wraps(function)
+    def checked(**options: Any) -> None:
+        for name, value in options.items():
+            for path in value if isinstance(value, list) else [value]:
+                if isinstance(path, Path):
+                    refuse_uri(option_of(function, name), str(path))
+        function(**options)
+
+    return checked
+
+
+def option_of(function: Callable[..., None], parameter: str) -> str:
+    """Return the name of an option as it is typed, without dashes."""
+    annotated = get_type_hints(function, include_extras=True)[parameter]
+    said = [name for option in annotated.__metadata__ for name in (option.default, *(option.param_decls or ()))]
+    names = [name for name in said if isinstance(name, str)]
+    return (names or [parameter])[0].strip("-_")
 
 
 def _run(command: Any, arguments: Sequence[str] | None, name: str | None) -> int:

@@ -12,7 +12,7 @@ import typer
 
 from jobs.configuration import write_json
 from jobs.tables import print_table
-from lib.errors import InputError
+from lib.errors import InputError, refuse_uri
 
 if TYPE_CHECKING:
     from lib.versions.ledger import Ledger
@@ -30,7 +30,7 @@ def stored_versions(model: Path, state: str | None = None) -> "list[VersionInfo]
     from lib.versions.registry import Registry, VersionInfo
 
     manifest = read_manifest(model)
-    versions = Registry(state or f"{model}/live").versions()
+    versions = Registry.of(state or f"{model}/live").versions()
     if state is not None and not versions:
         raise InputError(
             f"state: no versions are stored at {state}; give the --state that `afterclick serve` was given"
@@ -50,7 +50,8 @@ def checked_ledger(state: str) -> "Ledger":
     from lib.versions.ledger import check
     from lib.versions.registry import Registry
 
-    registry = Registry(state)
+    refuse_uri("state", state)
+    registry = Registry.of(state)
     registry.check_format()
     # read before the log: what is learned meanwhile is in the log already
     chain = Accounts(registry).newest_lineage()

@@ -1,5 +1,6 @@
 """Errors that a person can mend, and pydantic's objections to settings as one line of such an error."""
 
+import re
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,19 @@ class EventRejected(InputError):
         self.reason = reason
         self.field = field
         self.message = message
+
+
+def refuse_uri(name: str, location: str) -> None:
+    """Refuse a URI where a folder or a file is needed.
+
+    Raises:
+        InputError: it names what was given the URI.
+    """
+    # a Path has joined the slashes; a single letter is a drive
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", location):
+        raise InputError(
+            f"{name}: {location} is a URI, and only a path on this machine (or one that is mounted) will do"
+        )
 
 
 def objection(error: "ValidationError", *models: "type[BaseModel]", whole: str = "settings") -> str:

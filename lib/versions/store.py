@@ -33,7 +33,7 @@ class Store:
             try:
                 self.fs, self.root = fs.FileSystem.from_uri(text)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                raise InputError(f"state: {text} is no storage that can be used: {error}") from error
+                raise InputError(f"versions: {text} is no storage that can be used: {error}") from error
         else:
             self.fs, self.root = fs.LocalFileSystem(), str(Path(text).absolute())
         self.local = isinstance(self.fs, fs.LocalFileSystem)

@@ -1,5 +1,6 @@
 """The command line as a person meets it: help, one line for whatever goes wrong, and the exit status."""
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -13,13 +14,13 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_type_hints
 
 import pytest
 
 from cluster.local import free_port
 from jobs import command_line
-from jobs.command_line import VERBS
+from jobs.command_line import VERBS, option_of
 from lib.errors import InputError
 from serving.status import ReplicaStatus, Status, Unavailable
 
@@ -242,6 +243,38 @@ def test_completion_is_installed(tmp_path):
 )
 def test_bad_input_is_one_line_and_status_2(afterclick, arguments, beginning, remedy):
     assert_one_line(afterclick(*arguments), beginning, remedy)
+
+
+def path_options() -> Iterator[tuple[str, str]]:
+    """Every verb with each of its options that is a path."""
+    for verb, (module, function, _) in VERBS.items():
+        command = getattr(importlib.import_module(f"jobs.{module}"), function)
+        for parameter, hint in get_type_hints(command).items():
+            if Path in (hint, *get_args(hint)):
+                yield verb, option_of(command, parameter)
+
+
+@pytest.mark.parametrize(("verb", "option"), list(path_options()))
+def test_a_uri_is_refused_by_every_option_that_is_a_path(afterclick, verb, option):
+    required = {"--data": "d", "--model": "m", "--out": "o", "--source": "s"}
+    known = {f"--{name}" for known_verb, name in path_options() if known_verb == verb}
+    given = {name: value for name, value in required.items() if name in known} | {f"--{option}": "s3://bucket/x"}
+    outcome = afterclick(verb, *(word for pair in given.items() for word in pair))
+    assert_one_line(outcome, f"error: {option}: s3:/bucket/x is a URI", "only a path on this machine")
+
+
+def test_a_path_with_a_colon_is_a_path(afterclick, tmp_path):
+    outcome = afterclick("versions", "--model", tmp_path / "odd:/name")
+    assert_one_line(outcome, f"error: model: no folder at {tmp_path}/odd:/name", "pretrain")
+
+
+def test_versions_take_a_uri_and_the_log_does_not(afterclick, tiny_model):
+    outcome = afterclick("serve", "--model", tiny_model, "--versions", "gopher://a/b")
+    assert_one_line(outcome, "error: versions: gopher://a/b is no storage that can be used", "")
+    outcome = afterclick("versions", "--model", tiny_model, "--state", "s3://bucket/x", "--check")
+    assert_one_line(outcome, "error: state: s3://bucket/x is a URI", "only a path on this machine")
+    outcome = afterclick("serve", "--model", tiny_model, "--challenger", "s3://bucket/x")
+    assert_one_line(outcome, "error: challenger: s3://bucket/x is a URI", "only a path on this machine")
 
 
 def test_a_message_of_many_lines_becomes_one(afterclick, command):
