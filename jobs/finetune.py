@@ -120,7 +120,7 @@ def finetune(
     settings = settings or FinetuneSettings()
     state = _state_folder(state)
     with _alone(state):
-        return _finetune(Registry(state), state, data, since, settings, workers, gpu)
+        return _finetune(Registry.of(state), state, data, since, settings, workers, gpu)
 
 
 def _finetune(
@@ -301,7 +301,7 @@ def _write_material(
 def _item_changes(state: Path) -> dict[str, dict[str, Any] | None]:
     """Return what items that were put or deleted while live are now."""
     from lib.log.items import ItemLog
-    from serving.aggregator import ITEM_LOG_FILE
+    from lib.log.layout import ITEM_LOG_FILE
 
     if not (state / ITEM_LOG_FILE).exists():
         return {}

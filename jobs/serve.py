@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lib.errors import InputError, SettingsError
+from lib.errors import InputError, SettingsError, refuse_uri
 from lib.log.backend import SQLITE
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ def serve_command(
     data: Annotated[Path | None, typer.Option(help="Ingested dataset whose users' histories to start with.")] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP port on 127.0.0.1.")] = 8000,
     state: Annotated[Path | None, typer.Option(help="Where log and versions live; MODEL/live if absent.")] = None,
+    versions: Annotated[
+        str | None, typer.Option(help="Folder or URI (s3://, gs://) of the versions; the state folder if absent.")
+    ] = None,
     log: Annotated[str, typer.Option(help="Of feedback: sqlite, or kafka://host:port/topic.")] = SQLITE,
     replicas: Annotated[int, typer.Option(min=1, help="Inference replicas.", rich_help_panel=SCALE)] = 2,
     most_replicas: Annotated[
@@ -76,7 +79,9 @@ def serve_command(
         aggregators=aggregators,
         log=log,
         state=str(state.absolute()) if state is not None else None,
+        versions=versions if versions is None or "://" in versions else str(Path(versions).absolute()),
         trigger=live.trigger,
+        stalled_seconds=live.stalled_seconds,
         cleaning=settings_from(CleaningRules, cleaning, []),
         ranking=RankingRules(**yaml_of(ranking, "ranking")) if ranking is not None else RankingRules(),
         challenger=_challenger(challenger, challenger_share, shadow, values_of(challenger_set or [])),
@@ -109,6 +114,7 @@ def _challenger(
         if given or shadow or settings:
             raise InputError("challenger: name the second model with --challenger, or leave out what is said of it")
         return None
+    refuse_uri("challenger", model)
     named = model if model.isdecimal() else str(Path(model).absolute())
     try:
         return ChallengerConfig(**{"model": named, "shadow": shadow} | given | settings)

@@ -5,7 +5,7 @@ from ray import serve
 from ray.serve import Application
 
 from lib.data.guard import CleaningRules
-from lib.errors import InputError
+from lib.errors import InputError, refuse_uri
 from lib.experiments.results import ChallengerConfig
 from lib.log.backend import SQLITE
 from lib.log.integrity import check_log
@@ -34,7 +34,8 @@ class ServeArguments(Settings):
     """What the application is built from."""
 
     model: str = Field(description="model folder that serving starts from")
-    state: str | None = Field(default=None, description="where log and versions live; MODEL/live if absent")
+    state: str | None = Field(default=None, description="folder of the log, and of all else; MODEL/live if absent")
+    versions: str | None = Field(default=None, description="folder or URI of the versions; the state folder if absent")
     data: str | None = Field(default=None, description="ingested dataset whose users' histories serving starts with")
     replicas: int = Field(default=2, ge=1, le=1000, description="processes that answer; the fewest, with most_replicas")
     most_replicas: int | None = Field(
@@ -45,6 +46,9 @@ class ServeArguments(Settings):
     autoscaling: Autoscaling = Field(default=Autoscaling(), description="when replicas are started and stopped")
     replica: ReplicaConfig = Field(default=ReplicaConfig(), description="how one replica works")
     trigger: Trigger = Field(default=Trigger(), description="when pending events are released to the learner")
+    stalled_seconds: float = Field(
+        default=60.0, gt=0, description="without progress, after which an aggregator is started again"
+    )
     ranking: RankingRules = Field(default=RankingRules(), description="the rules of every answer")
     cleaning: CleaningRules = Field(default=CleaningRules(), description="what feedback is refused")
     challenger: ChallengerConfig | None = Field(default=None, description="a second model to compare with the live one")
@@ -55,24 +59,29 @@ class ServeArguments(Settings):
         Raises:
             InputError: it names the argument.
         """
+        folders = {"model": self.model, "data": self.data, "state": self.state}
+        if self.challenger is not None:
+            folders["challenger.model"] = self.challenger.model
+        for name, folder in folders.items():
+            refuse_uri(name, folder or "")
         if self.most_replicas is not None and self.most_replicas < self.replicas:
             raise InputError(f"most_replicas: {self.most_replicas} are fewer than the {self.replicas} of replicas")
         self.layout.check(self.state_location)
 
     @property
     def state_location(self) -> str:
-        """Folder or URI of log and versions."""
+        """Folder of the log, and of all else that is kept."""
         return self.state or f"{self.model.rstrip('/')}/live"
 
     @property
     def layout(self) -> LogLayout:
-        """Where the feedback log is, and in how many shards."""
-        return LogLayout(self.aggregators, self.log)
+        """Where the feedback log is, in how many shards, and where the versions are."""
+        return LogLayout(self.aggregators, self.log, self.versions)
 
     @property
     def aggregator(self) -> AggregatorConfig:
         """The settings of each aggregator."""
-        return AggregatorConfig(trigger=self.trigger, cleaning=self.cleaning)
+        return AggregatorConfig(trigger=self.trigger, cleaning=self.cleaning, stalled_seconds=self.stalled_seconds)
 
 
 class Replica(Recommendations):
@@ -83,13 +92,18 @@ class Replica(Recommendations):
         return http_application(self)
 
 
-def check_state(state: str, pages: bool = False) -> None:
+def check_state(state: str, versions: str | None = None, pages: bool = False) -> None:
     """Refuse a feedback log that is damaged (`pages`: it is read whole), or ends before what versions learned of it.
+
+    Args:
+        state: the folder.
+        versions: where the versions are; None for the folder.
+        pages: whether all of the log is read.
 
     Raises:
         InputError: it names the log, and the remedy.
     """
-    check_log(state, Accounts(Registry(state)).log_offset(), pages)
+    check_log(state, Accounts(Registry(versions or state)).log_offset(), pages)
 
 
 def build(arguments: ServeArguments) -> Application:
@@ -99,9 +113,9 @@ def build(arguments: ServeArguments) -> Application:
         InputError: model or state are missing, incomplete or damaged, or arguments contradict each other.
     """
     arguments.check()
-    Registry(arguments.state_location).start_from(arguments.model)
-    check_state(arguments.state_location)
-    arguments.layout.record(arguments.state_location)
+    Registry(arguments.versions or arguments.state_location).start_from(arguments.model)
+    check_state(arguments.state_location, arguments.versions)
+    arguments.layout.begin(arguments.state_location)
     wanted = arguments.challenger
     scaled = {
         "min_replicas": arguments.replicas,

@@ -75,7 +75,7 @@ def check_challenger(config: ChallengerConfig, state: str) -> PreparedChallenger
         if (challenger.model / MANIFEST).exists():  # as it was when the experiment began
             load_folder(challenger.model)
         elif stored:
-            Registry(state).load(int(config.model))
+            Registry.of(state).load(int(config.model))
         elif (offset := load_folder(Path(config.model)).log_offset) > 0:
             raise InputError(
                 f"{config.model} has learned from a feedback log, up to offset {offset}: name a version of this service"
@@ -98,7 +98,7 @@ def prepare_challenger(config: ChallengerConfig, state: str) -> PreparedChalleng
     """
     challenger = check_challenger(config, state)
     if not (challenger.model / MANIFEST).exists():
-        _keep(challenger, Registry(state))
+        _keep(challenger, Registry.of(state))
     ExperimentResults(challenger.results).close()
     return challenger
 
@@ -149,7 +149,7 @@ class Experiment:
 
     def __init__(self, state: str, challenger: PreparedChallenger):
         self.challenger = challenger
-        self.registry = Registry(state)
+        self.registry = Registry.of(state)
         self.results = ExperimentResults(challenger.results)
         if self.results.fact(RUN) is None:
             self.results.keep(RUN, uuid.uuid4().hex)  # results that were removed begin another

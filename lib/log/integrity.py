@@ -5,9 +5,10 @@ from pathlib import Path
 
 from lib.errors import InputError
 from lib.log.errors import LogCorrupt
-from lib.log.layout import ORDER_FILE, LogLayout
+from lib.log.layout import ORDER_FILE, RECORD, LogLayout
 from lib.log.order import LogOrder
 from lib.log.reader import FeedbackLogReader
+from lib.log.shard import Shard
 from lib.log.write_ahead_log import last_commit_is_torn
 
 
@@ -25,6 +26,9 @@ def check_log(state: str | Path, learned: int, pages: bool = False) -> None:
         InputError: it names the log, and the remedy.
     """
     layout = LogLayout.of(state)
+    if Path(state, RECORD).exists():
+        for shard in layout.shards():
+            layout.require(state, shard)
     order = Path(state, ORDER_FILE)
     if layout.aggregators > 1 and order.exists():
         last_commit_is_torn(order)
@@ -45,17 +49,36 @@ def check_ends(state: str | Path, learned: int, ends: Sequence[int]) -> None:
         InputError: it names the log, and the remedy.
     """
     layout = LogLayout.of(state)
-    log, end = layout.files(state)[0], ends[0]
+    for shard, end in zip(layout.shards(), ends, strict=True):
+        check_end(state, learned, shard, end)
     if layout.aggregators > 1:
-        log = Path(state, ORDER_FILE)
-        with LogOrder(log) as order:
-            end, places = order.end(), [order.place(number) for number in range(layout.aggregators)]
-        for path, own, place in zip(layout.files(state), ends, places, strict=True):
-            if own < place:
-                raise InputError(
-                    f"state: the feedback log {path} ends at offset {own}, but {log} has put {place} of its events in "
-                    "order; restore its newest copy"
-                )
+        path = Path(state, ORDER_FILE)
+        with LogOrder(path) as order:
+            _require(path, order.end(), learned, state)
+
+
+def check_end(state: str | Path, learned: int, shard: Shard, end: int) -> None:
+    """Refuse the log of one shard that ends, at this offset of its own, before what versions have learned of it.
+
+    Raises:
+        InputError: it names the log, and the remedy.
+    """
+    layout = LogLayout.of(state)
+    log = layout.files(state)[shard.number]
+    if layout.aggregators == 1:
+        _require(log, end, learned, state)
+        return
+    path = Path(state, ORDER_FILE)
+    with LogOrder(path) as order:
+        place = order.place(shard.number)
+    if end < place:
+        raise InputError(
+            f"state: the feedback log {log} ends at offset {end}, but {path} has put {place} of its events in "
+            "order; restore its newest copy"
+        )
+
+
+def _require(log: Path, end: int, learned: int, state: str | Path) -> None:
     if end < learned:
         raise InputError(
             f"state: the feedback log {log} ends at offset {end}, but versions in {state} have learned up to {learned};"

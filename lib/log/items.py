@@ -117,10 +117,12 @@ class ItemLog:
                     kinds |= wider_kinds(change.item_id, {name: value}, kinds)
         return kinds
 
-    def after(self, revision: int) -> list[ItemChange]:
-        """Return the items that changed after a revision, in the order of their newest change."""
+    def after(self, revision: int, limit: int = -1) -> list[ItemChange]:
+        """Return the first `limit` items (-1: all) that changed after a revision, by their newest change."""
         found = self._database.rows(
-            "SELECT revision, item_id, attributes FROM items WHERE revision > ? ORDER BY revision", revision
+            "SELECT revision, item_id, attributes FROM items WHERE revision > ? ORDER BY revision LIMIT ?",
+            revision,
+            limit,
         )
         return [ItemChange(r, item_id, None if text is None else json.loads(text)) for r, item_id, text in found]
 

@@ -40,6 +40,12 @@ class Accounts:
         """Return the highest log offset that any version has learned up to, 0 where there is none."""
         return max((account.log_offset for account in self._all().values()), default=0)
 
+    def newest_log_offset(self) -> int:
+        """Return the log offset that the newest version has learned up to, without reading any other; 0 for none."""
+        head = self.registry.head()
+        account = None if head is None else self._account(head)
+        return 0 if account is None else account.log_offset
+
     def add(self, delta: Delta) -> None:
         """Take the account of a delta that was just published; it need not be read."""
         self._read[delta.version] = Account.of(delta.version, delta.parent, delta.log_offset, delta.facts)

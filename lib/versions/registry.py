@@ -23,6 +23,7 @@ from pydantic import BaseModel
 
 from lib.data.catalog import Catalog
 from lib.errors import InputError
+from lib.log.layout import LogLayout
 from lib.model.delta import OPTIMIZER_PREFIX, Delta, DeltaMismatch, apply_delta
 from lib.model.encoder import BehaviourEncoder
 from lib.model.facts import VersionFacts
@@ -94,6 +95,15 @@ class Registry:
         """
         self.store = Store(location)
         self.offers = Offers(self.store)
+
+    @classmethod
+    def of(cls, state: str | Path) -> Self:
+        """Open the registry of a state folder: in the folder itself, or where its record says that the versions are.
+
+        Raises:
+            InputError: the record is damaged, or says a URI of an unknown kind.
+        """
+        return cls(LogLayout.of(state).versions or state)
 
     def start_from(self, model: str | Path) -> None:
         """Make a finished model folder the first snapshot, unless versions exist already.

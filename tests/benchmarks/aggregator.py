@@ -91,7 +91,7 @@ def measure_aggregators(
     state: Path, layout: LogLayout, callers: int, batch: int, seconds: float, prefill: int, source: Iterator[Event]
 ) -> dict[str, Any]:
     """Measure one row: the aggregators of a layout, kept busy by callers."""
-    layout.record(state)
+    layout.begin(state)
     _fill_shards(state, layout, prefill, source)
     aggregators = Aggregators(str(state), None, AggregatorConfig(), layout, TIMEOUT)
     try:

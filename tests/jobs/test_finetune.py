@@ -258,7 +258,7 @@ def test_a_run_that_is_killed_after_its_offer_does_not_offer_again(state, traine
 def test_feedback_of_several_shards_is_learned_in_their_order(tmp_path, trained):
     folder, layout = tmp_path / "live", LogLayout(aggregators=2)
     registry = started_registry(folder)
-    layout.record(folder)
+    layout.begin(folder)
     logs = [layout.open(folder, shard) for shard in layout.shards()]
     for n in range(1, 201):
         event = Event(f"u{n % 20}", f"i{(n % 20 + n // 20) % 24 + 1}", "click", None, NOW + n * SECOND, str(n))

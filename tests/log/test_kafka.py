@@ -78,7 +78,7 @@ def test_each_shard_needs_a_partition(kafka_topic):
 
 def test_a_state_folder_remembers_the_topic_and_no_password(kafka_topic, tmp_path):
     layout = LogLayout(2, f"{kafka_topic}?client.id=shop&sasl.password=secret")
-    layout.record(tmp_path)
+    layout.begin(tmp_path)
     layout.check(tmp_path)
     assert "secret" not in (tmp_path / "log.json").read_text()
     moved = LogLayout(2, kafka_topic.replace("kafka://", "kafka://127.0.0.1:1,"))
@@ -107,7 +107,7 @@ def test_a_damaged_copy_says_that_it_can_be_deleted(log, kafka_topic, tmp_path):
 
 
 def test_a_damaged_copy_is_found_before_anything_starts(log, kafka_topic, tmp_path):
-    LogLayout(log=kafka_topic).record(tmp_path)
+    LogLayout(log=kafka_topic).begin(tmp_path)
     check_log(tmp_path, 5)
     (tmp_path / "kafka-copy.sqlite").write_bytes(b"no database" * 1000)
     with pytest.raises(InputError, match=rf"kafka-copy\.sqlite is damaged .* it is a copy of {kafka_topic}: delete it"):
@@ -146,12 +146,35 @@ def test_partitions_are_logs_of_their_own(kafka_topic, tmp_path):
         orjson.dumps({"shard": [0, 1], "received_at": 1, "events": [make_event(1, item_id="")._asdict()]}),
     ],
 )
-def test_a_message_of_another_program_is_refused(kafka_brokers, kafka_topic, tmp_path, value):
-    producer = Producer({"bootstrap.servers": kafka_brokers})
-    producer.produce(Topic.of(kafka_topic).name, value, partition=0)
-    producer.flush()
-    with pytest.raises(InputError, match=r"^log: message 0 in partition 0 of kafka://.* is no feedback"):
-        kafka_log(kafka_topic, ONLY, tmp_path / "copy")
+def test_a_message_of_another_program_is_passed_over_and_said(kafka_brokers, kafka_topic, tmp_path, value):
+    def disturb() -> None:
+        producer = Producer({"bootstrap.servers": kafka_brokers})
+        producer.produce(Topic.of(kafka_topic).name, value, partition=0)
+        producer.flush()
+
+    async def live() -> None:
+        layout = LogLayout(log=kafka_topic)
+        layout.begin(tmp_path)
+        aggregator = Aggregator(str(tmp_path), layout=layout)
+        assert await aggregator.append([make_event(1)]) == [None]
+        disturb()  # beside a live service
+        assert await aggregator.append([make_event(2)]) == [None]
+        assert await aggregator.append([make_event(2), make_event(3)]) == ["duplicate", None]
+        status = await aggregator.status()
+        assert status.rejected == {"foreign_message": 2}
+        assert [damage.partition(" is no feedback")[0] for damage in status.damage] == [
+            f"message {place} in partition 0 of {kafka_topic}" for place in (0, 2)
+        ]
+        assert (await aggregator.get_histories(["user"]))[0].offsets == [1, 2, 3]
+        await aggregator.close()
+
+    disturb()  # before it starts
+    asyncio.run(live())
+    with kafka_log(kafka_topic, ONLY, tmp_path / "made again") as log:
+        assert [(offset, item) for offset, item, _ in everything(log)] == [(n, f"item-{n}") for n in (1, 2, 3)]
+        assert len(log.passed_over) == 2
+    with kafka_log(kafka_topic, ONLY, tmp_path / "made again") as log:
+        assert len(log.passed_over) == 2
 
 
 def test_messages_that_are_gone_are_noticed(log, kafka_topic, tmp_path):
@@ -174,6 +197,7 @@ def test_a_user_cannot_be_erased_from_a_topic(log):
 
 def test_an_aggregator_keeps_its_log_on_kafka(kafka_topic, tmp_path):
     async def live(*numbers: int) -> tuple[list[str | None], list[str]]:
+        LogLayout(log=kafka_topic).begin(tmp_path)
         aggregator = Aggregator(str(tmp_path), layout=LogLayout(log=kafka_topic))
         answers = await aggregator.append([make_event(number) for number in numbers])
         [history] = await aggregator.get_histories(["user"])
@@ -187,6 +211,7 @@ def test_an_aggregator_keeps_its_log_on_kafka(kafka_topic, tmp_path):
 
 def test_an_event_that_came_otherwise_is_in_the_history_after_the_next_append(kafka_topic, tmp_path):
     async def live(other: FeedbackLog) -> list[str]:
+        LogLayout(log=kafka_topic).begin(tmp_path)
         aggregator = Aggregator(str(tmp_path), layout=LogLayout(log=kafka_topic))
         assert await aggregator.append([make_event(1)]) == [None]
         other.append([make_event(2)]).result()

@@ -19,7 +19,7 @@ from lib.errors import InputError
 from lib.live.learner import NearlineLearner
 from lib.live.micro_batch import MicroBatch
 from lib.live.settings import LearnerConfig
-from lib.log.errors import LogFull, PartlyWritten
+from lib.log.errors import LogFull, LogUnavailable, PartlyWritten
 from lib.log.layout import LogLayout, read_log
 from lib.log.one_machine import on_one_machine
 from lib.log.order import LogOrder
@@ -30,14 +30,14 @@ from lib.versions.ledger import check
 from lib.versions.registry import Registry
 from serving.aggregator import Aggregator, AggregatorConfig, aggregator_handle
 from serving.aggregators import Aggregators, Feedback, running_aggregators
-from serving.app import ServeArguments
+from serving.app import ServeArguments, check_state
 from serving.batch_source import BatchSource
 from serving.errors import partly_taken
 from serving.history_cache import HistoryCache, last_offsets
 from serving.status import AggregatorsStatus
 from tests.helpers.logs import connection_of
 from tests.helpers.service import PATIENCE
-from tests.helpers.tiny import NOW, started_registry
+from tests.helpers.tiny import NOW, history, micro_batch, started_registry
 
 USERS = [f"user-{number}" for number in range(40)]
 LAYOUT = LogLayout(aggregators=2)
@@ -81,7 +81,7 @@ def test_the_only_shard_has_the_names_as_they_are():
 
 def test_a_state_folder_keeps_its_layout(tmp_path):
     LAYOUT.check(tmp_path)
-    LAYOUT.record(tmp_path)
+    LAYOUT.begin(tmp_path)
     assert LogLayout.of(tmp_path) == LAYOUT
     LAYOUT.check(tmp_path)
     with pytest.raises(InputError, match=r"^aggregators: .* with 2, not 3; start with --aggregators 2, or .* --state$"):
@@ -89,12 +89,94 @@ def test_a_state_folder_keeps_its_layout(tmp_path):
 
 
 def test_a_folder_without_a_record_has_one_shard(tmp_path):
-    LogLayout().record(tmp_path)
-    assert list(tmp_path.iterdir()) == []
     (tmp_path / "feedback.sqlite").touch()
     LogLayout().check(tmp_path)
     with pytest.raises(InputError, match="was made with 1, not 2"):
         ServeArguments(model="absent", state=str(tmp_path), aggregators=2).check()
+
+
+@pytest.mark.parametrize(
+    ("layout", "names"),
+    [
+        (LogLayout(), ["feedback.sqlite", "items.sqlite", "log.json"]),
+        (LAYOUT, ["feedback-0.sqlite", "feedback-1.sqlite", "items.sqlite", "log.json", "order.sqlite"]),
+    ],
+)
+def test_logs_are_begun_once_for_good(tmp_path, layout, names):
+    state = tmp_path / "state"
+    layout.begin(state)
+    assert sorted(path.name for path in state.iterdir()) == names
+    with layout.open(state, layout.shards()[0]) as log:
+        log.append(clicks(1)).result()
+    layout.begin(state)
+    with layout.open(state, layout.shards()[0]) as log:
+        assert log.last_offset() == 1
+
+
+@pytest.mark.parametrize("name", ["log.json", "feedback.sqlite", "items.sqlite", ""])
+def test_nothing_is_begun_in_place_of_what_is_missing(tmp_path, name):
+    state, layout = tmp_path / "state", LogLayout()
+    layout.begin(state)
+    (state / name).rename(tmp_path / "elsewhere")
+    aggregator = Aggregator(str(state), layout=layout)
+    for _ in range(2):  # the second is answered without another look
+        with pytest.raises(
+            LogUnavailable, match=rf"{name or 'log.json'} is missing, and nothing is begun in its place"
+        ):
+            asyncio.run(aggregator.append(clicks(1)))
+    assert not (state / name).exists()
+    if name not in ("log.json", ""):
+        with pytest.raises(InputError, match=f"{name} is missing"):
+            check_state(str(state))
+        with pytest.raises(InputError, match=f"{name} is missing"):
+            layout.begin(state)
+    (tmp_path / "elsewhere").rename(state / name)
+    aggregator.failed_at = 0.0  # a second has passed
+    assert asyncio.run(aggregator.append(clicks(1))) == [None]
+    asyncio.run(aggregator.close())
+
+
+def test_a_log_that_ends_before_what_was_learned_of_it_takes_no_events(tmp_path):
+    """An older copy of the log, put in place of the newest."""
+    learner = NearlineLearner(started_registry(tmp_path), CONFIG)
+    LogLayout().begin(tmp_path)
+    learner.learn(micro_batch(3, [history([1, 2, 3])]))
+    aggregator = Aggregator(str(tmp_path), layout=LogLayout())
+    with pytest.raises(LogUnavailable, match=r"ends at offset 0, but versions in .* have learned up to 3; restore"):
+        asyncio.run(aggregator.append(clicks(1)))
+
+
+def test_a_shard_that_ends_before_what_is_in_the_order_takes_no_events(tmp_path):
+    started_registry(tmp_path)
+    LAYOUT.begin(tmp_path)
+    with LogOrder(tmp_path / "order.sqlite") as order:
+        order.extend(1, 0, 5)
+    whole, behind = (Aggregator(str(tmp_path), shard=shard, layout=LAYOUT) for shard in LAYOUT.shards())
+    with pytest.raises(
+        LogUnavailable, match=r"feedback-1\.sqlite ends at offset 0, but .* put 5 of its events in order"
+    ):
+        asyncio.run(behind.status())
+    assert asyncio.run(whole.status()).log_offset == 0
+    asyncio.run(whole.close())
+
+
+def test_versions_are_where_the_record_says(tmp_path):
+    state, versions = tmp_path / "state", tmp_path / "versions"
+    layout = LogLayout(versions=str(versions))
+    layout.begin(state)
+    layout.check(state)
+    started_registry(versions)
+    assert Registry.of(state).head() == Registry(versions).head() == 1
+    assert Registry.of(versions).head() == 1
+    with pytest.raises(
+        InputError, match=rf"^versions: {state} was made with {versions}, not None; start with --versions"
+    ):
+        LogLayout().check(state)
+    LogLayout().begin(tmp_path / "another")
+    with pytest.raises(
+        InputError, match=r"^versions: .* was made with None, not s3://a/b; start without --versions, or"
+    ):
+        LogLayout(versions="s3://a/b").check(tmp_path / "another")
 
 
 def test_a_damaged_record_is_refused(tmp_path):
@@ -108,7 +190,7 @@ def test_a_damaged_record_is_refused(tmp_path):
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    LAYOUT.record(tmp_path)
+    LAYOUT.begin(tmp_path)
     return started_registry(tmp_path)
 
 

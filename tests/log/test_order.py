@@ -72,7 +72,7 @@ def test_an_order_that_is_missing_or_damaged_is_refused(order, tmp_path):
 
 @pytest.fixture
 def logs(tmp_path: Path) -> Iterator[list[FeedbackLog]]:
-    LAYOUT.record(tmp_path)
+    LAYOUT.begin(tmp_path)
     logs = [LAYOUT.open(tmp_path, shard) for shard in LAYOUT.shards()]
     yield logs
     for log in logs:
