@@ -7,6 +7,7 @@ would wait too long is refused at once, so that those that are taken are answere
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import accumulate, takewhile
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -24,11 +25,20 @@ class Overloaded(RuntimeError):
 
 
 class Batches(Generic[Item, Result]):
-    """Calls `run` with batches of items, one batch at a time, and gives each caller its own result."""
+    """Calls `run` with batches of items, one batch at a time, and gives each caller its own result.
 
-    def __init__(self, run: Callable[[list[Item]], Awaitable[Sequence[Result]]], largest: int):
+    A batch weighs at most `largest`, unless it is of one item.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[Item]], Awaitable[Sequence[Result]]],
+        largest: int,
+        weight: Callable[[Item], int] = lambda item: 1,
+    ):
         self.run = run
         self.largest = largest
+        self.weight = weight
         self.count = 0  # batches that have run
         self.duration = 0.0  # seconds of a batch, a running mean
         self.lag = 0.0  # seconds by which the event loop is late, a running mean: so long requests wait to be read
@@ -69,8 +79,10 @@ class Batches(Generic[Item, Result]):
 
     async def _run_batches(self) -> None:
         while self._waiting:
-            batch = [pair for pair in self._waiting[: self.largest] if not pair[1].done()]  # its caller may be gone
-            del self._waiting[: self.largest]
+            weights = accumulate(self.weight(item) for item, _ in self._waiting)
+            count = max(1, sum(1 for _ in takewhile(lambda weight: weight <= self.largest, weights)))
+            batch = [pair for pair in self._waiting[:count] if not pair[1].done()]  # its caller may be gone
+            del self._waiting[:count]
             if batch:
                 await self._run_batch(batch)
 

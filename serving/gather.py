@@ -69,6 +69,8 @@ async def _experiment(name: str | None) -> ExperimentStatus | ShadowStatus | Una
 async def _ask(handle: Callable[[], ActorHandle], *arguments: str) -> Any:
     """Return an actor's status, or None while the actor is away."""
     try:
-        return await asyncio.wait_for(handle().status.remote(*arguments), PATIENCE_SECONDS)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            actor: Any = await asyncio.to_thread(handle)  # it asks the cluster, which takes a while
+            return await actor.status.remote(*arguments)
     except (ValueError, TimeoutError, RayActorError):
         return None

@@ -9,6 +9,7 @@ from collections.abc import Set
 from ray.exceptions import RayActorError
 
 from lib.data.history import History
+from serving.aggregator import MOST_CHANGES
 from serving.aggregators import Aggregators
 from serving.history_cache import HistoryCache, last_offsets
 from serving.live_models import LiveModels
@@ -40,8 +41,10 @@ class LiveHistories:
             return histories
         revision = self.models.item_revision
         newer, changes = await self.aggregators.newer(last_offsets(lacking), revision, not items_known)
-        if changes:
+        while changes:
             await self.models.change_items(changes)
+            more = len(changes) >= MOST_CHANGES
+            _, changes = await self.aggregators.newer([], changes[-1].revision) if more else ([], [])
         self.items_counter = items
         return histories | self.cache.update(lacking, newer, counters)
 

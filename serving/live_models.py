@@ -163,9 +163,11 @@ class LiveModels:
         await self.catch_up(self.live.version)
 
     def _apply_next(self, delta: Delta) -> None:
-        # another parent: it is known already, or one before it was missed
-        if self.whole and delta.parent == self.live.version and self._apply(delta):
-            self.counts["deltas"] += 1
+        self.counts["deltas"] += self._apply_following(delta)
+
+    def _apply_following(self, delta: Delta) -> bool:
+        """Move to a delta's version if it follows the live one; else it is known, or one before it was missed."""
+        return self.whole and delta.parent == self.live.version and self._apply(delta)
 
     def _apply(self, delta: Delta) -> bool:
         """Move to a delta's version; returns False where that fails, and a version must be loaded whole."""
@@ -185,7 +187,12 @@ class LiveModels:
         if self._has(version):
             return
         async with self.loading:
-            if self._has(version) or (self.whole and await self._change(partial(self._apply_missing, version))):
+            if self._has(version):
+                return
+            self.counts["catch_ups"] += self.whole
+            while self.whole and self.live.version < version and await self._apply_missing(self.live.version + 1):
+                continue
+            if self._has(version):
                 return
             try:
                 await self._replace()
@@ -195,18 +202,18 @@ class LiveModels:
     def _has(self, version: int) -> bool:
         return self.whole and self.live.version >= version
 
-    def _apply_missing(self, version: int) -> bool:
-        """Apply the deltas that are missing; returns False where one cannot be read or applied."""
-        self.counts["catch_ups"] += 1
-        while self.live.version < version:
-            try:
-                delta = self.registry.read_delta(self.live.version + 1)
-            except (FileNotFoundError, DeltaMismatch, OtherFormat) as error:
-                logger.warning("loading the newest version beside this one: %s", error)
-                return False
-            if not self._apply(delta):
-                return False
-        return True
+    async def _apply_missing(self, version: int) -> bool:
+        """Apply a delta that is missing; returns False where one cannot be read or applied, or does not follow.
+
+        It is read while questions are answered, and so they are between this delta and the next.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            delta = await loop.run_in_executor(self.loading_thread, self.registry.read_delta, version)
+        except (FileNotFoundError, DeltaMismatch, OtherFormat) as error:
+            logger.warning("loading the newest version beside this one: %s", error)
+            return False
+        return await self._change(partial(self._apply_following, delta)) or self._has(version)
 
     async def _replace(self) -> None:
         """Load the newest version beside the one that answers; it takes over between two batches."""

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, HTTPException, Response
 from fastapi.responses import HTMLResponse
@@ -34,7 +35,7 @@ async def get_metrics(replica: Replica) -> Response:
 async def post_rollback(replica: Replica, request: RollbackRequest) -> Response:
     """Bring a stored version's weights back, as a new version, on every replica."""
     try:
-        learner = learner_handle()
+        learner: Any = await asyncio.to_thread(learner_handle)
     except ValueError:
         raise HTTPException(503, "no learner is running; start one to roll back") from None
     # not repeated when the learner dies: the rollback may have been done, and more learned since

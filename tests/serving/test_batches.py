@@ -114,3 +114,14 @@ def test_a_late_event_loop_shows():
         watching.cancel()
 
     asyncio.run(scenario())
+
+
+def test_a_batch_is_bounded_by_what_its_items_weigh():
+    async def scenario() -> None:
+        double = Doubling()
+        batches = Batches(double, largest=1000, weight=lambda number: number)
+        numbers = [600, 600, 300, 100, 1500, 1, 999, 1]
+        assert await asyncio.gather(*map(batches.submit, numbers)) == [2 * number for number in numbers]
+        assert double.batches == [[600], [600, 300, 100], [1500], [1, 999], [1]]
+
+    asyncio.run(scenario())

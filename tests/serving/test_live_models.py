@@ -1,18 +1,24 @@
 """The live model of a replica: whatever becomes of a change, no answer is made of two versions."""
 
 import asyncio
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from fastapi import Request
 
+from lib.data.history import History
 from lib.live.learner import NearlineLearner
 from lib.model.delta import Delta
 from lib.model.fingerprint import fingerprint
 from lib.ranking.recommender import Question
 from lib.ranking.rules import RankingRules
 from lib.versions.registry import Registry
+from serving.aggregator import MOST_CHANGES, Aggregator
+from serving.aggregators import Aggregators
 from serving.errors import NoModel, answer_of
+from serving.history_cache import HistoryCache
+from serving.live_histories import LiveHistories
 from serving.live_models import LiveModels
 from tests.helpers.learners import CONFIG, update
 from tests.helpers.tiny import history, started_registry
@@ -78,3 +84,71 @@ def test_without_a_whole_model_a_request_is_to_be_sent_again():
     error = NoModel()
     answer = asyncio.run(answer_of(error)(Request({"type": "http"}), error))
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+
+
+def test_questions_are_answered_between_the_deltas_of_a_catch_up(registry):
+    async def scenario() -> list[int]:
+        models = LiveModels(registry, RankingRules())
+        learner = NearlineLearner(registry, CONFIG)
+        for number in range(1, 9):
+            update(learner, number)
+        catching_up = asyncio.create_task(models.catch_up(9))
+        answered = []
+        while not catching_up.done():
+            [answer] = await models.answer([Question(History(), k=3)], [None])
+            answered.append(answer.version)
+            await asyncio.sleep(0)
+        await catching_up
+        assert (models.live.version, models.live.checksum) == (9, learner.model.checksum)
+        assert (models.counts["catch_ups"], models.counts["mismatches"]) == (1, 0)
+        return answered
+
+    answered = asyncio.run(scenario())
+    assert answered == sorted(answered)
+    assert len(set(answered) - {1, 9}) > 3, "versions in between have answered"
+
+
+def test_a_delta_that_does_not_follow_ends_a_catch_up_with_a_whole_version(registry):
+    """Where versions were damaged, a later one follows an earlier one than that before it."""
+
+    async def scenario() -> None:
+        models = LiveModels(registry, RankingRules())
+        learner = NearlineLearner(registry, CONFIG)
+        update(learner, 1)
+        update(learner, 2)
+        await models.catch_up(2)
+        learner.adopt(registry.load(1), registry.load(1).facts)
+        update(learner, 3)
+        await models.catch_up(learner.version)
+        assert (models.live.version, models.live.checksum) == (learner.version, learner.model.checksum)
+
+    asyncio.run(scenario())
+
+
+def test_changes_of_items_come_in_pages_and_all_of_them(registry, tmp_path):
+    class Direct:
+        """An aggregator, called without Ray."""
+
+        def __init__(self, aggregator: Aggregator):
+            self.newer = lambda users, revision, ask_for_items=True: aggregator.newer(users, revision)
+            self.news = self.counters = lambda *_: {}
+            self.items_counter = lambda: 1
+
+    async def scenario() -> None:
+        aggregator = Aggregator(str(tmp_path / "state"))
+        count = 2 * MOST_CHANGES + 7
+        await aggregator.change_items([(f"new-{number}", {"title": "New"}) for number in range(count)])
+        _, first = await aggregator.newer([], 0)
+        assert [change.revision for change in first] == list(range(1, MOST_CHANGES + 1))
+        assert await aggregator.wait_until_due(0, count - 1, wait_ms=0)
+        assert not await aggregator.wait_until_due(0, count, wait_ms=0)
+
+        models = LiveModels(registry, RankingRules())
+        direct: Any = Direct(aggregator)
+        histories = LiveHistories(cast("Aggregators", direct), HistoryCache(10, 10), models)
+        await histories.read(set())
+        assert models.item_revision == count
+        assert all(models.has_item(f"new-{number}") for number in (0, MOST_CHANGES, count - 1))
+        await aggregator.close()
+
+    asyncio.run(scenario())
