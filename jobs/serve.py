@@ -88,7 +88,7 @@ def serve_command(
     )
     check_service(arguments, port)
     parts = f"{counted(replicas, 'replica')}, {counted(aggregators, 'aggregator')} and the learner"
-    with sole_service(arguments.state_location):
+    with sole_service(arguments):
         print(f"starting Ray, {parts}", flush=True)
         with running_service(arguments, port, live.learner, learner_workers) as url:
             stop = stop_on_signal()

@@ -39,6 +39,7 @@ from serving.experiment import EXPERIMENTS, check_challenger
 from serving.learner import check_logs, start_learner
 from serving.rollout import APPLICATION, LEARNER
 from serving.status import LearnerStatus
+from serving.supervision import supervised
 
 LOCK_FILE = "serving.lock"  # in the state folder
 START_SECONDS = 60.0  # for HAProxy to know the replicas
@@ -71,16 +72,17 @@ def check_service(arguments: ServeArguments, port: int) -> None:
         check_challenger(arguments.challenger, arguments.state_location)
     if arguments.data is not None:
         read_events(arguments.data)
-    Registry(arguments.state_location).check_format()
+    Registry(arguments.versions or arguments.state_location).check_format()
 
 
 @contextmanager
-def sole_service(state: str) -> Iterator[None]:
+def sole_service(arguments: ServeArguments) -> Iterator[None]:
     """Hold a state folder for one `serve`; the lock goes with the process, however that ends.
 
     Raises:
         InputError: another process serves it, or its feedback log cannot be used.
     """
+    state = arguments.state_location
     folder = Path(state)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_FILE).open("a+") as file:
@@ -95,7 +97,7 @@ def sole_service(state: str) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        check_state(state, pages=True)
+        check_state(state, arguments.versions, pages=True)
         yield
 
 
@@ -107,7 +109,8 @@ def running_service(
     with running_ray():
         url = start_service(arguments, port, learner, learner_workers)
         try:
-            yield url
+            with supervised(arguments.state_location, learner or LearnerConfig(), learner_workers):
+                yield url
         finally:
             stop_service()
 
@@ -129,7 +132,8 @@ def start_service(
         _start_aggregators(arguments)
         serve.start(http_options=HTTPOptions(host=HOST, port=port))
         serve.run(application, name=APPLICATION, route_prefix="/")
-        _warn_of(_status_of(start_learner(arguments.state_location, learner, learner_workers)).damage)
+        started = start_learner(arguments.state_location, learner, learner_workers)
+        _warn_of(cast("LearnerStatus", ray.get(started.wait_until_started.remote())).damage)
         _wait_until_answering(url)
         _warn_of(_idle_rules(url))
     except BaseException:
@@ -207,10 +211,6 @@ def _start_aggregators(arguments: ServeArguments) -> None:
     for status in statuses:
         _warn_of(status.damage)
     check_logs(state, statuses)
-
-
-def _status_of(learner: ActorHandle) -> LearnerStatus:
-    return cast("LearnerStatus", ray.get(learner.status.remote()))
 
 
 def _warn_of(damage: list[str]) -> None:

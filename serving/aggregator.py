@@ -6,15 +6,18 @@ micro-batch. After a crash the histories are read again from the dataset and the
 """
 
 import asyncio
+import logging
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import wraps
 from itertools import takewhile
 from math import ceil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -31,24 +34,34 @@ from lib.data.user_histories import UserHistories
 from lib.errors import EventRejected, InputError
 from lib.live.micro_batch import MicroBatch, SampleSizes, micro_batch
 from lib.log.board import ChangeBoard
-from lib.log.errors import LogWriteError
+from lib.log.errors import LogUnavailable, LogWriteError
+from lib.log.integrity import check_end
 from lib.log.items import ItemChange, ItemLog
-from lib.log.layout import LogLayout
+from lib.log.layout import ITEM_LOG_FILE, LogLayout
 from lib.log.log_file import LoggedEvent, key_of
 from lib.log.one_machine import on_one_machine
 from lib.log.shard import ONLY, Shard
 from lib.settings import Settings
+from lib.versions.accounts import Accounts
+from lib.versions.registry import Registry
 from serving.request_id import names_answer
 from serving.status import AggregatorStatus
+from serving.watchdog import Watchdog
 
+logger = logging.getLogger(__name__)
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 NAMESPACE = "afterclick"  # of the actors
 AGGREGATOR = "aggregator"
-ITEM_LOG_FILE = "items.sqlite"
 BOARD_FILE = "changes"
 DUPLICATE = "duplicate"
 UNKNOWN_REQUEST = "unknown_request_id"  # an event names an answer that there never was
+FOREIGN = "foreign_message"  # among the reasons of refused events: messages of other programs in the log
+FOREIGN_SHOWN = 10  # in the status, the newest
 MOST_ARRIVALS = 100_000  # pending events whose times of arrival are kept
 DATASET_ROWS = 100_000  # of a dataset that are Python objects at once
+MOST_CHANGES = 1000  # of items that one call returns
+RETRY_SECONDS = 1.0  # after the log could not be opened
 NEWCOMER_EVENTS = 5  # a user with fewer in the history is a newcomer
 TORN = "{}: the last commit was torn when the machine stopped, and is dropped; it was not acknowledged"
 
@@ -71,6 +84,9 @@ class AggregatorConfig(Settings):
     )
     keep_events: int = Field(default=1000, ge=1, description="of each user's history, in memory")
     cleaning: CleaningRules = CleaningRules()
+    stalled_seconds: float = Field(
+        default=60.0, gt=0, description="that an append, or anything else, may take until the process is started again"
+    )
     seed: int = Field(default=0, ge=0, description="of the replay sample")
 
 
@@ -79,6 +95,20 @@ class Arrival(NamedTuple):
 
     offset: int
     at: float  # when it came, in seconds of a monotonic clock
+
+
+def when_open(
+    method: Callable[Concatenate["Aggregator", Arguments], Awaitable[Result]],
+) -> Callable[Concatenate["Aggregator", Arguments], Coroutine[Any, Any, Result]]:
+    """Have a method open the log first; it raises LogUnavailable where that cannot be done now."""
+
+    @wraps(method)
+    async def opened(self: "Aggregator", *arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+        if not self.is_open:
+            await self.open()
+        return await method(self, *arguments, **named)
+
+    return opened
 
 
 class Aggregator:
@@ -95,22 +125,17 @@ class Aggregator:
         shard: Shard = ONLY,
         layout: LogLayout | None = None,
     ):
+        """Store the arguments; the first call opens the log, as a constructor that fails is not called again."""
         self.config = config or AggregatorConfig()
         self.state = state
+        self.data = data
         self.shard = shard
-        folder = Path(state)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.histories = UserHistories(self.config.keep_events, self.config.cleaning.lateness_ms)
-        if data is not None:
-            self._read_dataset(data)
-        self.log = (layout or LogLayout()).open(folder, shard)
-        for logged in self.log.replay():
-            self.histories.append(logged.event, logged.offset)
-        self.last_offset = self.log.last_offset()
-        self.items = ItemLog(folder / ITEM_LOG_FILE) if shard.number == 0 else None
-        self.damage = [TORN.format(log.path) for log in (self.log, self.items) if log is not None and log.torn]
-        board = folder / shard.named(BOARD_FILE)  # its own, as counters have one writer
-        self.changes = ChangeBoard.create(board) if on_one_machine() else None
+        self.layout = layout  # that the service has begun; None: the log is begun here
+        self.is_open = False
+        self.opening = asyncio.Lock()
+        self.failure: Exception | None = None  # why the log could not be opened
+        self.failed_at = 0.0
+        self.appending: list[float] = []  # when each append began that the log has not finished, the oldest first
         self.guard = FeedbackGuard(_rules_of(shard, self.config.cleaning))
         self.writing: Counter[bytes] = Counter()  # keys of the events that the log is about to have
         self.quarantined: set[int] = set()  # offsets of events that the learner has yet to skip
@@ -124,6 +149,63 @@ class Aggregator:
         self.arrived = asyncio.Event()
         self.generator = np.random.default_rng(self.config.seed)
 
+    async def open(self) -> None:
+        """Open the log, unless it is open; every other method does so first.
+
+        Raises:
+            LogUnavailable: it cannot be opened now; a call after RETRY_SECONDS tries again.
+        """
+        async with self.opening:
+            if self.is_open:
+                return
+            if self.failure is None or time.monotonic() > self.failed_at + RETRY_SECONDS:
+                try:
+                    await asyncio.to_thread(self._open)
+                    self.watching = asyncio.create_task(self._watch())
+                    return
+                except Exception as error:  # whatever it is, a disk that comes back may mend it
+                    self.failure, self.failed_at = error, time.monotonic()
+                    logger.exception("the log of %s cannot be opened; it is tried again", self.state)
+            raise LogUnavailable(str(self.failure) or repr(self.failure)) from self.failure
+
+    def _open(self) -> None:
+        """Open the log that was begun, and read the histories; what was opened is closed where something fails."""
+        folder = Path(self.state)
+        with ExitStack() as opened:
+            layout = self.layout or LogLayout()
+            if self.layout is None:
+                layout.begin(folder)
+            layout.require(folder, self.shard)
+            self.log = layout.open(folder, self.shard)
+            opened.callback(self.log.close)
+            learned = Accounts(Registry.of(self.state)).newest_log_offset()
+            check_end(folder, learned, self.shard, self.log.last_offset())
+            self.items = ItemLog(folder / ITEM_LOG_FILE) if self.shard.number == 0 else None
+            if self.items is not None:
+                opened.callback(self.items.close)
+            self.histories = UserHistories(self.config.keep_events, self.config.cleaning.lateness_ms)
+            if self.data is not None:
+                self._read_dataset(self.data)
+            for logged in self.log.replay():
+                self.histories.append(logged.event, logged.offset)
+            self.last_offset = self.log.last_offset()
+            self.damage = [TORN.format(log.path) for log in (self.log, self.items) if log is not None and log.torn]
+            board = folder / self.shard.named(BOARD_FILE)  # its own, as counters have one writer
+            self.changes = ChangeBoard.create(board) if on_one_machine() else None
+            opened.pop_all()
+        self.is_open = True
+
+    async def _watch(self) -> None:
+        """Report that calls are answered, as long as they are and no append waits for too long."""
+        watchdog = Watchdog(self.config.stalled_seconds)
+        try:
+            while not self.appending or time.monotonic() - self.appending[0] < self.config.stalled_seconds:
+                watchdog.progress()
+                await asyncio.sleep(self.config.stalled_seconds / 10)
+            watchdog.end("the log does not finish an append")
+        finally:
+            watchdog.rest()
+
     def _read_dataset(self, data: str) -> None:
         """Begin with the histories of a dataset, which were there before the first live event."""
         table = read_events(data)
@@ -133,6 +215,7 @@ class Aggregator:
                 if self.shard.has(event.user_id):
                     self.histories.append(event)
 
+    @when_open
     async def append(
         self, events: Sequence[Event], named: Collection[str] = (), reject: Counter[str] | None = None
     ) -> list[str | None]:
@@ -156,6 +239,7 @@ class Aggregator:
         kept = [event for event, objection in zip(events, objections, strict=True) if objection is None]
         writing = Counter(key_of(event) for event in kept)
         self.writing += writing
+        self.appending.append(now)
         try:
             result = await asyncio.wrap_future(self.log.append(kept)) if kept else None
         except LogWriteError:
@@ -164,6 +248,7 @@ class Aggregator:
             raise
         finally:
             self.writing -= writing
+            self.appending.remove(now)
         offsets = iter(result.offsets if result is not None else ())
         others = deque(result.others if result is not None else ())
         answers: list[str | None] = []
@@ -226,14 +311,17 @@ class Aggregator:
         if newcomer and self.guard.crowded(event, now) and self.config.cleaning.quarantine:
             self.quarantined.add(offset)
 
+    @when_open
     async def get_histories(self, user_ids: Sequence[str]) -> list[History]:
         """Return the histories of many users: one call for a batch of requests."""
         return [self.histories.get(user_id) for user_id in user_ids]
 
+    @when_open
     async def board(self) -> str | None:
         """Return where the board is that replicas on this machine may read; None on a cluster of several machines."""
         return None if self.changes is None else str(self.changes.path.absolute())
 
+    @when_open
     async def newer(
         self, users: Sequence[tuple[str, int | None]], item_revision: int
     ) -> tuple[list[History | None], list[ItemChange]]:
@@ -244,14 +332,22 @@ class Aggregator:
             item_revision: the newest change of items that the replica knows.
 
         Returns:
-            For each user the newer events, None where there are none; and the changes of items after the revision.
+            For each user the newer events, None where there are none; and the first MOST_CHANGES changes of items after
+            the revision.
         """
         histories = [self.histories.newer(user_id, last_offset) for user_id, last_offset in users]
-        return histories, self._item_changes(item_revision)
+        return histories, await self._item_changes(item_revision)
 
-    def _item_changes(self, revision: int) -> list[ItemChange]:
-        return self.items.after(revision) if self.items is not None and revision < self.items.revision else []
+    def _has_item_changes(self, revision: int) -> bool:
+        return self.items is not None and revision < self.items.revision
 
+    async def _item_changes(self, revision: int) -> list[ItemChange]:
+        """Return the first MOST_CHANGES items that changed after a revision; others are answered meanwhile."""
+        if self.items is None or not self._has_item_changes(revision):
+            return []
+        return await asyncio.to_thread(self.items.after, revision, MOST_CHANGES)
+
+    @when_open
     async def change_items(
         self, items: Sequence[tuple[str, dict[str, Any] | None]], served: Mapping[str, str] | None = None
     ) -> int | str:
@@ -270,14 +366,17 @@ class Aggregator:
         self.arrived.set()
         return revision
 
+    @when_open
     async def users(self, limit: int) -> list[tuple[str, int]]:
         """Return the `limit` users who acted last (1,024 at most), the latest first, with the number of events."""
         return [(user_id, len(self.histories.get(user_id))) for user_id in self.histories.latest_users()[:limit]]
 
+    @when_open
     async def latest_users(self) -> list[str]:
         """Return who acted last, the latest first."""
         return self.histories.latest_users()
 
+    @when_open
     async def next_batch(
         self, after: int, item_revision: int, sample: SampleSizes, wait_ms: int = 500, up_to: int | None = None
     ) -> MicroBatch | list[ItemChange] | None:
@@ -296,10 +395,10 @@ class Aggregator:
         """
         if not await self.wait_until_due(after, item_revision, wait_ms):
             return None
-        if changes := self._item_changes(item_revision):
+        if changes := await self._item_changes(item_revision):
             return changes
         # the log can be ahead of the histories by what was committed a moment ago
-        read = self.log.read(after, self.config.largest_batch)
+        read = await asyncio.to_thread(self.log.read, after, self.config.largest_batch)
         events = [logged for logged in read if logged.offset <= min(up_to or self.last_offset, self.last_offset)]
         if not events:
             return None if up_to is None else MicroBatch(up_to, [], [], [], [], [])
@@ -307,6 +406,7 @@ class Aggregator:
         self.quarantined = {offset for offset in self.quarantined if offset > after}
         return replace(batch, received_at=self._received_at(events), quarantined=frozenset(self.quarantined))
 
+    @when_open
     async def wait_until_due(self, after: int, item_revision: int, wait_ms: int = 500) -> bool:
         """Return whether there is something for the learner; wait up to `wait_ms` for it."""
         self.learned_offset = after
@@ -316,7 +416,7 @@ class Aggregator:
                 self.arrivals.popleft()
                 self.forgotten = 0
             due = self._due(after)
-            if due <= 0 or self._item_changes(item_revision):
+            if due <= 0 or self._has_item_changes(item_revision):
                 return True
             remaining = deadline - time.monotonic()
             if remaining <= 0:
@@ -342,8 +442,10 @@ class Aggregator:
         arrived = {arrival.offset: int((arrival.at + behind) * 1000) for arrival in released}
         return [arrived.get(logged.offset, logged.received_at) for logged in events]
 
+    @when_open
     async def status(self) -> AggregatorStatus:
         """Return counts since the start of this process, and the log's offsets."""
+        passed_over = self.log.passed_over
         return AggregatorStatus(
             state=self.state,
             shard=self.shard.number,
@@ -353,16 +455,21 @@ class Aggregator:
             pending=self.forgotten + len(self.arrivals),
             events=self.accepted,
             duplicates=self.duplicates,
-            rejected=self.rejected,
+            rejected=self.rejected + Counter({FOREIGN: len(passed_over)}),
             noticed=self.guard.noticed,
             users=len(self.histories),
             commits=self.log.commits,
             item_revision=self.items.revision if self.items is not None else 0,
-            damage=self.damage,
+            damage=[*self.damage, *passed_over[-FOREIGN_SHOWN:]],
         )
+
+    async def ping(self) -> None:
+        """Answer, as long as the process can: also while the log is opened."""
 
     async def close(self) -> None:
         """Write what waits and close the log."""
+        if not self.is_open:
+            return
         self.log.close()
         if self.items is not None:
             self.items.close()

@@ -5,6 +5,7 @@ aggregator (serving/aggregator.py).
 """
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from lib.data.events import Event
 from lib.data.history import History
 from lib.errors import InputError
 from lib.log.board import ChangeBoard, News
-from lib.log.errors import LogWriteError, PartlyWritten
+from lib.log.errors import LogUnavailable, LogWriteError, PartlyWritten
 from lib.log.items import ItemChange
 from lib.log.layout import LogLayout
 from lib.log.shard import shard_of
@@ -30,8 +31,10 @@ from serving.aggregator import AGGREGATOR, NAMESPACE, AggregatorConfig, start_ag
 from serving.batches import Batches
 from serving.status import AggregatorsStatus, AggregatorStatus, AggregatorsUnavailable, Unavailable
 
+logger = logging.getLogger("ray.serve")
+RESTART_SECONDS = 0.1  # between two tries to reach an aggregator that died
 STATUS_SECONDS = 2.0  # to wait for an aggregator's status
-MOST_REQUESTS = 64  # whose events go to an aggregator in one call
+MOST_EVENTS = 1000  # of several requests that go to an aggregator in one call: others wait for it
 Given = TypeVar("Given")
 Append = Callable[[list[Event], set[str], Counter[str]], Awaitable[Sequence[str | None]]]
 
@@ -44,16 +47,22 @@ class Feedback:
     named: set[str]  # ids that were given to events without any identity
     rejected: Counter[str]  # events that were refused already, by reason
 
+    def weight(self) -> int:
+        """Return how much of a call it takes: its events, or 1 where there are none."""
+        return max(1, len(self.events))
+
 
 class Aggregators:
     """All aggregators, for a replica to call; a call waits, and is repeated, while an aggregator restarts."""
 
     def __init__(self, state: str, data: str | None, config: AggregatorConfig, layout: LogLayout, timeout: float):
         """Start the aggregators that do not run; a call raises TimeoutError after `timeout` seconds."""
-        self.handles = [start_aggregator(state, data, config, shard, layout) for shard in layout.shards()]
+        self.start = partial(start_aggregator, state, data, config, layout=layout)
+        self.shards = layout.shards()
+        self.handles = [self.start(shard=shard) for shard in self.shards]
         self.timeout = timeout
         self.feedback: list[Batches[Feedback, list[str | None]]] = [
-            Batches(partial(append_together, partial(self._call, shard, "append")), MOST_REQUESTS)
+            Batches(partial(append_together, partial(self._call, shard, "append")), MOST_EVENTS, Feedback.weight)
             for shard in range(len(self.handles))
         ]
         self.boards: list[ChangeBoard] = []  # known once the aggregators have answered for the first time
@@ -144,13 +153,22 @@ class Aggregators:
 
     async def status(self) -> AggregatorStatus | AggregatorsStatus | AggregatorsUnavailable | Unavailable:
         """Return the only status, or the sum of all shards' and each beside it; `restarting` while one is away."""
-        answers = await asyncio.gather(*[_status_or_none(handle) for handle in self.handles])
-        known = [answer for answer in answers if answer is not None]
+        answers = await asyncio.gather(*[self._status(shard) for shard in range(len(self.handles))])
+        known = [answer for answer in answers if isinstance(answer, AggregatorStatus)]
         several = len(self.handles) > 1
-        if len(known) < len(self.handles):
-            away = "restarting"
-            return AggregatorsUnavailable(state=away, shards=known) if several else Unavailable(state=away)
+        for answer in answers:
+            if isinstance(answer, Unavailable):
+                return AggregatorsUnavailable(state=answer.state, shards=known) if several else answer
         return _sum_of(known) if several else known[0]
+
+    async def _status(self, shard: int) -> AggregatorStatus | Unavailable:
+        try:
+            async with asyncio.timeout(STATUS_SECONDS):
+                return await self._call(shard, "status")
+        except TimeoutError:
+            return Unavailable(state="restarting")
+        except LogUnavailable as error:
+            return Unavailable(state=f"cannot open its log, and tries again: {getattr(error, 'cause', error)}")
 
     def _split(self, values: Iterable[Given], user_of: Callable[[Given], str]) -> dict[int, list[tuple[int, Given]]]:
         """Divide values by shard, each with its place."""
@@ -160,8 +178,17 @@ class Aggregators:
         return shards
 
     async def _call(self, shard: int, method: str, *arguments: Any) -> Any:
-        call: Awaitable = getattr(self.handles[shard], method).remote(*arguments)
-        return await asyncio.wait_for(call, self.timeout)
+        """Call an aggregator; Ray repeats the call while it restarts, and one that died for good is started anew."""
+        async with asyncio.timeout(self.timeout):
+            while True:
+                handle = self.handles[shard]
+                try:
+                    return await getattr(handle, method).remote(*arguments)
+                except RayActorError as error:
+                    logger.warning("aggregator %d is started anew: %s", shard, error)
+                await asyncio.sleep(RESTART_SECONDS)
+                if self.handles[shard] is handle:
+                    self.handles[shard] = await asyncio.to_thread(self.start, shard=self.shards[shard])
 
 
 def _in_order(shards: Iterable[list[tuple[int, Any]]], answers: Iterable[list], count: int) -> list:
@@ -176,13 +203,6 @@ def _in_order(shards: Iterable[list[tuple[int, Any]]], answers: Iterable[list], 
 def statuses_of(aggregators: Sequence[ActorHandle]) -> list[AggregatorStatus]:
     """Return what each says of itself."""
     return cast("list[AggregatorStatus]", ray.get([aggregator.status.remote() for aggregator in aggregators]))
-
-
-async def _status_or_none(handle: ActorHandle) -> AggregatorStatus | None:
-    try:
-        return await asyncio.wait_for(handle.status.remote(), STATUS_SECONDS)
-    except (TimeoutError, RayActorError):
-        return None
 
 
 def _sum_of(shards: list[AggregatorStatus]) -> AggregatorsStatus:

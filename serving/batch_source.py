@@ -42,14 +42,17 @@ class BatchSource:
                 last_commit_is_torn(path)  # one that is torn is dropped: no version knows of it
             self.order = LogOrder(path)
 
-    def next(self, offset: int, item_revision: int, sample: SampleSizes) -> Released:
+    def next(self, offset: int, item_revision: int, sample: SampleSizes, up_to: int | None = None) -> Released:
         """Return the next micro-batch beyond a log offset; None after WAIT_SECONDS without one.
 
-        Items that changed after a revision come first, alone and at once.
+        Items that changed after a revision come first, alone and at once. With `up_to`, an offset that was given
+        before, the micro-batch ends there.
         """
         if self.order is None:
-            return _released(ONLY, offset, item_revision, sample)
+            return _released(ONLY, offset, item_revision, sample, up_to=up_to)
         if (run := self.order.after(offset)) is not None:  # in the order, but not in these weights
+            if up_to is not None:
+                run = run._replace(length=min(run.length, up_to - offset))
             return self._again(run, item_revision, sample)
         shard = self._due(item_revision)
         if shard is None:

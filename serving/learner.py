@@ -1,9 +1,10 @@
 """The near-line learner as a long-lived actor: pull a micro-batch, learn, publish, push; again.
 
 It yields to the replicas: lower priority, one thread, short steps, which several processes can share. Where a version
-cannot be stored (a full disk) it says so in its status and waits: nothing is pushed that a restart would lose. Whatever
-goes wrong that it cannot handle ends the process; Ray starts it again, and it continues from the registry, where
-weights, optimiser and log offset moved as one.
+cannot be stored (a full disk), or an aggregator is away, it says so in its status and waits: nothing is pushed that a
+restart would lose. Whatever goes wrong that it cannot handle ends the process, also while the state is opened; Ray
+starts it again, and it continues from the registry, where weights, optimiser and log offset moved as one. A micro-batch
+at which that happens again and again is set aside.
 """
 
 import logging
@@ -16,11 +17,12 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
 from lib.errors import InputError
 from lib.live.learner import NearlineLearner, Rejection
@@ -31,6 +33,7 @@ from lib.log.items import ItemChange
 from lib.log.layout import LogLayout
 from lib.model.delta import Delta
 from lib.versions.accounts import Accounts
+from lib.versions.attempts import Attempts
 from lib.versions.registry import Registry
 from serving.aggregator import NAMESPACE, aggregator_handle
 from serving.batch_source import BatchSource, Released
@@ -42,8 +45,10 @@ from serving.status import (
     LearnerStatus,
     RejectionStatus,
     StoredVersionsStatus,
+    Unavailable,
     UnknownItemsStatus,
 )
+from serving.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 ANNOUNCE_SECONDS = 1.0
@@ -51,6 +56,15 @@ OFFER_SECONDS = 2.0  # between two looks for a model that is to be taken over
 RETRY_SECONDS = 0.05
 PATIENCE_SECONDS, BASE_PATIENCE_SECONDS = 60.0, 900.0  # with replicas that do not get a version, or load a base
 STORAGE_RETRY_SECONDS = 1.0
+START_RETRY_SECONDS = 5.0  # until a learner that could not open its state ends, and is started again
+SET_ASIDE_SHOWN = 3  # in the status, the newest
+
+
+class Waiting(NamedTuple):
+    """What the learner waits for: storage or events."""
+
+    what: str
+    reason: str  # with the remedy
 
 
 @dataclass
@@ -99,12 +113,14 @@ class Live:
     last_rejection: RejectionStatus | None
     stored: StoredVersionsStatus
     unknown_items: UnknownItemsStatus
+    set_aside_updates: int
+    set_aside: list[RejectionStatus]
 
     @classmethod
     def of(cls, learner: NearlineLearner) -> "Live":
         """Return the learner's figures as they are now."""
-        newest = learner.rejections.newest
         retention, unknown = learner.lineage.retention, learner.lineage.unknown_items
+        newest, aside = learner.rejections.newest, learner.rejections.set_aside
         return cls(
             version=learner.version,
             checksum=learner.model.checksum,
@@ -116,6 +132,8 @@ class Live:
             last_rejection=None if newest is None else RejectionStatus(**newest.facts()),
             stored=StoredVersionsStatus(bytes=retention.used, keep_bytes=retention.keep_bytes, pruned=retention.pruned),
             unknown_items=UnknownItemsStatus(waiting=len(unknown), rows=unknown.rows, refused=unknown.refused),
+            set_aside_updates=len(aside),
+            set_aside=[RejectionStatus(**each.facts()) for each in aside[-SET_ASIDE_SHOWN:]],
         )
 
 
@@ -123,15 +141,16 @@ class Learner:
     """The actor: one thread learns, the others answer what it is asked."""
 
     def __init__(self, state: str, config: LearnerConfig, workers: int = 1):
+        """Store the arguments; the thread opens the state, as a constructor that fails is not called again."""
         yield_to_replicas()
         self.config = config
         self.state = state
+        self.processes = workers
         self.stopping = threading.Event()
-        self.storage_error: str | None = None  # while a version cannot be stored
-        self.workers = LearnerWorkers(state, config, self._wait_for_storage, workers)
-        self.learner = self.workers.first
-        self.batches = BatchSource(state)
-        self.live = Live.of(self.learner)
+        self.started = threading.Event()  # or failed to
+        self.failure: Exception | None = None  # why the state cannot be opened
+        self.waiting: Waiting | None = None
+        self.live: Live | None = None  # None until the state is open
         self.rollout = Rollout()
         self.progress = Progress()
         self.rollbacks: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
@@ -139,26 +158,47 @@ class Learner:
         self.incomplete_since: float | None = None  # as long as some replica has not got the newest version
         self.stored_whole = 0  # the newest version that was, for replicas that could not catch up otherwise
         self.looked_for_offers = -OFFER_SECONDS
+        self.proven = False  # whether this process has learned a micro-batch
+        self.learning: tuple[int, int] | None = None  # log offsets behind which, and up to which it learns now
+        self.watchdog = Watchdog(config.stalled_seconds, self._stalled)
         self.thread = threading.Thread(target=self._run, name="learning", daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
         try:
+            self._open()
+            self.started.set()
             if self.learner.damage:
                 logger.warning("learning goes on from version %d: %s", self.learner.version, self.learner.damage)
                 self._store_whole()
             while not self.stopping.is_set():
                 self._step()
-        except Exception:
+            self.watchdog.rest()
+        except Exception as error:
             if self.stopping.is_set():  # what was not stored is learned after the next start
                 return
             logger.error("the learner ends and is started again:\n%s", traceback.format_exc())
+            if not self.started.is_set():
+                self.failure = error
+                self.started.set()
+                self.stopping.wait(START_RETRY_SECONDS)
             os._exit(1)
 
+    def _open(self) -> None:
+        """Load the newest version."""
+        self.workers = LearnerWorkers(self.state, self.config, self._wait_for_storage, self.processes)
+        self.learner = self.workers.first
+        self.attempts = Attempts(self.learner.registry.store)
+        self.batches = BatchSource(self.state)
+        self.live = Live.of(self.learner)
+
     def _step(self) -> None:
+        self.watchdog.progress(BASE_PATIENCE_SECONDS)
         self._roll_back()
         self._take_over()
+        self.watchdog.rest()
         batch = self._next_batch()
+        self.watchdog.progress()
         if isinstance(batch, MicroBatch):
             self._update(batch)
         elif batch is not None:
@@ -169,13 +209,23 @@ class Learner:
             self._help(acknowledgements)
 
     def _next_batch(self) -> Released:
+        """Return what there is to learn; of events that failed before just those, to tell them from others."""
         learner = self.learner
+        attempt = self.attempts.beyond(learner.log_offset)
         try:
-            batch = self.batches.next(learner.log_offset, learner.item_revision, learner.sample_sizes)
+            batch = self.batches.next(
+                learner.log_offset,
+                learner.item_revision,
+                learner.sample_sizes,
+                up_to=None if attempt is None else attempt.last_offset,
+            )
         except OSError as error:  # the order of several shards' events could not be stored
             self._wait_for_storage(error)
             return None
-        self.storage_error = None
+        except (InputError, RayError, ValueError) as error:  # an aggregator cannot open its log, or there is none
+            self._wait("events", f"no events can be had ({_cause(error)}); learning goes on once they can")
+            return None
+        self.waiting = None
         return batch
 
     def _change_items(self, changes: list[ItemChange]) -> None:
@@ -186,6 +236,7 @@ class Learner:
 
     def _store_whole(self) -> None:
         """Store and push a version that loads without older files, for replicas that cannot read one of these."""
+        self.watchdog.progress(BASE_PATIENCE_SECONDS)
         delta = self.workers.store_whole()
         self.live, self.stored_whole = Live.of(self.learner), delta.version
         self._push(delta)
@@ -200,17 +251,22 @@ class Learner:
 
     def _wait_for_storage(self, error: OSError) -> None:
         """Report that a version could not be stored, and return when it is time to try again."""
-        self.storage_error = f"a version cannot be stored ({error}); make room in {self.state}, and learning goes on"
-        logger.error(self.storage_error)
-        if self.stopping.wait(STORAGE_RETRY_SECONDS):
+        self._wait("storage", f"a version cannot be stored ({error}); make room in {self.state}, and learning goes on")
+        if self.stopping.is_set():
             raise error
+
+    def _wait(self, what: str, reason: str) -> None:
+        self.waiting = Waiting(what, reason)
+        logger.error(reason)
+        self.stopping.wait(STORAGE_RETRY_SECONDS)
+        self.watchdog.progress()
 
     def _update(self, batch: MicroBatch) -> None:
         start = time.perf_counter()
         now, adopted = time.time_ns() / 1e6, self.learner.lineage.facts.adopted
         # what came before the present base was taken over was live once already
         waited = [now - received for received in batch.received_at if received > adopted]
-        outcome = self.workers.learn(batch)
+        outcome = self._learn(batch)
         self.live = Live.of(self.learner)
         if isinstance(outcome, Rejection):
             self._reject(outcome)
@@ -229,9 +285,43 @@ class Learner:
             previous = self.progress.loss
             self.progress.loss = loss if previous is None else 0.95 * previous + 0.05 * loss
 
+    def _learn(self, batch: MicroBatch) -> Delta | Rejection:
+        """Learn a micro-batch, or set it aside where several processes have failed at it.
+
+        Raises:
+            Exception: learning raised it, and it is recorded.
+        """
+        after, store = self.learner.log_offset, self.learner.lineage.store
+        attempt = self.attempts.beyond(after)
+        if attempt is not None and attempt.is_last:
+            outcome = self.workers.set_aside(batch, attempt.traceback)
+            logger.error("%s; %d events are set aside:\n%s", outcome.reason, batch.events, attempt.traceback)
+        else:
+            if not self.proven:
+                store(lambda: self.attempts.begin(after, batch.last_offset))
+            self.learning = after, batch.last_offset
+            try:
+                outcome = self.workers.learn(batch)
+            except OSError:  # the storage's: the events are not to blame
+                raise
+            except Exception:
+                error = traceback.format_exc()
+                store(lambda: self.attempts.fail(after, batch.last_offset, error))
+                raise
+            self.learning = None
+        if not self.proven:
+            store(self.attempts.succeed)
+        self.proven = True
+        return outcome
+
+    def _stalled(self, stack: str) -> None:
+        """Record where learning stalled, if it did there."""
+        if self.learning is not None:
+            self.attempts.fail(*self.learning, f"{stack}no progress for {self.config.stalled_seconds:g} s")
+
     def _push(self, delta: Delta) -> tuple[PushCost, bool]:
         """Send a delta and see it live on every replica; returns what that took, and False where none is alive."""
-        self.storage_error = None
+        self.waiting = None
         acknowledgements, cost = self.rollout.push(delta)
         return cost, self._until_everywhere(acknowledgements)
 
@@ -244,6 +334,7 @@ class Learner:
         version = self.learner.version
         self._acknowledge(acknowledgements)
         while not (acknowledgements.nobody or acknowledgements.all_at(version) or self.stopping.is_set()):
+            self.watchdog.progress()
             now = time.monotonic()
             self.incomplete_since = self.incomplete_since or now
             if now - self.incomplete_since > patience:
@@ -306,7 +397,7 @@ class Learner:
 
     def _announce_base(self) -> None:
         """Have every replica load a version that no delta leads to."""
-        self.live, self.storage_error = Live.of(self.learner), None
+        self.live, self.waiting = Live.of(self.learner), None
         self.incomplete_since = None
         self._until_everywhere(self.rollout.announce(self.learner.version), BASE_PATIENCE_SECONDS)
 
@@ -316,14 +407,22 @@ class Learner:
         self.rollbacks.put((version, outcome))
         return outcome.result()
 
-    def status(self) -> LearnerStatus:
-        """Return version, counts and delays."""
-        costs: dict[str, Any] = self.progress.step_times()
+    def ping(self) -> None:
+        """Answer, as long as the process can."""
+
+    def status(self) -> LearnerStatus | Unavailable:
+        """Return version, counts and delays; why there are none until the state is open."""
+        if self.live is None:
+            failure = self.failure
+            return Unavailable(
+                state="starting" if failure is None else f"cannot start ({_cause(failure)}), and is started again"
+            )
+        waiting, costs = self.waiting, cast("dict[str, Any]", self.progress.step_times())
         return LearnerStatus(
-            state="running" if self.storage_error is None else "waiting for storage",
-            storage_error=self.storage_error,
+            state="running" if waiting is None else f"waiting for {waiting.what}",
+            storage_error=None if waiting is None else waiting.reason,
             damage=self.learner.damage,
-            **asdict(self.live),
+            **vars(self.live),
             pushes=self.progress.pushes,
             loss=self.progress.loss,
             unreached_replicas=self.progress.unreached,
@@ -333,10 +432,29 @@ class Learner:
             process=os.getpid(),
         )
 
+    def wait_until_started(self) -> LearnerStatus:
+        """Return the status once the state is open.
+
+        Raises:
+            Exception: why it cannot be opened.
+        """
+        self.started.wait()
+        if self.failure is not None:
+            raise self.failure
+        status = self.status()
+        assert isinstance(status, LearnerStatus)
+        return status
+
     def stop(self) -> None:
         """Finish the update at hand, then learn no more."""
         self.stopping.set()
         self.thread.join(timeout=10)
+
+
+def _cause(error: BaseException) -> str:
+    """Return what an error says in one line; Ray wraps what an actor raises, with its traceback as text."""
+    origin = getattr(error, "cause", None) or error
+    return " ".join(f"{origin}".split()) or type(origin).__name__
 
 
 def start_learner(state: str, config: LearnerConfig | None = None, workers: int = 1) -> ActorHandle:
@@ -372,4 +490,4 @@ def check_logs(state: str, statuses: Sequence[AggregatorStatus]) -> None:
     Raises:
         InputError: they do.
     """
-    check_ends(state, Accounts(Registry(state)).log_offset(), [status.log_offset for status in statuses])
+    check_ends(state, Accounts(Registry.of(state)).log_offset(), [status.log_offset for status in statuses])

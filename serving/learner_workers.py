@@ -61,13 +61,21 @@ class LearnerWorkers:
             other: Any = ray.remote(LearnerWorker).options(num_cpus=0.5)
             places = [(host, store.port, rank, workers) for rank in range(1, workers)]
             self.others = [other.remote(state, config, place) for place in places]
+            joined = [each.join.remote() for each in self.others]
             _join(host, store, 0, workers)
-        self.first = NearlineLearner(Registry(state), config, when_storage_fails)
+            ray.get(joined)
+        loaded = [each.load.remote() for each in self.others]
+        self.first = NearlineLearner(Registry.of(state), config, when_storage_fails)
+        ray.get(loaded)
         self._together("agree")
 
     def learn(self, batch: MicroBatch) -> Delta | Rejection:
         """NearlineLearner.learn, by all workers."""
         return self._together("learn", batch, seen_by_others=replace(batch, held_out=[]))
+
+    def set_aside(self, batch: MicroBatch, traceback: str) -> Rejection:
+        """NearlineLearner.set_aside, by all workers."""
+        return self._together("set_aside", batch, traceback)
 
     def change_items(self, changes: Sequence[ItemChange]) -> Delta | None:
         """NearlineLearner.change_items, by all workers."""
@@ -111,10 +119,19 @@ class LearnerWorker:
     """The actor of each worker but the first."""
 
     def __init__(self, state: str, config: LearnerConfig, place: tuple[str, int, int, int]):
-        host, port, rank, workers = place
+        self.state = state
+        self.config = config
+        self.place = place
         yield_to_replicas()
+
+    def join(self) -> None:
+        """Meet the other workers."""
+        host, port, rank, workers = self.place
         _join(host, TCPStore(host, port, workers, is_master=False), rank, workers)
-        self.learner = NearlineLearner(Registry(state), config)
+
+    def load(self) -> None:
+        """Load the newest version."""
+        self.learner = NearlineLearner(Registry.of(self.state), self.config)
 
     def do(self, method: str, *arguments: Any) -> None:
         """Do what rank 0 does now; the others cannot go on without this worker, so an error ends the process."""

@@ -18,7 +18,7 @@ from serving.status import (
 )
 
 REPLICA_COUNTERS = ("answers", "batches", "events", "deltas", "catch_ups", "mismatches")
-LEARNER_COUNTERS = ("pushes", "rejected_updates", "events_trained", "events_rejected")
+LEARNER_COUNTERS = ("pushes", "rejected_updates", "set_aside_updates", "events_trained", "events_rejected")
 
 
 class StatusCollector(Collector):

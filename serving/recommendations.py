@@ -83,7 +83,7 @@ class Recommendations:
         if rules.exploration_temperature > 0:
             self.decisions = DecisionLog(state, self.replica_id, config.decision_bytes)
         self.aggregators = Aggregators(state, data, aggregator, layout, config.actor_timeout)
-        self.models = LiveModels(Registry(state), rules)
+        self.models = LiveModels(Registry.of(state), rules)
         self.models.challenger = None if challenger is None else load_challenger(state, challenger, rules)
         self.experiment = None if challenger is None else challenger.name
         cache = HistoryCache(config.cached_users, config.cached_events)

@@ -45,7 +45,7 @@ class ReplicaStatus(BaseModel):
 
 
 class RejectionStatus(BaseModel):
-    """An update that failed its gate."""
+    """An update that failed its gate, or was set aside."""
 
     version: int = Field(description="the live version then")
     after_offset: int = Field(description="its events are those of the log beyond this one")
@@ -55,6 +55,7 @@ class RejectionStatus(BaseModel):
     reason: str
     harmful: bool = Field(description="false: learning rested, whatever the events were, and they may be replayed")
     time: int = Field(description="milliseconds since 1970, UTC")
+    traceback: str | None = Field(default=None, description="where learning raised, of an update that was set aside")
 
 
 class FreshnessStatus(BaseModel):
@@ -85,8 +86,10 @@ class UnknownItemsStatus(BaseModel):
 class LearnerStatus(BaseModel):
     """The near-line learner; pushes and delays are those since its process started."""
 
-    state: str = Field(description="running, or waiting for storage")
-    storage_error: str | None = Field(description="why a version cannot be stored, and the remedy")
+    state: str = Field(description="running, waiting for storage, or waiting for events")
+    storage_error: str | None = Field(
+        description="why a version cannot be stored, or no events can be had, and the remedy"
+    )
     damage: list[str] = Field(description="stored files that were damaged when it started, and are passed over")
     version: int = Field(description="the newest version")
     checksum: str = Field(description="fingerprint of that version's whole state")
@@ -98,6 +101,8 @@ class LearnerStatus(BaseModel):
     last_rejection: RejectionStatus | None
     stored: StoredVersionsStatus
     unknown_items: UnknownItemsStatus
+    set_aside_updates: int = Field(description="updates that were set aside, as learning raised at every try")
+    set_aside: list[RejectionStatus] = Field(description="the newest of them")
     pushes: int = Field(description="versions pushed to the replicas")
     loss: float | None = Field(description="of new events before they were learned, a running mean")
     unreached_replicas: int = Field(description="replicas that the newest push did not reach")
@@ -133,7 +138,7 @@ class FeedbackStatus(BaseModel):
     users: int = Field(description="whose histories are kept")
     commits: int = Field(description="writes to the log, each of the events that came together")
     item_revision: int = Field(description="the newest change of an item")
-    damage: list[str] = Field(description="what was torn when it started, and dropped")
+    damage: list[str] = Field(description="what was torn when it started, or is no feedback, and is passed over")
 
 
 class AggregatorStatus(FeedbackStatus):

@@ -169,6 +169,19 @@ class NearlineLearner:
         span = RejectedSpan(after_offset=self.log_offset, events=batch.events)
         return self._mark(self._rejection(span, batch.last_offset, reason, harmful))
 
+    def set_aside(self, batch: MicroBatch, traceback: str) -> Rejection:
+        """Pass by, for good, a micro-batch at which learning raised each time that it was tried.
+
+        Args:
+            batch: what was tried.
+            traceback: of the last error.
+        """
+        self.lineage.events_rejected += batch.events
+        span = RejectedSpan(after_offset=self.log_offset, events=batch.events)
+        error = traceback.strip().rpartition("\n")[2]
+        rejection = self._rejection(span, batch.last_offset, f"learning raised each time that it was tried: {error}")
+        return self._mark(replace(rejection, traceback=traceback))
+
     def _take_back(self, batch: MicroBatch, reason: str) -> Rejection:
         """Publish the weights of the gate's reference anew: what was learned since did harm, a little each time."""
         self.model.give_rows_back()

@@ -73,6 +73,11 @@ class LearnerConfig(Settings):
         description="versions from one snapshot to the next at most; sooner where the deltas take a third of "
         "keep_bytes, and as much as a snapshot",
     )
+    stalled_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        description="without progress, or an answer, after which the learner or an aggregator is started again",
+    )
     seed: int = Field(default=0, ge=0, description="of dropout, negatives, new rows and the gate's candidates")
     replay: ReplayConfig = ReplayConfig()
     gate: GateConfig = GateConfig()

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from lib.versions.registry import Registry
 from serving.learner import OFFER_SECONDS, Learner, Progress
 from serving.learner_workers import LearnerWorkers
 from serving.rollout import Acknowledgement, Acknowledgements
+from serving.watchdog import Watchdog
 from tests.helpers.learners import (
     CONFIG,
     assert_same_learners,
@@ -225,7 +227,7 @@ def started(registry: Registry) -> Learner:
     actor.learner = actor.workers.first
     actor.rollout = Nobody()  # pyright: ignore[reportAttributeAccessIssue]
     actor.looked_for_offers, actor.stored_whole, actor.stopping = -OFFER_SECONDS, 0, threading.Event()
-    actor.incomplete_since = None
+    actor.incomplete_since, actor.watchdog = None, Watchdog(inf)
     return actor
 
 
@@ -233,6 +235,7 @@ def test_an_offer_is_taken_over_and_gone(registry, tmp_path):
     registry.offers.add("first", model_folder(tmp_path / "base", 0))
     actor = started(registry)
     actor._take_over()
+    assert actor.live is not None
     assert (actor.learner.version, actor.live.version, actor.live.base) == (2, 2, 2)
     assert registry.offers.names() == []
     actor.looked_for_offers = -OFFER_SECONDS

@@ -131,6 +131,7 @@ def test_an_aggregator_with_a_full_disk_takes_nothing_and_goes_on_once_there_is_
 
     async def run() -> None:
         aggregator = Aggregator(str(tmp_path), config=AggregatorConfig(cleaning=rules))
+        await aggregator.open()
         pages = connection_of(aggregator.log).execute("PRAGMA page_count").fetchone()[0]
         connection_of(aggregator.log).execute(f"PRAGMA max_page_count = {pages}")
         large = [make_event(number, f"user-{number}", request_id="r" * 250) for number in range(50)]

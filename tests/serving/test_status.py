@@ -57,6 +57,8 @@ def learner() -> LearnerStatus:
         last_rejection=None,
         stored=StoredVersionsStatus(bytes=120, keep_bytes=200, pruned=5),
         unknown_items=UnknownItemsStatus(waiting=2, rows=1, refused=6),
+        set_aside_updates=0,
+        set_aside=[],
         pushes=8,
         loss=None,
         unreached_replicas=0,

@@ -1,0 +1,79 @@
+"""The record of a micro-batch at which learning failed, beside the versions: it outlives the process that failed.
+
+An error ends the learner's process, and the next one tries the same events. What ends a process without an error (no
+memory, a watchdog) leaves no time to write anything, so the first micro-batch of each process is written down before it
+is tried.
+"""
+
+from pydantic import BaseModel, ValidationError
+
+from lib.versions.store import Store
+
+ATTEMPT_FILE = "attempt.json"
+MOST_TRIES = 3
+LONGEST_TRACEBACK = 4_000  # characters, of its end
+NO_TRACEBACK = "the process ended while it learned these events"
+
+
+class Attempt(BaseModel):
+    """How often events were tried that no version has learned."""
+
+    after_offset: int  # of the log; the events are those beyond it,
+    last_offset: int  # up to this one
+    tries: int
+    traceback: str = NO_TRACEBACK  # of the last error
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the events are not to be tried again."""
+        return self.tries >= MOST_TRIES
+
+
+class Attempts:
+    """The record in one registry; for its one learner. Every method that writes raises OSError where it cannot."""
+
+    def __init__(self, store: Store):
+        self.store = store
+        self.newest = self._read()
+
+    def beyond(self, offset: int) -> Attempt | None:
+        """Return what is recorded of the events beyond a log offset, None where nothing is."""
+        return self.newest if self.newest is not None and self.newest.after_offset == offset else None
+
+    def begin(self, after_offset: int, last_offset: int) -> None:
+        """Count a try, before it is made."""
+        before = self.beyond(after_offset)
+        tries, traceback = (0, NO_TRACEBACK) if before is None else (before.tries, before.traceback)
+        self._write(Attempt(after_offset=after_offset, last_offset=last_offset, tries=tries + 1, traceback=traceback))
+
+    def fail(self, after_offset: int, last_offset: int, traceback: str) -> None:
+        """Record why a try failed; count it where it was not written down before."""
+        before = self.beyond(after_offset)
+        tries = 1 if before is None else before.tries
+        self._write(
+            Attempt(
+                after_offset=after_offset,
+                last_offset=last_offset,
+                tries=tries,
+                traceback=traceback[-LONGEST_TRACEBACK:],
+            )
+        )
+
+    def succeed(self) -> None:
+        """Forget the record: its events were learned, or set aside."""
+        if self.newest is not None:
+            self.store.delete(ATTEMPT_FILE)
+            self.newest = None
+
+    def _write(self, attempt: Attempt) -> None:
+        self.store.write(ATTEMPT_FILE, attempt.model_dump_json().encode(), replace=True)
+        self.newest = attempt
+
+    def _read(self) -> Attempt | None:
+        """Return what is recorded; a record that cannot be read is none: its events are tried again."""
+        if not self.store.is_file(ATTEMPT_FILE):
+            return None
+        try:
+            return Attempt.model_validate_json(self.store.read(ATTEMPT_FILE))
+        except ValidationError:
+            return None
