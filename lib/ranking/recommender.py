@@ -163,7 +163,7 @@ class Recommender:
         if kept is not None and kept.reader == self.number and (kept.complete or kept.catalog_items == known):
             return kept
         flat = to_histories([history], self.catalog, self.kind_codes)
-        codes = SequenceBatches(flat, self.encoder.config).codes()[:, -self.encoder.config.max_length :]
+        codes = SequenceBatches(flat, self.encoder.config).codes()[:, -self.encoder.config.max_length :].copy()
         complete = len(flat.rows) == len(history)
         history.encoded = EncodedHistory(codes, np.unique(flat.rows), self.number, known, complete)
         return history.encoded
