@@ -205,13 +205,14 @@ class TrainingWorker:
         if self.writer is None:
             trainer.join_all_gathers()
             return
+        # before all that takes long, as the other workers wait in these all-gathers
+        encoder, optimizer = trainer.unsharded_encoder().cpu(), trainer.optimizer_state()
         self.writer.close()
         if self.origin is None:
-            half_life = self.run.settings.popularity_half_life_days * DAY
-            count_popularity(trainer.encoder, self.data, half_life)
+            count_popularity(encoder, self.data, self.run.settings.popularity_half_life_days * DAY)
         folder, manifest = self.run.storage / RESULT, Manifest(training=self._facts(metrics))
-        save_model(folder, trainer.unsharded_encoder().cpu(), self.data.catalog, manifest)
-        safetensors.numpy.save_file(trainer.optimizer_state(), folder / OPTIMIZER_FILE)
+        save_model(folder, encoder, self.data.catalog, manifest)
+        safetensors.numpy.save_file(optimizer, folder / OPTIMIZER_FILE)
         write_manifest(folder, manifest)
 
     def _facts(self, metrics: Metrics) -> TrainingFacts:

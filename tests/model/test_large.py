@@ -2,8 +2,10 @@
 
 import functools
 import os
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,12 +16,17 @@ import torch.distributed as distributed
 import torch.nn.functional as F
 from torch import Tensor, multiprocessing
 from torch.distributed.tensor import DTensor
+from torch.utils.tensorboard import SummaryWriter
 
 import lib.model.trainer
 from jobs.configuration import settings_from
 from jobs.pretrain import pretrain
 from jobs.pretrain_settings import PretrainSettings, preset_of
-from jobs.training_loop import training_config
+from jobs.run_folder import RESULT
+from jobs.training_data import TrainingData
+from jobs.training_loop import Metrics, TrainingRun, TrainingWorker, training_config
+from lib.data.catalog import Catalog
+from lib.data.histories import Histories
 from lib.errors import InputError
 from lib.model.batches import Batch, SequenceBatches
 from lib.model.block import Block, Packing
@@ -29,7 +36,15 @@ from lib.model.presets import PRESETS, preset_for
 from lib.model.trainer import StepResult, Trainer, TrainingConfig
 from lib.versions.folder import OPTIMIZER_FILE
 from tests.benchmarks.training_step import encoder_config
-from tests.helpers.tiny import assert_same_state, copied_state, random_histories, tiny_config, tiny_encoder
+from tests.helpers.logs import wait_until
+from tests.helpers.tiny import (
+    assert_same_state,
+    copied_state,
+    item_ids,
+    random_histories,
+    tiny_config,
+    tiny_encoder,
+)
 
 CONFIG = TrainingConfig(negatives=12, learning_rate=3e-3)
 
@@ -123,6 +138,45 @@ def test_sharded_half_precision_stays_near_full(sharded):
     assert np.allclose(optimizer["loss"], losses, rtol=0.05)
     assert not np.allclose(optimizer["loss"], losses, rtol=1e-5)
     assert safetensors.torch.load_file(sharded / "weights half")["final_norm.weight"].dtype == torch.float32
+
+
+@dataclass(kw_only=True)
+class CountedLast(TrainingData):
+    """Data that can be read for what is popular once the other worker has finished."""
+
+    finished: Path
+
+    def parts(self) -> Iterator[Histories]:
+        wait_until(self.finished.exists)
+        yield self.histories
+
+
+def _finishing_worker(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    settings = PretrainSettings(sharded=True)
+    histories = random_histories(30, 24, np.random.default_rng(0), longest=9)
+    worker = TrainingWorker.__new__(TrainingWorker)  # without the context of Ray Train
+    worker.run = TrainingRun(settings, folder, folder, folder, threads=1, reports=cast("Any", None))
+    worker.data = CountedLast(Catalog(item_ids(24)), histories, finished=folder / "finished")
+    worker.preset, worker.origin, worker.device = preset_of(settings, histories), None, torch.device("cpu")
+    worker.rank, worker.world_size = rank, world
+    worker.trainer = new_trainer(SHARDED["plain"])
+    worker.trainer.step(batches_of(1, rank, world)[0])
+    worker.writer = SummaryWriter(str(folder / "tensorboard")) if rank == 0 else None
+    worker.finish(Metrics(epoch=1, loss=1.0))
+    if rank == 1:
+        (folder / "finished").touch()
+
+
+@pytest.mark.slow
+def test_nobody_waits_while_one_worker_counts_what_is_popular(tmp_path):
+    multiprocessing.spawn(_finishing_worker, args=(2, tmp_path), nprocs=2)  # type: ignore[attr-defined]
+    encoder, _, manifest = load_model(tmp_path / RESULT)
+    assert manifest.training.workers == 2
+    assert float(encoder.item_popularity.sum()) > 0
+    assert (tmp_path / RESULT / OPTIMIZER_FILE).exists()
 
 
 def test_one_worker_has_nobody_to_share_with():
