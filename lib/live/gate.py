@@ -283,15 +283,18 @@ class Gate:
         return all(bool(torch.isfinite(tensor).all()) for tensor in changed)
 
     def _too_far(self, dense: Mapping[str, Tensor], counted: float) -> str | None:
-        """Return how much farther than usual the weights have moved, if that is too far."""
+        """Return how much farther than usual the weights have moved, if that is too far; remembered in either case.
+
+        So a change that lasts, as of the scale of what people do, is usual in the end.
+        """
         state = state_of(self.encoder)
         floating = [name for name, tensor in dense.items() if tensor.is_floating_point()]
         moved = float(sum(((state[name] - dense[name]) ** 2).sum() for name in floating)) ** 0.5 / max(counted, 1e-3)
         if moved == 0.0:
             return None
         usual = float(np.median(self.movements)) if len(self.movements) >= FEWEST_MOVEMENTS else float("inf")
+        self.movements.append(moved)
         if moved <= self.config.movement_tolerance * usual:
-            self.movements.append(moved)
             return None
         return f"the weights moved {moved / usual:.1f} times as far as they usually do"
 

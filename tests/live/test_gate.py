@@ -28,7 +28,7 @@ from lib.live.influence import Influence, InfluenceLimits, Targets, last_opinion
 from lib.live.learner import NearlineLearner
 from lib.live.settings import LearnerConfig, ReplayConfig
 from lib.model.batches import SequenceBatches
-from lib.model.delta import Delta, apply_delta, state_of
+from lib.model.delta import Delta, apply_delta, dense_state, state_of
 from lib.model.encoder import BehaviourEncoder
 from lib.model.trainer import Trainer, TrainingConfig
 from lib.versions.rejections import LINES_A_FILE, Rejection, Rejections
@@ -104,6 +104,20 @@ def test_an_update_that_ranks_the_window_worse_is_held_back(gate, encoder):
     reason = judged(gate, 1.0)
     assert reason is not None
     assert reason.startswith("the held-out ")
+
+
+def test_weights_that_move_farther_are_held_back_until_that_is_usual(gate, encoder):
+    weight, found = encoder.final_norm.weight, []
+    for number in range(20 + gate.config.usual_updates):
+        gate.before(micro_batch(number, [history([1, 2, 3])]), 1, 0)
+        before = {name: tensor.clone() for name, tensor in dense_state(encoder).items()}
+        with torch.no_grad():
+            weight[0] += (-1) ** number * (0.01 if number < 20 else 0.2)
+        found.append(gate.objection(None, torch.zeros(0, dtype=torch.long), before))
+    assert found[:20] == [None] * 20
+    assert found[20] == "the weights moved 20.0 times as far as they usually do"
+    assert found[-1] is None
+    assert 16 <= sum(reason is not None for reason in found) <= gate.config.usual_updates // 2 + 4
 
 
 def test_a_loss_that_stands_out_is_held_back_until_it_is_usual(gate):
