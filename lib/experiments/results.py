@@ -36,7 +36,7 @@ ARMS = (LIVE, CHALLENGER)
 CLICK_THROUGH, CONVERSION = "click_through", "conversion"
 REWARDS = (CLICK_THROUGH, CONVERSION)
 CONVERSIONS = ("purchase",)
-SHADOWS_KEPT = 100_000  # answers that a reaction may still be compared with
+SHADOWS_KEPT = 100_000  # answers that a reaction may still be compared with, and reactions that wait for their answer
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS users(
     user_id TEXT, arm TEXT, answers INTEGER DEFAULT 0, click_through INTEGER DEFAULT 0, conversion INTEGER DEFAULT 0,
@@ -44,6 +44,8 @@ CREATE TABLE IF NOT EXISTS users(
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS rewards(request_id TEXT, kind TEXT, arm TEXT, PRIMARY KEY(request_id, kind)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS shadows(request_id TEXT UNIQUE, live TEXT, challenger TEXT);
+CREATE TABLE IF NOT EXISTS early_choices(request_id TEXT, item_id TEXT);
+CREATE INDEX IF NOT EXISTS early_choices_of_request ON early_choices(request_id);
 CREATE TABLE IF NOT EXISTS facts(name TEXT PRIMARY KEY, value);
 """
 ADD = "INSERT INTO facts VALUES(?, ?) ON CONFLICT(name) DO UPDATE SET value = value + excluded.value"
@@ -186,7 +188,7 @@ class ExperimentResults:
         if EVENT_WEIGHTS[reaction.kind] <= 0 or not self._is_first(reaction, reaction.kind):
             return
         if reaction.arm == SHADOW:
-            self._compare_choice(reaction)
+            self._compare_choice(reaction.request_id, reaction.item_id)
             return
         self.kinds[reaction.arm, reaction.kind] += 1
         click_through = self._is_first(reaction, CLICK_THROUGH)
@@ -201,22 +203,32 @@ class ExperimentResults:
         values = (shadow.request_id, json.dumps(shadow.live), json.dumps(shadow.challenger))
         if self._connection.execute("INSERT OR IGNORE INTO shadows VALUES(?, ?, ?)", values).rowcount == 0:
             return
-        newest = self._connection.execute("SELECT MAX(rowid) FROM shadows").fetchone()[0]
-        self._connection.execute("DELETE FROM shadows WHERE rowid <= ?", (newest - SHADOWS_KEPT,))
+        self._keep_newest("shadows")
         both = len(set(shadow.live) & set(shadow.challenger))
         self._connection.executemany(ADD, [("compared", 1), ("overlap", both / max(len(shadow.live), 1))])
+        of_request = "FROM early_choices WHERE request_id = ?"
+        for (item_id,) in self._connection.execute(f"SELECT item_id {of_request}", (shadow.request_id,)).fetchall():
+            self._compare_choice(shadow.request_id, item_id)
+        self._connection.execute(f"DELETE {of_request}", (shadow.request_id,))
 
-    def _compare_choice(self, reaction: Reaction) -> None:
+    def _keep_newest(self, table: str) -> None:
+        newest = self._connection.execute(f"SELECT MAX(rowid) FROM {table}").fetchone()[0]
+        self._connection.execute(f"DELETE FROM {table} WHERE rowid <= ?", (newest - SHADOWS_KEPT,))
+
+    def _compare_choice(self, request_id: str, item_id: str) -> None:
+        """Count what was chosen from an answer; it waits where the challenger has yet to be asked for its own."""
         found = self._connection.execute(
-            "SELECT live, challenger FROM shadows WHERE request_id = ?", (reaction.request_id,)
+            "SELECT live, challenger FROM shadows WHERE request_id = ?", (request_id,)
         ).fetchone()
         if found is None:
+            self._connection.execute("INSERT INTO early_choices VALUES(?, ?)", (request_id, item_id))
+            self._keep_newest("early_choices")
             return
         self._connection.execute(ADD, ("choices", 1))
         for arm, text in zip(ARMS, found, strict=True):
             items = json.loads(text)
-            if reaction.item_id in items:
-                place = items.index(reaction.item_id) + 1
+            if item_id in items:
+                place = items.index(item_id) + 1
                 values = [(f"{arm}_found", 1), (f"{arm}_reciprocal_rank", 1 / place)]
                 self._connection.executemany(ADD, values)
 

@@ -230,6 +230,27 @@ def test_shadows_are_compared_with_what_was_shown_and_chosen(results):
     }
 
 
+def test_what_was_chosen_before_its_shadow_was_computed_counts_once_it_is(results, monkeypatch):
+    monkeypatch.setattr("lib.experiments.results.SHADOWS_KEPT", 2)
+    config = HALF.model_copy(update={"shadow": True})
+    chosen = [Reaction("u", SHADOW, f"r{number}", "click", "b") for number in (1, 2, 3)]
+    results().record(Records([], [*chosen, chosen[2]], []))
+    assert results().summary(config).choices == 0
+    for asked in ((1, 2, 3), (3,)):
+        results().record(Records([], [], [Shadow(f"r{number}", ["a", "b"], ["b", "x"]) for number in asked]))
+    assert results().summary(config).model_dump() == {
+        "compared": 3,
+        "overlap": pytest.approx(0.5),
+        "choices": 2,  # the oldest of three was not waited for
+        "arms": {
+            LIVE: {"found": 1.0, "mrr": pytest.approx(0.5)},
+            CHALLENGER: {"found": 1.0, "mrr": pytest.approx(1.0)},
+        },
+    }
+    results().record(Records([], [Reaction("u", SHADOW, "r3", "purchase", "x")], []))
+    assert results().summary(config).choices == 3
+
+
 def test_what_cannot_be_written_is_not_counted_at_all(results):
     counted = results()
     outcomes(counted, LIVE, 10, 5)
