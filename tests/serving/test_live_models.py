@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from fastapi import Request
+from fastapi import Request, Response
 
 from lib.data.history import History
 from lib.live.learner import NearlineLearner
@@ -81,9 +81,12 @@ def test_a_replica_that_cannot_read_a_newer_release_stays_at_its_version(registr
 
 
 def test_without_a_whole_model_a_request_is_to_be_sent_again():
+    async def answer() -> Response:
+        return await answer_of(error)(Request({"type": "http"}), error)
+
     error = NoModel()
-    answer = asyncio.run(answer_of(error)(Request({"type": "http"}), error))
-    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    answered = asyncio.run(answer())
+    assert (answered.status_code, answered.headers["Retry-After"]) == (503, "1")
 
 
 def test_questions_are_answered_between_the_deltas_of_a_catch_up(registry):

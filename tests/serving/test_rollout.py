@@ -219,7 +219,8 @@ def test_a_rollback_to_a_pruned_version_says_which_are_stored(mortal_service: Li
         first = mortal_service.status()["model_version"]
     for number in range(8):
         mortal_service.send(click("pruner", f"item-{number + 1:04}"))
-        status = mortal_service.wait_until_learned()
+        mortal_service.wait_until_learned()
+    status = mortal_service.wait_until_learned()
     response = mortal_service.client.post("/v1/rollback", json={"version": first + 1})
     assert_refused(response, 404, "version", f"{first + 1} is not stored", "any more", "keep_bytes", "stored are 1, ")
     stored = status["learner"]["stored"]
