@@ -6,6 +6,7 @@ lists between two calls. A query that finds too few rows, because of its mask an
 lists, and at last exactly.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import torch
 from lib.retrieval.exact import exact_search, top_k
 from lib.retrieval.faiss_lists import inverted_lists
 
+logger = logging.getLogger(__name__)
 MOST_CANDIDATES = 2048  # the most that a GPU's kernels return
 MERGED_SHARE, LEAST_MERGED = 64, 2048  # a merge starts when a 64th of the rows is fresh, but not below 2,048
 SELECTED_SHARE = 8  # a mask is applied within the lists when it excludes an eighth of the rows; else only afterwards
@@ -45,6 +47,7 @@ class ApproximateIndex:
         self._outdated = torch.zeros(len(vectors), dtype=torch.bool, device=device)
         self._thread = ThreadPoolExecutor(1, "index merge", initializer=_lower_priority)
         self._merge: Future[Any] | None = None
+        self._failed = 0  # fresh rows at which a merge failed: with twice as many the next one is tried
         rows = np.arange(len(vectors))
         if wait:
             self._packed = self._lists.merge(vectors, rows)
@@ -71,21 +74,37 @@ class ApproximateIndex:
         self._start_merge()
 
     def _start_merge(self) -> None:
-        if self._merge is None and len(self._fresh) >= max(len(self._vectors) // MERGED_SHARE, LEAST_MERGED):
+        least = max(len(self._vectors) // MERGED_SHARE, LEAST_MERGED, 2 * self._failed)
+        if self._merge is None and len(self._fresh) >= least:
             self._in_merge, self._fresh = self._fresh, FreshRows(self._width, self._device)
+            rows = np.arange(len(self._vectors)) if self._packed is None else self._in_merge.rows
             # a row that changes while the other thread reads it is fresh again, so its code does not count
-            self._merge = self._thread.submit(self._lists.merge, self._vectors, self._in_merge.rows)
+            self._merge = self._thread.submit(self._lists.merge, self._vectors, rows)
 
     def _take_merged(self) -> None:
         if self._merge is None or not self._merge.done():
             return
-        self._packed = self._merge.result()  # it raises what the other thread raised
-        self._merge = None
+        merge, self._merge = self._merge, None
+        try:
+            self._packed = merge.result()
+        except Exception:
+            logger.exception("an index was not packed anew; the rows that changed are searched beside the old one")
+            self._give_up_merge()
+            return
+        self._failed = 0
         if self._in_merge is not None:
             self._outdated[torch.from_numpy(self._in_merge.rows).to(self._device)] = False
             self._outdated[torch.from_numpy(self._fresh.rows).to(self._device)] = True
         self._in_merge = None
         self._start_merge()  # of what changed meanwhile
+
+    def _give_up_merge(self) -> None:
+        """Search the rows of a merge that failed, for want of memory for one, as fresh ones again."""
+        if self._in_merge is not None:
+            rows, vectors = self._in_merge.current()
+            self._fresh.put(rows, vectors, len(self._vectors))
+        self._in_merge = None
+        self._failed = len(self._fresh)
 
     def search(
         self,
@@ -198,6 +217,11 @@ class FreshRows:
     def rows(self) -> np.ndarray:
         """(F,) the rows that changed."""
         return self._rows[: self._count]
+
+    def current(self) -> tuple[np.ndarray, torch.Tensor]:
+        """Return the rows of which no later change is kept elsewhere, and their vectors."""
+        places = np.flatnonzero(self._current[: self._count])
+        return self._rows[places], self._vectors[torch.from_numpy(places).to(self._vectors.device)]
 
     def put(self, rows: np.ndarray, vectors: torch.Tensor, catalog: int) -> None:
         """Keep the rows' vectors (R, C); catalog is the number of all rows."""

@@ -103,10 +103,10 @@ class CpuLists:
         added = count - len(self._lists)
         if added == 0:
             return
-        self._lists = np.concatenate([self._lists, np.full(added, -1, dtype=np.int32)])
+        lists = np.concatenate([self._lists, np.full(added, -1, dtype=np.int32)])
         codes = np.zeros((count, self._template.code_size), dtype=np.uint8)
         codes[: count - added] = self._codes
-        self._codes = codes
+        self._lists, self._codes = lists, codes
 
     def _encode(self, vectors: np.ndarray, rows: np.ndarray) -> None:
         changed = np.ascontiguousarray(vectors[rows])
@@ -120,6 +120,7 @@ class CpuLists:
         self._lists[rows] = np.where(changed.any(axis=1), lists, -1)
 
     def _packed(self) -> Any:
+        self._template.reset()  # of what a merge that failed left
         order = np.argsort(self._lists, kind="stable")  # rows that are in no list come first
         sizes = np.bincount(self._lists + 1, minlength=self._template.nlist + 1)
         codes = self._codes[order]

@@ -306,12 +306,35 @@ def test_a_catalog_that_outgrows_the_bound_becomes_approximate_without_a_gap(ite
     assert found_share(index, queries) >= 0.98
 
 
-def test_what_fails_on_the_other_thread_is_raised_by_the_next_call():
+def test_searches_are_exact_where_the_lists_cannot_be_built(caplog):
     index = ItemIndex(unit(4), exact_rows=5)  # so few rows cannot be clustered
-    index.update(np.arange(4, 10), unit(6))
+    index.update(np.arange(4, 10), unit(6, seed=1))
     wait_for_merge(index)
-    with pytest.raises(RuntimeError, match="Number of training points"):
-        index.search(unit(1), 1)
+    for _ in range(2):
+        assert index.search(index.vectors, 1)[1][:, 0].tolist() == list(range(10))
+    assert caplog.text.count("an index was not packed anew") == 1
+
+
+def test_a_merge_that_fails_is_tried_again_and_no_search_fails(index, items, queries, monkeypatch, caplog):
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CpuLists, "_encode", no_memory)
+        index.update(np.arange(1, 3001), items[1:3001])
+        wait_for_merge(index)
+        for first in (0, 32):  # changed before the failure is noticed, and after it
+            index.update(np.arange(101 + first, 133 + first), queries[first : first + 32])
+            assert index.search(queries[: first + 32], 1)[1][:, 0].tolist() == list(range(101, 133 + first))
+        assert found_share(index, queries) >= 0.98
+        assert caplog.text.count("an index was not packed anew") == 1
+        assert not index.merging
+    index.update(np.arange(3001, 6001), items[3001:6001])  # twice as many
+    assert index.merging
+    wait_for_merge(index)
+    assert index.search(queries, 1)[1][:, 0].tolist() == list(range(101, 165))
+    assert found_share(index, queries) >= 0.98
+    assert caplog.text.count("an index was not packed anew") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
