@@ -112,7 +112,7 @@ def running_service(
             with supervised(arguments.state_location, learner or LearnerConfig(), learner_workers):
                 yield url
         finally:
-            stop_service()
+            stop_service(STOP_SECONDS)
 
 
 def start_service(
@@ -142,12 +142,12 @@ def start_service(
     return url
 
 
-def stop_service() -> None:
+def stop_service(seconds: float = 60.0) -> None:
     """Stop learner, replicas and aggregators, in this order, so that nothing that was acknowledged stays unwritten.
 
-    What takes longer than STOP_SECONDS is ended as it is: all that was acknowledged is on disk then, too.
+    What takes longer than `seconds`, all together, is ended as it is: what was acknowledged is on disk then, too.
     """
-    deadline = time.monotonic() + STOP_SECONDS
+    deadline = time.monotonic() + seconds
     with undisturbed(), ExitStack() as stops:  # the last one first, each of them whatever becomes of the others
         stops.callback(lambda: _stop_actors("aggregator", running_aggregators(), "close", deadline))
         stops.callback(lambda: _stop_actors("experiment", _actors_named(EXPERIMENTS), "close", deadline))
