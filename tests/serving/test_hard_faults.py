@@ -26,7 +26,7 @@ from lib.live.learner import NearlineLearner
 from lib.live.micro_batch import MicroBatch, SampleSizes
 from lib.live.settings import LearnerConfig
 from lib.log.backend import LOG_FILE, SQLITE
-from lib.log.errors import LogCorrupt, LogFull, LogWriteError
+from lib.log.errors import LogCorrupt, LogFull, LogUnsure, LogWriteError
 from lib.log.feedback import FeedbackLog
 from lib.log.items import ItemLog
 from lib.log.write_ahead_log import Tail, read_tail
@@ -180,6 +180,13 @@ def test_a_write_that_failed_in_the_aggregator_is_answered_with_what_to_do(kind,
     assert response.status_code == status
     assert words in bytes(response.body).decode()
     assert "nothing of the request was taken" in bytes(response.body).decode()
+
+
+def test_a_write_that_may_have_been_taken_is_answered_so():
+    error = RayTaskError("append", "the traceback", LogUnsure("the log")).as_instanceof_cause()
+    response = asyncio.run(_awaited(answer_of(error)(Request({"type": "http"}), error)))
+    assert response.status_code == 503
+    assert "may have been taken, or not; send it again" in bytes(response.body).decode()
 
 
 async def _awaited(coroutine: Any) -> Any:
