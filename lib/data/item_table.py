@@ -18,6 +18,7 @@ from lib.data.column_index import NO_LINES, NumberIndex, WordIndex, as_numbers
 from lib.data.conditions import bounds_of, numbers_of, texts_of, values_of
 from lib.errors import InputError
 
+MOST_LOGGED = 20  # attributes that are left out
 logger = logging.getLogger(__name__)
 Index = TypeVar("Index", WordIndex, NumberIndex)
 
@@ -83,7 +84,8 @@ class ItemTable:
                 kind = fitting(item_id, column, value, self.kinds.get(column))
             except InputError as error:
                 self.skipped += 1
-                logger.warning("an attribute is left out: %s", error)
+                if self.skipped <= MOST_LOGGED:  # the others are counted
+                    logger.warning("an attribute is left out: %s", error)
                 continue
             if kind is not None:
                 self.kinds[column] = kind

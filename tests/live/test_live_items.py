@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -302,6 +303,20 @@ def test_a_put_of_an_unchanged_film_keeps_its_codes():
             Catalog(["x"], pa.table({"item_id": ["x"], "genres": ["Drama"]}), splits={"genres": "at blanks"}), values, 8
         )[1].tolist()
     )
+
+
+def test_a_model_that_was_stored_without_its_splits_finds_them_in_its_own_catalog(tmp_path):
+    """One of an earlier release: what is put since says nothing of how its texts are split."""
+    names = item_ids(12)
+    genres = ["Drama War", "Comedy", "Drama Comedy", "War", "Drama", "Comedy War"] * 2
+    pq.write_table(pa.table({"item_id": names, "genres": genres}), tmp_path / "catalog.parquet")
+    catalog = Catalog.load(tmp_path / "catalog.parquet")
+    values = ["genres=Comedy", "genres=Drama", "genres=War"]
+    learned = attribute_codes(catalog, values, 3)
+    again = Catalog.load(tmp_path / "catalog.parquet")
+    again.change({name: {"genres": genre} for name, genre in zip(names, genres, strict=True)})
+    for place, name in enumerate(names, start=1):
+        assert attribute_codes(again.described([name]), values, 3)[1].tolist() == learned[place].tolist()
 
 
 def test_how_texts_are_split_is_stored_with_the_model_and_survives_other_texts(tmp_path):
