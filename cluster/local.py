@@ -28,7 +28,7 @@ HOST = "127.0.0.1"
 OTHER_PORTS = range(10_000, 12_000)
 REPLICA_PORTS = range(12_000, 32_000)
 PORTS_PER_CLUSTER = 200
-END_SECONDS = 9.5  # after a signal; containers are killed after 10
+END_SECONDS = 9.5  # after SIGTERM; containers are killed after 10
 RAY_ENDS = threading.Event()  # set while this process ends its Ray itself
 LONGEST_FOLDER = 97 - 57 - len("/admin.sock")  # characters
 
@@ -170,7 +170,7 @@ def running_ray() -> Iterator[None]:
 
 
 def end_in_time(status: int) -> None:
-    """Have this process and its Ray end soon, whatever becomes of what stops them in good order meanwhile.
+    """Have this process and its Ray end soon after SIGTERM, whatever becomes of what stops them in good order.
 
     They end after END_SECONDS; or at once where Ray has ended by itself, as systemd, for one, sends SIGTERM to every
     process: nothing could be stopped then, and each call to Ray would wait for a minute.

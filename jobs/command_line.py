@@ -169,7 +169,7 @@ def _guarded(run: Callable[[], int]) -> int:
     received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if "ray" in sys.modules and not received:
+        if number == signal.SIGTERM and "ray" in sys.modules and not received:
             from cluster.local import end_in_time
 
             end_in_time(128 + number)

@@ -63,7 +63,7 @@ def serve_command(
         list[str] | None, typer.Option(help="Test setting key=value; repeatable.", rich_help_panel=CHALLENGER)
     ] = None,
 ) -> None:
-    """Serve a model, learn from feedback, push the weights; Ctrl-C and SIGTERM stop it cleanly, in 10 s at most."""
+    """Serve a model, learn from feedback, push the weights; Ctrl-C and SIGTERM stop it cleanly."""
     from jobs.configuration import settings_from, values_of, yaml_of
     from jobs.service import LiveSettings, check_service, counted, running_service, sole_service, stop_on_signal
     from lib.data.guard import CleaningRules

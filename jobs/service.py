@@ -43,7 +43,7 @@ from serving.supervision import supervised
 
 LOCK_FILE = "serving.lock"  # in the state folder
 START_SECONDS = 60.0  # for HAProxy to know the replicas
-STOP_SECONDS = 6.0  # for all parts together; containers are killed after 10
+STOP_SECONDS = 60.0  # for all parts together
 
 
 class LiveSettings(LearnerConfig):
@@ -112,7 +112,7 @@ def running_service(
             with supervised(arguments.state_location, learner or LearnerConfig(), learner_workers):
                 yield url
         finally:
-            stop_service(STOP_SECONDS)
+            stop_service()
 
 
 def start_service(
@@ -142,12 +142,12 @@ def start_service(
     return url
 
 
-def stop_service(seconds: float = 60.0) -> None:
+def stop_service() -> None:
     """Stop learner, replicas and aggregators, in this order, so that nothing that was acknowledged stays unwritten.
 
-    What takes longer than `seconds`, all together, is ended as it is: what was acknowledged is on disk then, too.
+    What takes longer than STOP_SECONDS is ended as it is: all that was acknowledged is on disk then, too.
     """
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + STOP_SECONDS
     with undisturbed(), ExitStack() as stops:  # the last one first, each of them whatever becomes of the others
         stops.callback(lambda: _stop_actors("aggregator", running_aggregators(), "close", deadline))
         stops.callback(lambda: _stop_actors("experiment", _actors_named(EXPERIMENTS), "close", deadline))
@@ -166,7 +166,8 @@ class StopSignal:
         """Handle a signal; the first one decides."""
         if not self.status:
             self.status = 128 + number
-            end_in_time(self.status)
+            if number == signal.SIGTERM:
+                end_in_time(self.status)
         self._received.put(None)
 
     def is_set(self) -> bool:
