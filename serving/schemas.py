@@ -42,7 +42,8 @@ class RecommendationRequest(BaseModel):
     k: int = Field(default=10, ge=1, le=LARGEST_K, description="number of items")
     filter: dict[str, Any] | None = Field(
         default=None,
-        description='attribute conditions, e.g. {"genres": "Comedy", "price": {"max": 20}}, and allow or deny lists',
+        description='attribute conditions, e.g. {"genres": "Comedy", "price": {"max": 20}}, and allow or deny lists; '
+        "at most 50 conditions with 1,000 values in all, and 10,000 ids in each list",
     )
     exclude_seen: bool = True
     explain: bool = False

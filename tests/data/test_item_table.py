@@ -128,7 +128,11 @@ def test_long_texts_are_found_as_a_whole_too():
 
 
 def test_a_column_without_values_is_indexed():
-    for column in (pa.chunked_array([], pa.string()), pa.chunked_array([[None, None]], pa.null())):
+    for column in (
+        pa.chunked_array([], pa.string()),
+        pa.chunked_array([[]], pa.string()),
+        pa.chunked_array([[None, None]], pa.null()),
+    ):
         assert WordIndex(column).lines(["x"]).tolist() == []
 
 
