@@ -16,7 +16,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -108,11 +108,12 @@ def free_port() -> int:
 
 
 def require_free_port(port: int) -> None:
-    """Refuse a port that is taken.
+    """Refuse a port that is taken; a HAProxy that outlived its Ray, as after kill -9, is ended first.
 
     Raises:
         InputError: something listens there already.
     """
+    _end_haproxies(lambda command, parent: b"/afterclick-" in command and not parent.startswith(b"ray::"))
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -165,7 +166,7 @@ def running_ray() -> Iterator[None]:
             RAY_ENDS.set()
             with undisturbed():
                 ray.shutdown()
-                _end_haproxy()
+                _end_own_haproxy()
             RAY_ENDS.clear()
 
 
@@ -188,18 +189,29 @@ def _end(deadline: float, status: int) -> None:
         time.sleep(0.1)
     if worker._global_node is not None:
         worker._global_node.kill_all_processes(check_alive=False)
-    _end_haproxy()
+    _end_own_haproxy()
     shutil.rmtree(_haproxy_folder(), ignore_errors=True)
     os._exit(status)
 
 
-def _end_haproxy() -> None:
+def _end_own_haproxy() -> None:
     """End what is left of HAProxy where Serve was not given the time to: it would hold the port for good."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    folder = f"{_haproxy_folder()}/".encode()
+    _end_haproxies(lambda command, _: folder in command)
+
+
+def _end_haproxies(chosen: Callable[[bytes, bytes], bool]) -> None:
+    """End those of Serve's HAProxy processes of which this is true, given their command line and their parent's."""
+    for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile, or is another user's
-            command = path.read_bytes()
-            if b"haproxy\0-db\0" in command and f"{_haproxy_folder()}/".encode() in command:
-                os.kill(int(path.parent.name), signal.SIGKILL)
+            command = (process / "cmdline").read_bytes()
+            if b"haproxy\0-db\0" not in command:
+                continue
+            parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+            if chosen(command, Path(f"/proc/{parent}/cmdline").read_bytes()):
+                os.kill(int(process.name), signal.SIGKILL)
+                while (process / "cmdline").read_bytes():  # until its ports are free
+                    time.sleep(0.01)
 
 
 @contextmanager

@@ -1,7 +1,10 @@
 """The configuration for a cluster, and how Ray is found or started."""
 
 import os
+import signal
 import socket
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -90,6 +93,34 @@ def test_a_free_port_is_free_until_it_is_taken():
         taken.listen()
         with pytest.raises(InputError, match=rf"^port: {port} cannot be used \(.*\); choose another with --port$"):
             require_free_port(port)
+
+
+HAPROXY = """
+defaults
+  mode http
+  timeout connect 1s
+  timeout client 1s
+  timeout server 1s
+frontend one
+  bind 127.0.0.1:{port}
+"""
+
+
+def test_a_haproxy_that_outlived_its_ray_gives_its_port_back(tmp_path):
+    from ray.serve._private.haproxy import get_haproxy_binary
+
+    port, folder = free_port(), tmp_path / "afterclick-4194304"
+    folder.mkdir()
+    (folder / "haproxy.cfg").write_text(HAPROXY.format(port=port))
+    command = [get_haproxy_binary(), "-db", "-f", str(folder / "haproxy.cfg")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as haproxy:
+        deadline = time.monotonic() + 60
+        while socket.socket().connect_ex((HOST, port)) != 0:
+            assert haproxy.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        require_free_port(port)
+        assert haproxy.wait(60) == -signal.SIGKILL
 
 
 def test_the_ray_that_runs_is_joined(ray_session):
