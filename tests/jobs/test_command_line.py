@@ -468,8 +468,9 @@ def test_a_service_that_fails_is_a_failure(afterclick, answering, monkeypatch, t
 
 
 def test_a_status_is_shown_and_kept(afterclick, answering, tmp_path):
-    counts = dict.fromkeys(set(ReplicaStatus.model_fields) - {"replica_id", "checksum", "latency_buckets"}, 7)
-    replica = ReplicaStatus.model_validate(counts | {"replica_id": "r1", "checksum": "c1", "latency_buckets": []})
+    named = {"replica_id": "r1", "checksum": "c1", "latency_buckets": [], "idle_rules": []}
+    counts = dict.fromkeys(ReplicaStatus.model_fields.keys() - named.keys(), 7)
+    replica = ReplicaStatus.model_validate(counts | named)
     away = Unavailable(state="restarting")
     shown = Status(model_version=3, replicas=[replica], learner=away, aggregator=away, freshness=None)
     status = shown.model_dump(mode="json")

@@ -158,7 +158,7 @@ def test_a_repeated_event_counts_once(service: LiveService, items: list[str]) ->
 def test_a_flood_is_refused_and_counted_and_others_are_not_touched(service: LiveService, items: list[str]) -> None:
     before = service.status()["aggregator"]["rejected"].get("flood", 0)
     first = int(time.time() * 1000) - 3_600_000
-    answer = service.send(*(click("bot", items[n % 100], timestamp=first + 2000 * n) for n in range(400)))
+    answer = service.send(*(click("bot", items[n % 100], timestamp=first + 100 * n) for n in range(400)))
     assert answer["accepted"] == 300
     assert [rejection["index"] for rejection in answer["rejected"]] == list(range(300, 400))
     assert all(rejection["reason"].startswith("flood") for rejection in answer["rejected"])
@@ -298,7 +298,6 @@ BAD_BODIES: list[tuple[str, Any, int, tuple[str, ...]]] = [
     (RECOMMENDATIONS, {"user_id": "u", "k": True}, 422, ("k",)),
     (RECOMMENDATIONS, {"user_id": "u", "k": 2.5}, 422, ("k",)),
     (RECOMMENDATIONS, {"user_id": "u", "limit": 5}, 422, ("limit",)),
-    (RECOMMENDATIONS, {"user_id": "u", "filter": {"colour": "red"}}, 422, ("filter.colour", "category")),
     (RECOMMENDATIONS, {"user_id": "u", "filter": {"price": {"under": 3}}}, 422, ("filter.price", "max")),
     (RECOMMENDATIONS, {"user_id": "u", "filter": {"title": {"max": 3}}}, 422, ("filter.title",)),
     (RECOMMENDATIONS, {"user_id": "u", "filter": {"price": None}}, 422, ("filter.price",)),
