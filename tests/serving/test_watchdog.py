@@ -1,15 +1,8 @@
 """The watchdog ends a process that makes no progress, and says where it was."""
 
-import os
-import time
-from pathlib import Path
-from typing import Any
+import pytest
 
-import ray
-
-from lib.log.layout import LogLayout
-from serving.aggregator import Aggregator, AggregatorConfig, start_aggregator
-from tests.helpers.logs import make_event
+from lib.log.feedback import FeedbackLog
 
 STALLED = """
 import time
@@ -40,6 +33,23 @@ time.sleep(3600)
 """
 
 
+AGGREGATOR = """
+import asyncio, sqlite3, sys, time
+from lib.data.events import Event
+from serving.aggregator import Aggregator, AggregatorConfig
+def events(number):
+    return [Event("user", f"item-{number}", "click", None, number)]
+async def run():
+    aggregator = Aggregator(sys.argv[1], config=AggregatorConfig(stalled_seconds=2.0))
+    print(await aggregator.append(events(1)), flush=True)
+    other = sqlite3.connect(f"{sys.argv[1]}/feedback.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")  # another writer, for whom the log waits
+    HOLD_UP
+    print("it has not ended", flush=True)
+asyncio.run(run())
+"""
+
+
 def test_a_process_that_makes_no_progress_ends_and_says_where_it_was(start_process):
     process = start_process(STALLED)
     said, _ = process.communicate()
@@ -59,25 +69,10 @@ def test_last_words_that_stall_as_well_are_not_waited_for(start_process):
     assert process.returncode == 1
 
 
-def stall(aggregator: Aggregator) -> None:
-    """Hold up everything that this aggregator is asked."""
-    if not Path(aggregator.state, "stalled").exists():  # the call is repeated after the restart
-        Path(aggregator.state, "stalled").touch()
-        time.sleep(3600)
-
-
-def test_an_aggregator_that_answers_nobody_is_started_again(ray_session: object, tmp_path: Path) -> None:
-    layout = LogLayout(aggregators=2)
-    layout.begin(tmp_path)
-    config = AggregatorConfig(stalled_seconds=2.0)
-    aggregator = start_aggregator(str(tmp_path), None, config, layout.shards()[1], layout)
-    try:
-        assert ray.get(aggregator.append.remote([make_event(1)])) == [None]
-        before: Any = ray.get(aggregator.status.remote())
-        ray.get(aggregator.__ray_call__.remote(stall))
-        after: Any = ray.get(aggregator.status.remote())
-        assert after.process != before.process
-        assert after.log_offset == 1
-        os.kill(after.process, 0)
-    finally:
-        ray.kill(aggregator)
+@pytest.mark.parametrize("hold_up", ["time.sleep(3600)", "await aggregator.append(events(2))"], ids=["calls", "log"])
+def test_an_aggregator_ends_that_answers_nobody_or_whose_log_does_not_finish(start_process, tmp_path, hold_up):
+    process = start_process(AGGREGATOR.replace("HOLD_UP", hold_up), tmp_path)
+    said, errors = process.communicate()
+    assert (process.returncode, said) == (1, "[None]\n"), errors
+    with FeedbackLog.open(tmp_path / "feedback.sqlite") as log:  # as who follows it does
+        assert log.last_offset() == 1
