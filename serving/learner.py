@@ -303,6 +303,8 @@ class Learner:
             try:
                 outcome = self.workers.learn(batch)
             except OSError:  # the storage's: the events are not to blame
+                if not self.proven:
+                    store(self.attempts.take_back)
                 raise
             except Exception:
                 error = traceback.format_exc()

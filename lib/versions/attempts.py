@@ -46,6 +46,13 @@ class Attempts:
         tries, traceback = (0, NO_TRACEBACK) if before is None else (before.tries, before.traceback)
         self._write(Attempt(after_offset=after_offset, last_offset=last_offset, tries=tries + 1, traceback=traceback))
 
+    def take_back(self) -> None:
+        """Count the try that began as none, as something else failed."""
+        if self.newest is None or self.newest.tries == 1:
+            self.succeed()
+        else:
+            self._write(self.newest.model_copy(update={"tries": self.newest.tries - 1}))
+
     def fail(self, after_offset: int, last_offset: int, traceback: str) -> None:
         """Record why a try failed; count it where it was not written down before."""
         before = self.beyond(after_offset)
