@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,12 +19,20 @@ from lib.data.guard import LATENESS_MS
 from lib.data.histories import Histories
 
 
+class Opinions(NamedTuple):
+    """What somebody thought of late of T items, some of which they turned down (lib/model/dislikes.py)."""
+
+    rows: np.ndarray  # (T,) int32, oldest first
+    weights: np.ndarray  # (T,) float32, by recency; below 0 for a dislike, 0 for what was turned down later
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedHistory:
     """A history as one encoder reads it; events of items or kinds that it does not know are left out."""
 
     codes: np.ndarray  # (4, T) int64 rows, kinds, gaps and values of the newest T events
     seen: np.ndarray  # (S,) int32 rows of all events, ascending
+    opinions: Opinions | None  # None where nothing was turned down of late
     reader: int  # number of the recommender that made it; to another one its rows mean nothing
     catalog_items: int  # of the catalog that it was made with
     complete: bool  # whether every event was known; what was unknown then may be known to a larger catalog

@@ -14,7 +14,7 @@ row for all of them, each contender maps it to its own, leaves what it does not 
 target that it does not know.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,10 +24,13 @@ from torch import Tensor
 from lib.data.catalog import Catalog
 from lib.data.events import EVENT_KINDS
 from lib.data.histories import Histories, spans
+from lib.data.history import Opinions
 from lib.data.holdout import LEAVE_ONE_OUT, cutoff_time
 from lib.data.ratings import STARS, RatingScale
 from lib.model.batches import SequenceBatches, target_weights
+from lib.model.dislikes import MOST_CANDIDATES, push_down, without_dislikes
 from lib.model.encoder import PADDING_ROW, BehaviourEncoder
+from lib.model.presets import DISLIKE_WEIGHT
 
 MOST_SCORES = 1 << 23  # in memory at once
 
@@ -85,7 +88,9 @@ class Contender:
     score: Callable[[Histories], Iterator[Scored]]  # of histories in own rows; -inf for what is never recommended
 
 
-def model_contender(name: str, encoder: BehaviourEncoder, catalog: Catalog, items: Catalog) -> Contender:
+def model_contender(
+    name: str, encoder: BehaviourEncoder, catalog: Catalog, items: Catalog, dislike_weight: float = DISLIKE_WEIGHT
+) -> Contender:
     """Make a contender of a model; `items` has every item of its catalog."""
     dataset_rows = np.array([PADDING_ROW] + [items.row_of[item_id] for item_id in catalog.item_ids[1:]], dtype=np.int32)
     own_rows = np.zeros(len(items) + 1, dtype=np.int32)
@@ -95,19 +100,39 @@ def model_contender(name: str, encoder: BehaviourEncoder, catalog: Catalog, item
         vectors = encoder.item_vectors(torch.arange(len(catalog) + 1))  # (R, C)
 
     def score(histories: Histories) -> Iterator[Scored]:
-        return model_scores(encoder, vectors, histories)
+        return model_scores(encoder, vectors, histories, dislike_weight)
 
     return Contender(name, own_rows, dataset_rows, score)
 
 
-def model_scores(encoder: BehaviourEncoder, vectors: Tensor, histories: Histories) -> Iterator[Scored]:
-    """Scores of the rows whose vectors (R, C) are given, s = uT A v; of whom nothing is known, what is popular."""
-    for places, b in SequenceBatches(histories, encoder.config).inference():
+def model_scores(
+    encoder: BehaviourEncoder, vectors: Tensor, histories: Histories, dislike_weight: float = DISLIKE_WEIGHT
+) -> Iterator[Scored]:
+    """Scores of the rows whose vectors (R, C) are given, s = uT A v; of whom nothing is known, what is popular.
+
+    As in an answer, what people turned down is not read, and what is like it falls.
+    """
+    liked, opinions = without_dislikes(histories, encoder.config)
+    for places, b in SequenceBatches(liked, encoder.config).inference():
         interests = encoder.interests(b.kinds, b.gaps, b.values, b.lengths, b.rows)
-        yield places, encoder.queries(interests) @ vectors.T
-    unknown = np.flatnonzero(histories.lengths == 0)
+        scores = encoder.queries(interests) @ vectors.T
+        yield places, _pushed_down(scores, [opinions[place] for place in places], vectors, dislike_weight)
+    unknown = np.flatnonzero(liked.lengths == 0)
     popularity = encoder.item_popularity[: len(vectors)]
-    yield unknown, popularity.where(popularity > 0, float("-inf")).repeat(len(unknown), 1)
+    scores = (popularity / popularity.max().clamp(min=1e-9)).where(popularity > 0, float("-inf"))
+    scores = scores.repeat(len(unknown), 1)
+    yield unknown, _pushed_down(scores, [opinions[place] for place in unknown], vectors, dislike_weight)
+
+
+def _pushed_down(scores: Tensor, opinions: Sequence[Opinions | None], vectors: Tensor, weight: float) -> Tensor:
+    """Lower the scores (B, R) of what is like dislikes, among as many candidates as an answer has at most."""
+    lines = torch.tensor([line for line, own in enumerate(opinions) if own is not None], dtype=torch.int64)
+    if len(lines):
+        top = scores[lines].topk(min(MOST_CANDIDATES, scores.shape[1]), dim=1)
+        own = [own for own in opinions if own is not None]
+        lowered, rows = push_down(top.values.numpy(), top.indices.numpy(), own, vectors.numpy(), weight)
+        scores[lines[:, None], torch.from_numpy(rows)] = torch.from_numpy(lowered)
+    return scores
 
 
 def baseline_contender(name: str, scores: Callable[[Histories], np.ndarray], items: Catalog) -> Contender:

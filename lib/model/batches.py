@@ -15,7 +15,7 @@ from torch import Tensor
 from lib.data.events import EVENT_WEIGHTS
 from lib.data.histories import Histories
 from lib.data.ratings import STARS, RatingScale
-from lib.model.encoder import BehaviourEncoderConfig
+from lib.model.encoder import PADDING_ROW, BehaviourEncoderConfig
 
 
 def gap_buckets(timestamps: np.ndarray, first: np.ndarray, buckets: int) -> np.ndarray:
@@ -90,10 +90,12 @@ class SequenceBatches:
         self.gaps = gap_buckets(histories.timestamps, first, config.gap_buckets)
         self.values = value_buckets(histories.values, config.value_boundaries)
         self.weights = target_weights(histories.kinds, histories.values, config.event_kinds, config.ratings)
+        # what was turned down is read without its item: the encoder would take it for an interest
+        self.rows = np.where(self.weights < 0, PADDING_ROW, histories.rows)
 
     def codes(self) -> np.ndarray:
         """(4, E) int64 rows, kinds, gaps and values of all events."""
-        return np.stack([self.histories.rows, self.histories.kinds, self.gaps, self.values]).astype(np.int64)
+        return np.stack([self.rows, self.histories.kinds, self.gaps, self.values]).astype(np.int64)
 
     def windows(self, generator: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return starts and lengths of training windows of at most max_length + 1 events, cut from the newest end.
@@ -168,7 +170,7 @@ class SequenceBatches:
         gaps = column(self.gaps)
         weights = np.where(real, self.weights[following], 0.0) if targets else np.zeros(events.shape)
         return Batch(
-            column(self.histories.rows),
+            column(self.rows),
             column(self.histories.kinds),
             gaps,
             column(self.values),

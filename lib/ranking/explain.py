@@ -15,6 +15,7 @@ from lib.data.catalog import Catalog
 from lib.data.histories import Histories
 from lib.data.history import History, to_histories
 from lib.model.batches import SequenceBatches
+from lib.model.dislikes import without_dislikes
 from lib.model.encoder import BehaviourEncoderConfig
 
 Queries = Callable[[Sequence[np.ndarray]], np.ndarray]  # histories as (4, T) codes -> (B, C) uT A
@@ -33,18 +34,18 @@ def reasons(
     """Name for each item the events that raised its score most, such as "click i3, purchase i7"; None where none did.
 
     Args:
-        history: one person's events, of which the encoder knows at least one.
+        history: one person's events, of which the encoder knows at least one that is no dislike.
         catalog: the encoder's.
         config: the encoder's.
         queries: the encoder.
         vectors: (k, C) vectors v of the items.
     """
-    kinds = config.kind_codes
-    influence = influences(to_histories([history], catalog, kinds), config, queries, vectors)
+    liked, _ = without_dislikes(to_histories([history], catalog, config.kind_codes), config)
+    influence = influences(liked, config, queries, vectors)
+    kinds = config.event_kinds or []
     names = [
-        f"{event} {item_id}"
-        for item_id, event in zip(history.item_ids, history.events, strict=True)
-        if item_id in catalog.row_of and event in kinds
+        f"{kinds[kind - 1]} {catalog.item_ids[row]}"
+        for row, kind in zip(liked.rows.tolist(), liked.kinds.tolist(), strict=True)
     ][-config.max_length :]
     return [", ".join(dict.fromkeys(names[event] for event, _ in own)) or None for own in most_influential(influence)]
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lib.data.catalog import Catalog
-from lib.data.history import EncodedHistory, History, to_histories
+from lib.data.history import EncodedHistory, History, Opinions, to_histories
 from lib.errors import InputError
 from lib.model.batches import SequenceBatches, group_by_length
 from lib.model.delta import ATTRIBUTE_TABLE, Delta, DeltaMismatch, apply_delta, state_of
+from lib.model.dislikes import candidates, push_down, without_dislikes
 from lib.model.encoder import PADDING_ROW, BehaviourEncoder
 from lib.model.fingerprint import Fingerprint
 from lib.model.folder import load_model
@@ -149,12 +150,15 @@ class Recommender:
             places = [known[number] for number in chosen]
             counts = [questions[place].k for place in places]
             seen = [histories[place].seen if questions[place].exclude_seen else NOTHING_SEEN for place in places]
-            ranked = self._rank(queries[chosen], counts, filter, seen)
+            opinions = [histories[place].opinions for place in places]
+            ranked = self._rank(queries[chosen], counts, filter, seen, opinions)
             for place, items in zip(places, ranked, strict=True):
                 answers[place] = self._explain(questions[place], items)
         for place, history in enumerate(histories):
             if not history.codes.size:
-                answers[place] = self.popular(questions[place].k, questions[place].filter)
+                k, filter = questions[place].k, questions[place].filter
+                seen = history.seen if questions[place].exclude_seen else NOTHING_SEEN
+                answers[place] = self.popular(k, filter, seen, history.opinions)
         return answers
 
     def encode(self, history: History) -> EncodedHistory:
@@ -163,9 +167,10 @@ class Recommender:
         if kept is not None and kept.reader == self.number and (kept.complete or kept.catalog_items == known):
             return kept
         flat = to_histories([history], self.catalog, self.kind_codes)
-        codes = SequenceBatches(flat, self.encoder.config).codes()[:, -self.encoder.config.max_length :].copy()
+        liked, (opinions,) = without_dislikes(flat, self.encoder.config)
+        codes = SequenceBatches(liked, self.encoder.config).codes()[:, -self.encoder.config.max_length :].copy()
         complete = len(flat.rows) == len(history)
-        history.encoded = EncodedHistory(codes, np.unique(flat.rows), self.number, known, complete)
+        history.encoded = EncodedHistory(codes, np.unique(flat.rows), opinions, self.number, known, complete)
         return history.encoded
 
     def _queries(self, histories: Sequence[np.ndarray]) -> Tensor:
@@ -177,30 +182,54 @@ class Recommender:
         return queries
 
     def _rank(
-        self, queries: Tensor, counts: Sequence[int], filter: ItemFilter | None, seen: Sequence[np.ndarray]
+        self,
+        queries: Tensor,
+        counts: Sequence[int],
+        filter: ItemFilter | None,
+        seen: Sequence[np.ndarray],
+        opinions: Sequence[Opinions | None],
     ) -> list[list[RankedItem]]:
         """Find for each query (B, C) so many items that pass the filter and are not seen, the best first."""
         if self.rules.active:
             return [
-                self._rerank(k, filter, own, self._search(query))
-                for query, k, own in zip(queries.unbind(), counts, seen, strict=True)
+                self._rerank(k, filter, own, self._search(query, opinion))
+                for query, k, own, opinion in zip(queries.unbind(), counts, seen, opinions, strict=True)
             ]
-        scores, rows = self.index.search(queries, max(counts), self.mask(filter), seen)
+        wanted = max(self._wanted(k, opinion) for k, opinion in zip(counts, opinions, strict=True))
+        scores, rows = self.index.search(queries, wanted, self.mask(filter), seen)
+        scores, rows = self._push_down(scores, rows, opinions)
         found = np.minimum((rows >= 0).sum(axis=1), counts).tolist()
         return [
             self._items(own_scores[:count], own_rows[:count])
             for own_scores, own_rows, count in zip(scores, rows, found, strict=True)
         ]
 
-    def _search(self, query: Tensor) -> Candidates:
+    def _wanted(self, count: int, opinion: Opinions | None) -> int:
+        """Return how many items are found for an answer of `count`: more where some of them will fall."""
+        return candidates(count) if opinion is not None and self.rules.dislike_weight else count
+
+    def _push_down(
+        self, scores: np.ndarray, rows: np.ndarray, opinions: Sequence[Opinions | None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return push_down(scores, rows, opinions, self.index.vectors, self.rules.dislike_weight)
+
+    def _best(
+        self, scores: np.ndarray, rows: np.ndarray, opinion: Opinions | None, count: int, weights: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return rows and scores of the best `count` of one person's candidates, by their scores and weights (R,)."""
+        (scores,), (rows,) = self._push_down(scores[None], rows[None], [opinion])
+        best = np.argsort(-scores if weights is None else -scores - weights[rows], kind="stable")[:count]
+        return rows[best], scores[best]
+
+    def _search(self, query: Tensor, opinion: Opinions | None) -> Candidates:
         """Return how candidates for one query (C,) are found."""
 
         def nearest(
             mask: np.ndarray, count: int, seen: np.ndarray, weights: np.ndarray | None
         ) -> tuple[np.ndarray, np.ndarray]:
-            scores, rows = self.index.search(query[None], count, mask, [seen], weights)
+            scores, rows = self.index.search(query[None], self._wanted(count, opinion), mask, [seen], weights)
             real = rows[0] >= 0
-            return rows[0][real], scores[0][real]
+            return self._best(scores[0][real], rows[0][real], opinion, count, weights)
 
         return nearest
 
@@ -315,21 +344,30 @@ class Recommender:
 
     # ---------------------------------------------------------------------------------------------- without a history
 
-    def popular(self, k: int, filter: ItemFilter | None = None) -> list[RankedItem]:
-        """Return the most popular items of late, for people of whom nothing is known."""
+    def popular(
+        self,
+        k: int,
+        filter: ItemFilter | None = None,
+        seen: np.ndarray = NOTHING_SEEN,
+        opinion: Opinions | None = None,
+    ) -> list[RankedItem]:
+        """Return the most popular items of late, for people of whom nothing is known but what they turned down."""
         popularity = self.encoder.item_popularity.cpu().numpy()
 
         def most(
             mask: np.ndarray, count: int, seen: np.ndarray, weights: np.ndarray | None
         ) -> tuple[np.ndarray, np.ndarray]:
-            scores, rows = most_popular(popularity, mask, count, None if weights is None else top * weights)
-            return rows, scores / top
+            unseen = mask.copy()
+            unseen[seen] = False
+            wanted, added = self._wanted(count, opinion), None if weights is None else top * weights
+            scores, rows = most_popular(popularity, unseen, wanted, added)
+            return self._best(scores / top, rows, opinion, count, weights)
 
         top = float(popularity[self.mask(filter)].max(initial=0.0)) or 1.0
         if self.rules.active:
-            items = self._rerank(k, filter, NOTHING_SEEN, most)
+            items = self._rerank(k, filter, seen, most)
         else:
-            rows, scores = most(self.mask(filter), k, NOTHING_SEEN, None)
+            rows, scores = most(self.mask(filter), k, seen, None)
             items = self._items(scores, rows)
         return [item._replace(reason="popular") for item in items]
 

@@ -1,7 +1,8 @@
 """Ranking rules: what a shop, a channel or a newsroom wants of every answer beside what suits the person.
 
-`RankingRules` are the settings, each rule off by default; `BoundRules` are the same for one catalog: which rows are
-pinned, boosted, buried or limited. lib/ranking/rerank.py applies them to one person's candidates.
+`RankingRules` are the settings, each rule but `dislike_weight` off by default; `BoundRules` are the same for one
+catalog: which rows are pinned, boosted, buried or limited. lib/ranking/rerank.py applies them to one person's
+candidates.
 
 Weights and temperature are in units of the score s = uT A v, about a cosine: from -1 to 1, the best items of an answer
 some hundredths apart. 0.05 moves an item by a few places, 0.3 past most others, 2 past all.
@@ -20,6 +21,7 @@ from lib.data.attribute_kinds import TEXT, kind_of_type
 from lib.data.catalog import Catalog
 from lib.data.text_splits import WHOLE, parts_of
 from lib.errors import InputError
+from lib.model.presets import DISLIKE_WEIGHT
 from lib.ranking.filters import ItemFilter
 from lib.settings import Settings
 
@@ -89,6 +91,14 @@ class RankingRules(Settings):
         strict=True,
         description="of the softmax from which each place is drawn, off at 0; 0.05 is what the encoder is trained "
         "with, 0.01 trades little but neighbouring places",
+    )
+    dislike_weight: float = Field(
+        default=DISLIKE_WEIGHT,
+        ge=0,
+        le=100,
+        strict=True,
+        description="taken from the score of what is like a person's dislikes where all of late are dislikes, and in "
+        "proportion where some are; off at 0",
     )
     candidates: int = Field(
         default=200,

@@ -152,14 +152,14 @@ def test_value_boundaries_separate_ratings_and_stay_few_for_prices():
     assert value_boundaries(np.full(3, 7.0, dtype=np.float32)) == []
 
 
-def test_dislikes_skips_and_low_ratings_are_inputs_and_count_against():
+def test_dislikes_skips_and_low_ratings_are_inputs_without_their_item_and_count_against():
     histories = clicks([6])
     names = ["click", "dislike", "skip", "rating", "rating", "rating"]
     histories.kinds[:] = [KINDS.index(name) + 1 for name in names]
     histories.values[3:] = [2.0, 3.0, np.nan]
     assert target_weights(histories.kinds, histories.values, KINDS).tolist() == [1, -1, -1, -1, 1, 1]
     (batch,) = SequenceBatches(histories, tiny_config()).epoch(64, np.random.default_rng(0))
-    assert batch.rows[0].tolist() == [1, 2, 3, 4, 5]
+    assert batch.rows[0].tolist() == [1, 0, 0, 0, 5]
     assert batch.target_rows[0].tolist() == [2, 3, 4, 5, 6]
     assert batch.target_weights[0].tolist() == [-1, -1, -1, 1, 1]
     assert batch.values[0].tolist() == [0, 0, 0, 2, 3]

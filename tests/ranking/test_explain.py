@@ -34,7 +34,7 @@ def mixed_history(events: int, seed: int = 0) -> History:
     return History(
         [f"i{row}" for row in generator.integers(1, ITEMS + 1, events)],
         kinds.tolist(),
-        [float(generator.integers(1, 6)) if kind == "rating" else None for kind in kinds],
+        [float(generator.integers(3, 6)) if kind == "rating" else None for kind in kinds],
         times.tolist(),
         [0] * events,
     )

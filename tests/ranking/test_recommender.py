@@ -463,3 +463,83 @@ def test_a_model_folder_makes_a_recommender(tmp_path):
     assert ask(loaded, 1, 2) == ask(Recommender(tiny_encoder(), described_catalog(), 4), 1, 2)
     with pytest.raises(InputError, match="no folder"):
         Recommender.load(tmp_path / "missing")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What people turn down
+
+GENRE = 20  # items of each of three genres
+
+
+def genres_recommender(rules: RankingRules | None = None, **changes) -> Recommender:
+    """Three genres of items that are like each other; the interest is near the last item that was read."""
+    encoder = tiny_encoder(3 * GENRE, **changes)
+    generator = torch.Generator().manual_seed(1)
+    centers = torch.linalg.qr(torch.randn(16, 3, generator=generator)).Q.T  # orthogonal
+    noise = torch.nn.functional.normalize(torch.randn(3 * GENRE, 16, generator=generator), dim=1)
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if "norm" not in name:
+                parameter.zero_()
+        encoder.item_embeddings.weight[1:] = centers.repeat_interleave(GENRE, 0) + 0.7 * noise
+        encoder.item_embeddings.weight[3 * GENRE] = centers[:2].sum(0)  # between the first genre and the second
+        encoder.interest_to_item.copy_(torch.eye(16))
+    encoder.item_popularity[1:] = 1.0
+    return Recommender(encoder, Catalog(item_ids(3 * GENRE)), 1, rules=rules)
+
+
+def after(recommender: Recommender, kind: str | None, value: float | None = None, reactions: int = 5) -> list[int]:
+    """The rows that are answered after three clicks and so many reactions to items of the first genre."""
+    events = [Event("u", f"i{item}", "click", None, NOW + item) for item in (45, 50, 3 * GENRE)]
+    if kind is not None:
+        events += [Event("u", f"i{item}", kind, value, NOW + 1000 + item) for item in range(1, 1 + reactions)]
+    (items,) = recommender.recommend([Question(History.of(events), 30)])
+    met = [f"i{item}" for item in range(1, 6)]
+    return [int(item.item_id[1:]) for item in items if item.item_id not in met][:20]
+
+
+def of_first_genre(rows: list[int]) -> int:
+    return sum(row <= GENRE for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "scale"),
+    [("dislike", None, "1-5"), ("skip", None, "1-5"), ("rating", 1.0, "1-5"), ("rating", 4.0, "1-10")],
+)
+@pytest.mark.parametrize("rules", [RankingRules(), RankingRules(pin={100: "i1"})])  # beyond every answer
+def test_less_like_it_is_answered_after_a_dislike_than_after_nothing_and_more_after_a_like(kind, value, scale, rules):
+    recommender = genres_recommender(rules, rating_scale=scale)
+    nothing, liked, disliked = after(recommender, None), after(recommender, "like"), after(recommender, kind, value)
+    assert of_first_genre(liked) > of_first_genre(nothing) > of_first_genre(disliked)
+    assert np.mean([disliked.index(row) for row in disliked if row <= GENRE] or [20]) > np.mean(
+        [nothing.index(row) for row in nothing if row <= GENRE]
+    )
+
+
+def test_more_dislikes_push_farther_and_none_changes_the_interest():
+    recommender = genres_recommender()
+    counts = [of_first_genre(after(recommender, "dislike", reactions=count)) for count in (0, 1, 2, 5)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[1] > counts[3]
+    off = genres_recommender(RankingRules(dislike_weight=0.0))
+    assert after(off, "dislike") == after(off, None)
+
+
+def test_who_has_turned_down_everything_gets_what_is_popular_and_not_like_it():
+    recommender = genres_recommender()
+    events = [Event("u", f"i{item}", "dislike", None, NOW + item) for item in (1, 2, 3)]
+    (items,) = recommender.recommend([Question(History.of(events), 40)])
+    assert all(item.reason == "popular" for item in items)
+    assert of_first_genre([int(item.item_id[1:]) for item in items]) == 0
+    (whole,) = recommender.recommend([Question(History.of(events), 100)])
+    assert len(whole) == 3 * GENRE - 3
+    assert not {"i1", "i2", "i3"} & set(ids(whole))
+
+
+def test_a_dislike_is_no_reason():
+    recommender = genres_recommender()
+    events = [Event("u", f"i{item}", "click", None, NOW + item) for item in (21, 22)]
+    events.append(Event("u", "i1", "dislike", None, NOW + 100))
+    (items,) = recommender.recommend([Question(History.of(events), 20, explain=True)])
+    assert all("dislike" not in (item.reason or "") for item in items)
+    assert any(item.reason for item in items)

@@ -1,0 +1,106 @@
+"""What people turn down: no part of the interest that the encoder reads, and items like it fall in the answer.
+
+The encoder is trained to find the next event, and whoever rates five horror films low goes on to rate others: read as
+events, dislikes raise what is like them. So they are left out of what the encoder reads, and beside it each candidate v
+is compared with the person's newest events e, weighted by recency r. It falls by
+
+    weight * share * sum over disliked e of r K(v, e) / (K0 + sum over all e of r K(v, e)),   K = exp((cos - 1) / h)
+
+which is the share of dislikes in the weight of the events times the probability that v is disliked, of a classifier by
+kernels (Nadaraya 1964; Watson 1964). What is as near to what was liked falls by less, and what is near to nothing, by
+nothing; K0 is the kernel of a cosine at which items have nothing to do with each other.
+tests/benchmarks/results/2026-11-30-dislikes.md has what was measured.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lib.data.histories import Histories
+from lib.data.history import Opinions
+from lib.model.batches import target_weights
+from lib.model.encoder import BehaviourEncoderConfig
+
+NEWEST = 20  # events that are compared with
+RECENCY_HALF_LIFE = 10.0  # events after which one weighs half
+KERNEL_WIDTH = 0.1  # h
+MOST_CANDIDATES = 1000  # beyond which no more than asked for are looked at
+UNRELATED = np.exp((0.3 - 1) / KERNEL_WIDTH)  # K0
+
+
+def without_dislikes(histories: Histories, config: BehaviourEncoderConfig) -> tuple[Histories, list[Opinions | None]]:
+    """Return the histories without what was turned down, and each person's opinions: None where nothing was of late.
+
+    An event is left out with the earlier ones of its user and item: who opens a film and turns it down had no interest.
+    """
+    weights = target_weights(histories.kinds, histories.values, config.event_kinds or (), config.ratings)
+    if not (weights < 0).any():
+        return histories, [None] * len(histories)
+    out = _turned_down(histories, weights < 0)
+    signs = np.where(out, np.where(weights < 0, -1.0, 0.0), 1.0)
+    spans = zip(histories.offsets[:-1], histories.offsets[1:], strict=True)
+    opinions = [_opinions(histories.rows[start:stop], signs[start:stop]) for start, stop in spans]
+    return histories.select(~out), opinions
+
+
+def _turned_down(histories: Histories, disliked: np.ndarray) -> np.ndarray:
+    """Return (E,) whether an event's user turned its item down then or later; `disliked` (E,) says where one did."""
+    owners = np.repeat(np.arange(len(histories)), histories.lengths)
+    keys = owners * (int(histories.rows.max()) + 1) + histories.rows
+    places = np.flatnonzero(disliked)[::-1]
+    pairs, newest = np.unique(keys[places], return_index=True)
+    found = np.searchsorted(pairs, keys).clip(max=len(pairs) - 1)
+    return (pairs[found] == keys) & (np.arange(len(keys)) <= places[newest][found])
+
+
+def _opinions(rows: np.ndarray, signs: np.ndarray) -> Opinions | None:
+    rows, signs = rows[-NEWEST:], signs[-NEWEST:]
+    if not (signs < 0).any():
+        return None
+    recency = np.exp2(-np.arange(len(rows))[::-1] / RECENCY_HALF_LIFE)
+    return Opinions(rows.copy(), (signs * recency).astype(np.float32))
+
+
+def candidates(count: int) -> int:
+    """Return how many of the best items are candidates for an answer of `count`, as some of them will fall."""
+    return max(count, min(4 * count + 100, MOST_CANDIDATES))
+
+
+def push_down(
+    scores: np.ndarray,
+    rows: np.ndarray,
+    opinions: Sequence[Opinions | None],
+    vectors: np.ndarray,
+    weight: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Take from the scores of candidates what is like dislikes; return scores and rows, the best first.
+
+    Args:
+        scores: (B, K) of the candidates; minus infinity where there is none.
+        rows: (B, K) of the item table.
+        opinions: of each of the B people.
+        vectors: (N, C) float32, the item vectors v.
+        weight: of dislikes, in units of the score.
+    """
+    lines = [line for line, own in enumerate(opinions) if own is not None]
+    if not lines or not weight:
+        return scores, rows
+    events = np.zeros((len(lines), NEWEST), dtype=np.int64)
+    signed = np.zeros((len(lines), 1, NEWEST), dtype=np.float32)
+    for line, own in enumerate(own for own in opinions if own is not None):
+        events[line, : len(own.rows)] = own.rows
+        signed[line, 0, : len(own.rows)] = own.weights
+    near = vectors[rows[lines]] @ vectors[events].swapaxes(1, 2)  # (L, K, T)
+    near -= 1
+    near /= KERNEL_WIDTH
+    np.exp(near, out=near)
+    near *= signed
+    disliked = -near.clip(max=0).sum(axis=2)
+    chance = disliked / (UNRELATED + np.abs(near).sum(axis=2))
+    share = -signed.clip(max=0).sum(axis=2) / np.abs(signed).sum(axis=2)  # (L, 1)
+    scores, rows = scores.copy(), rows.copy()
+    scores[lines] -= weight * share * chance
+    order = np.argsort(-scores[lines], axis=1, kind="stable")
+    scores[lines] = np.take_along_axis(scores[lines], order, axis=1)
+    rows[lines] = np.take_along_axis(rows[lines], order, axis=1)
+    return scores, rows
