@@ -15,7 +15,7 @@ EventInput = Literal["kind", "gap", "value", "attributes"]  # what can be read o
 INPUTS: tuple[EventInput, ...] = get_args(EventInput)
 # the gap improved ranking on none of the data sets (tests/benchmarks/results)
 DEFAULT_INPUTS: tuple[EventInput, ...] = ("kind", "value", "attributes")
-DISLIKE_WEIGHT = 0.5  # of an answer (lib/model/dislikes.py), in units of the score, which is about a cosine
+DISLIKE_WEIGHT = 0.4  # of an answer (lib/model/dislikes.py), in units of the score, which is about a cosine
 Precision = Literal["float32", "bfloat16"]
 
 

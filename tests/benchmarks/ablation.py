@@ -4,8 +4,7 @@
 
 Protocol: temporal. The newest 20% of the time span is the test; histories advance with time, weights stay. All items
 are ranked but those that the user has seen. Each variant trains with the defaults; figures are means over the seeds.
-`no push` trains without pushing away from dislikes. Where there are dislikes (ratings of 1 or 2 are such), ndcg@10 is
-also shown for liked targets alone, and recall@10 for disliked ones, where less is better.
+`no push` trains without pushing away from dislikes, which are no targets (see tests/benchmarks/dislikes.py).
 """
 
 from collections.abc import Sequence
@@ -60,27 +59,21 @@ def train(data: TrainingData, inputs: Sequence[str], dislike_weight: float, seed
 
 
 def measure(encoder: BehaviourEncoder, data: TrainingData, cases: Cases) -> dict[str, float]:
-    """Return ndcg@10 and recall@10 over all cases, and apart for liked and disliked targets."""
+    """Return ndcg@10 and recall@10 over all cases."""
     ranks = rank(model_contender("", encoder, data.catalog, data.catalog), cases).ranks
-    histories, places = cases.histories, cases.histories.offsets[cases.users] + cases.inputs
-    liked = target_weights(histories.kinds[places], histories.values[places], EVENT_KINDS) > 0
-    figures = {"ndcg@10": float(ndcg_at(ranks, 10).mean()), "recall@10": float(recall_at(ranks, 10).mean())}
-    if liked.all():
-        return figures
-    of_liked, of_disliked = ndcg_at(ranks[liked], 10), recall_at(ranks[~liked], 10)
-    return figures | {"liked ndcg@10": float(of_liked.mean()), "disliked recall@10": float(of_disliked.mean())}
+    return {"ndcg@10": float(ndcg_at(ranks, 10).mean()), "recall@10": float(recall_at(ranks, 10).mean())}
 
 
 def ablate(folder: Path, seeds: int) -> dict[str, dict[str, float]]:
     """Return the figures of each variant on one dataset, but for variants that change nothing there."""
     data = read_training_data(str(folder), TEMPORAL)
-    cases = cases_of(histories_of(read_events(folder), data.catalog.row_of, EVENT_KINDS), TEMPORAL)
+    cases = cases_of(histories_of(read_events(folder), data.catalog.row_of, EVENT_KINDS), TEMPORAL, data.ratings)
     whole = data.histories
     matters = {
         "no kind": len(np.unique(whole.kinds)) > 1,
         "no value": not np.isnan(whole.values).all(),
         "no attributes": bool(attribute_values(data.catalog)),
-        "no push": bool((target_weights(whole.kinds, whole.values, EVENT_KINDS) < 0).any()),
+        "no push": bool((target_weights(whole.kinds, whole.values, EVENT_KINDS, data.ratings) < 0).any()),
     }
     results = {}
     for name, (inputs, dislike_weight) in track(VARIANTS.items(), description=folder.name):
