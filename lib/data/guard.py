@@ -49,7 +49,7 @@ class CleaningRules(Settings):
     flood_events: int = Field(default=300, ge=1, description="of one user within the window")
     flood_window_ms: int = Field(default=60 * 1000, ge=1, description="the window of floods, repeats and crowds")
     past_events: int = Field(
-        default=3000, ge=0, description="of one user within an hour, whose own times are before the window; 0: off"
+        default=2000, ge=0, description="of one user within an hour, whose own times are before the window; 0: off"
     )
     rate_events: int = Field(default=30, ge=0, description="of one user whose own times lie within a second; 0: off")
     repeat_events: int = Field(
