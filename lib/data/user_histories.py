@@ -63,7 +63,7 @@ class UserHistories:
 
         Returns:
             The events after the offset; None for nothing. The whole history where there is no copy, or where one of
-            those events came late, so that it is not behind all that the copy has.
+            those events came late, so that it is not behind all that the copy has, or is not kept.
         """
         history = self._histories.get(user_id)
         if last_offset is None:
@@ -72,7 +72,8 @@ class UserHistories:
             return None
         count = sum(offset > last_offset for offset in history.offsets)
         newest = history.newest(min(count, self.keep))
-        return self.get(user_id) if any(offset <= last_offset for offset in newest.offsets) else newest
+        follow = count > 0 and all(offset > last_offset for offset in newest.offsets)
+        return newest if follow else self.get(user_id)
 
     def users(self, count: int) -> list[str]:
         """Return the first `count` users."""

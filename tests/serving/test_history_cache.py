@@ -45,6 +45,16 @@ def test_a_copy_follows_its_history(histories):
         add(histories, "both", f"more-{offset}", 2 * offset + 1)
 
 
+def test_a_copy_is_whole_where_a_late_event_was_trimmed_away_as_it_came():
+    cache, histories = HistoryCache(users=10, keep=KEEP), UserHistories(KEEP)
+    for offset in range(1, 2 * KEEP + 1):  # as many as are ever kept
+        add(histories, "u", f"live-{offset}", offset)
+    ask(cache, histories, "u")
+    histories.append(Event("u", "late", "click", None, 1000), 2 * KEEP + 1)
+    assert ask(cache, histories, "u") == {"u": histories.get("u")}
+    assert histories.get("u").item_ids == [f"live-{offset}" for offset in range(KEEP + 1, 2 * KEEP + 1)]
+
+
 def test_nothing_is_sent_where_nothing_came(histories):
     cache = HistoryCache(users=10, keep=KEEP)
     before = ask(cache, histories, "dataset", "logged", "nobody")
