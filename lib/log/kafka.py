@@ -30,7 +30,7 @@ import orjson
 from lib.data.events import EVENT_FIELDS, Event
 from lib.errors import InputError
 from lib.log.errors import LogWriteError
-from lib.log.log_file import LoggedEvent, Row, event_of, insert_rows, row_of
+from lib.log.log_file import INT64_MAX, LoggedEvent, Row, event_of, insert_rows, row_of
 from lib.log.shard import Shard
 from lib.log.store import AppendResult, SqliteStore
 
@@ -267,8 +267,10 @@ class KafkaStore:
         try:
             fields = orjson.loads(message.value() or b"")
             count, received_at = fields["shard"][1], int(fields["received_at"])
+            if abs(received_at) > INT64_MAX:
+                raise ValueError(f"received_at {received_at} is no time")
             rows = [row_of(index, Event(**ABSENT | event)) for index, event in enumerate(fields["events"])]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, LookupError) as error:
             reason = f"message {place} in partition {self.shard.number} of {self.name} is no feedback ({error!r})"
             logger.error("%s and is passed over", reason)
             return _Message(place, [], 0, f"{reason} and is passed over; use a topic of its own")

@@ -142,6 +142,8 @@ def test_partitions_are_logs_of_their_own(kafka_topic, tmp_path):
     [
         b"\xff",
         b"[]",
+        orjson.dumps({"shard": [], "received_at": 1, "events": []}),
+        orjson.dumps({"shard": [0, 1], "received_at": 1e300, "events": [make_event(1)._asdict()]}),
         orjson.dumps({"shard": [0, 1], "received_at": 1, "events": [{"user_id": "u"}]}),
         orjson.dumps({"shard": [0, 1], "received_at": 1, "events": [make_event(1, item_id="")._asdict()]}),
     ],
