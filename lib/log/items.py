@@ -6,6 +6,7 @@ fit: all who read the record can rely on it, whichever of two concurrent puts ca
 """
 
 import json
+import re
 import sqlite3
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib.data.attribute_kinds import widened, wider_kinds
+from lib.data.events import CONTROL_CHARACTERS
 from lib.errors import InputError
 from lib.log.errors import write_error
 from lib.log.write_ahead_log import last_commit_is_torn
@@ -32,6 +34,7 @@ ON CONFLICT(item_id) DO UPDATE SET revision = excluded.revision, attributes = ex
 PUT_COLUMN = "INSERT INTO columns VALUES(?, ?) ON CONFLICT(name) DO UPDATE SET kind = excluded.kind"
 MOST_COLUMNS = 1000  # attributes of all items together
 LONGEST_NAME = 256  # characters of an attribute's name
+LARGEST_ITEM = 100_000  # characters of an item's attributes as JSON: each word of them is indexed in every process
 
 
 class ItemChange(NamedTuple):
@@ -98,9 +101,13 @@ class ItemLog:
         kinds = self.kinds | {name: widened(self.kinds.get(name), kind) or kind for name, kind in served.items()}
         for item_id, attributes in items:
             for name in attributes or ():
-                if len(name) > LONGEST_NAME:
-                    raise InputError(f"{name[:LONGEST_NAME]}...: a name has at most {LONGEST_NAME} characters")
+                _check_name(name)
             kinds |= wider_kinds(item_id, attributes or {}, kinds)
+            if (size := len(json.dumps(attributes, ensure_ascii=False))) > LARGEST_ITEM:
+                raise InputError(
+                    f"items: the attributes of item {item_id!r} have {size} characters, more than {LARGEST_ITEM};"
+                    " leave out what is neither shown nor filtered by"
+                )
         if len(kinds) > max(MOST_COLUMNS, len(self.kinds)):
             raise InputError(
                 f"items: {len(kinds)} different attributes are more than the {MOST_COLUMNS} that a catalog may have;"
@@ -132,3 +139,11 @@ class ItemLog:
 
     def _error(self, error: sqlite3.Error) -> InputError:
         return InputError(f"item log {self.path} cannot be used: {error}; free the disk or restore a copy")
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that no message can show: it would be in the notes and warnings of everybody else."""
+    if len(name) > LONGEST_NAME:
+        raise InputError(f"{name[:LONGEST_NAME]}...: a name has at most {LONGEST_NAME} characters")
+    if not name.strip() or re.search(CONTROL_CHARACTERS, name):
+        raise InputError(f"{name!r}: a name is not blank and has no control characters; give the attribute another one")

@@ -119,6 +119,10 @@ def test_the_kinds_of_the_served_catalog_come_first(path):
         ({"tags": ["a", 1]}, "tags: .* is no attribute"),
         ({"item_id": "b"}, "item_id: it is no attribute"),
         ({"n" * 257: 1}, "a name has at most 256 characters"),
+        ({"": 1}, "'': a name is not blank and has no control characters"),
+        ({"x\0y": 1}, r"'x\\x00y': a name is not blank"),
+        ({"text": "ü " * 50_000}, "items: the attributes of item 'a' have 100012 characters, more than 100000"),
+        ({"tags": [f"t{number}" for number in range(20_000)]}, "more than 100000; leave out"),
         ({f"a{number}": 1 for number in range(1001)}, "items: 1001 different attributes are more than the 1000"),
     ],
 )
