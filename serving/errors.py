@@ -16,6 +16,7 @@ from lib.log.errors import LogFull, LogUnavailable, LogUnsure, LogWriteError, Pa
 from serving.batches import Overloaded
 
 logger = logging.getLogger("ray.serve")
+NO_OBJECT = {"missing", "model_attributes_type", "model_type"}  # what pydantic calls a body that is no JSON object
 DEADLINE_HEADER = "X-Deadline-Ms"  # milliseconds that the client will wait for an answer
 ErrorAnswer = Callable[[Request, Exception], Awaitable[Response]]
 
@@ -58,6 +59,8 @@ async def bad_request(request: Request, error: Exception) -> Response:
         reason = first.get("ctx", {}).get("error", first["msg"])
         return _error(400, f"the body is not valid JSON: {reason}")
     place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+    if not place and first["type"] in NO_OBJECT:
+        return _error(422, "body: a JSON object is required, with the header content-type: application/json")
     message = first["msg"].removeprefix("Value error, ").removeprefix(f"{first['loc'][-1]} ")  # named once
     return _error(422, f"{place}: {message}" if place else message)
 

@@ -6,8 +6,9 @@ The status has its own (serving/status.py).
 from functools import partial
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from lib.data.attribute_kinds import kind_of
 from lib.data.events import EVENT_FIELDS, EVENT_KINDS, MAX_ID_LENGTH, checked_id
 
 LARGEST_K = 1000
@@ -86,7 +87,13 @@ class RecommendationResponse(BaseModel):
     items: list[RecommendedItem]
 
 
-Attribute = str | bool | int | float | list[str] | None
+def checked_attribute(value: Any) -> Any:
+    """Refuse what is no attribute in one line, where the union below would list what each of its kinds objects to."""
+    kind_of(value)
+    return value
+
+
+Attribute = Annotated[str | bool | int | float | list[str] | None, BeforeValidator(checked_attribute)]
 
 
 class ItemDescription(BaseModel):
