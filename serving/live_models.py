@@ -112,7 +112,7 @@ class LiveModels:
                 prepare = partial(catalog.table.prepare, known)
                 await asyncio.get_running_loop().run_in_executor(self.preparing_thread, prepare)
         if self.live.is_checked(filter):
-            return self.live.check(filter)
+            return filter.notes(self.live.catalog)  # no mask is made here, where the catalog may change meanwhile
         return await self._change(lambda: self.live.check(filter))
 
     def knows(self, filter: ItemFilter) -> bool:

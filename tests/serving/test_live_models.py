@@ -11,6 +11,7 @@ from lib.data.history import History
 from lib.live.learner import NearlineLearner
 from lib.model.delta import Delta
 from lib.model.fingerprint import fingerprint
+from lib.ranking.filters import ItemFilter
 from lib.ranking.recommender import Question
 from lib.ranking.rules import RankingRules
 from lib.versions.registry import Registry
@@ -126,6 +127,20 @@ def test_a_delta_that_does_not_follow_ends_a_catch_up_with_a_whole_version(regis
         assert (models.live.version, models.live.checksum) == (learner.version, learner.model.checksum)
 
     asyncio.run(scenario())
+
+
+def test_a_mask_is_made_only_while_the_catalog_does_not_change(registry, monkeypatch):
+    """It may be forgotten, on the thread that changes items, just after it was found to be known."""
+    models = LiveModels(registry, RankingRules())
+    filter = ItemFilter.of({"genres": "Comedy"})
+    assert filter is not None
+    made: list[bool] = []
+    monkeypatch.setattr(models.live, "_mask", lambda _: made.append(models.unchanging.locked()) or np.ones(1, bool))
+    monkeypatch.setattr(models.live, "is_checked", lambda _: True)
+    assert isinstance(asyncio.run(models.check_filter(filter)), list)
+    monkeypatch.setattr(models.live, "is_checked", lambda _: False)
+    asyncio.run(models.check_filter(filter))
+    assert made == [True]
 
 
 def test_changes_of_items_come_in_pages_and_all_of_them(registry, tmp_path):
