@@ -245,10 +245,9 @@ class Catalog:
 
 
 def _titles(attributes: pa.Table | None) -> dict[str, str]:
-    if attributes is None:
-        return {}
-    for column in TITLE_COLUMNS:
-        if column in attributes.column_names:
+    titles: dict[str, str] = {}
+    for column in reversed(TITLE_COLUMNS):  # the first that an item has says its title, as where it is put
+        if attributes is not None and column in attributes.column_names:
             pairs = zip(attributes["item_id"].to_pylist(), attributes[column].to_pylist(), strict=True)
-            return {item_id: str(title) for item_id, title in pairs if title is not None}
-    return {}
+            titles |= {item_id: str(title) for item_id, title in pairs if title is not None}
+    return titles

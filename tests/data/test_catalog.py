@@ -133,6 +133,8 @@ def test_titles(catalog):
     assert catalog.titles == {"c": "Se7en (1995)", "a": "Toy Story", "b": "Heat", "unknown": "Nowhere"}
     assert Catalog(["a"], pa.table({"item_id": ["a"], "name": ["Anna"]})).titles == {"a": "Anna"}
     assert Catalog(["a"], pa.table({"item_id": ["a"], "price": [1.0]})).titles == {}
+    both = pa.table({"item_id": ["a", "b"], "name": ["Anna", "Ben"], "title": [None, "Benjamin"]})
+    assert Catalog(["a", "b"], both).titles == {"a": "Anna", "b": "Benjamin"}, "as where they are put"
     assert Catalog(["a"]).titles == {}
 
 
