@@ -58,6 +58,8 @@ PATIENCE_SECONDS, BASE_PATIENCE_SECONDS = 60.0, 900.0  # with replicas that do n
 STORAGE_RETRY_SECONDS = 1.0
 START_RETRY_SECONDS = 5.0  # until a learner that could not open its state ends, and is started again
 SET_ASIDE_SHOWN = 3  # in the status, the newest
+ASKED = "asked"  # calls that are answered at once, on threads of their own, however many rollbacks wait
+GROUPS = {ASKED: 2}  # threads
 
 
 class Waiting(NamedTuple):
@@ -409,9 +411,11 @@ class Learner:
         self.rollbacks.put((version, outcome))
         return outcome.result()
 
+    @ray.method(concurrency_group=ASKED)
     def ping(self) -> None:
         """Answer, as long as the process can."""
 
+    @ray.method(concurrency_group=ASKED)
     def status(self) -> LearnerStatus | Unavailable:
         """Return version, counts and delays; why there are none until the state is open."""
         if self.live is None:
@@ -461,7 +465,7 @@ def _cause(error: BaseException) -> str:
 
 def start_learner(state: str, config: LearnerConfig | None = None, workers: int = 1) -> ActorHandle:
     """Start the learner if none runs; Ray restarts it whenever its process dies."""
-    actor: Any = ray.remote(Learner).options(
+    actor: Any = ray.remote(concurrency_groups=GROUPS)(Learner).options(
         name=LEARNER,
         namespace=NAMESPACE,
         get_if_exists=True,

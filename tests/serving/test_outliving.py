@@ -12,16 +12,17 @@ import pytest
 import ray
 
 from lib.live.micro_batch import MicroBatch
+from lib.log.layout import RECORD
 from lib.log.reader import FeedbackLogReader
 from lib.versions.accounts import Accounts
 from lib.versions.attempts import ATTEMPT_FILE
 from lib.versions.ledger import check
 from lib.versions.registry import Registry
 from serving.aggregator import NAMESPACE, aggregator_handle
-from serving.learner import Learner, start_learner
+from serving.learner import GROUPS, Learner, start_learner
 from serving.rollout import LEARNER, learner_handle
 from serving.supervision import supervised
-from tests.helpers.service import LiveService, assert_refused, click, learner_config, metrics
+from tests.helpers.service import PATIENCE, LiveService, assert_refused, click, learner_config, metrics
 
 POISON, SPELL = "poison", "spell"
 
@@ -49,8 +50,13 @@ def poisoned_learner(mortal_service: LiveService) -> Iterator[None]:
     mortal_service.wait_until_learned()
     ray.kill(learner_handle())
     mortal_service.wait_until("the learner is gone", lambda status: "version" not in status["learner"])
-    actor: Any = ray.remote(PoisonedLearner).options(
-        name=LEARNER, namespace=NAMESPACE, lifetime="detached", max_restarts=-1, max_concurrency=8, num_cpus=0.5
+    actor: Any = ray.remote(concurrency_groups=GROUPS)(PoisonedLearner).options(
+        name=LEARNER,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        max_restarts=-1,
+        max_concurrency=8,
+        num_cpus=0.5,
     )
     config = learner_config().model_copy(update={"stalled_seconds": 5.0})
     actor.remote(mortal_service.arguments.state_location, config)
@@ -103,6 +109,17 @@ def test_events_at_which_learning_stalls_are_set_aside_and_the_next_are_learned(
     assert "in poisoned" in aside["traceback"]
     assert aside["reason"] == "learning raised each time that it was tried: no progress for 5 s"
     assert after["learner"]["events_trained"] == before["events_trained"] + 1
+
+
+def test_a_learner_answers_however_many_rollbacks_wait(ray_session: object, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / RECORD)  # a storage that hangs: whoever reads it waits
+    actor: Any = ray.remote(concurrency_groups=GROUPS)(Learner).options(max_concurrency=8, num_cpus=0)
+    learner = actor.remote(str(tmp_path), learner_config())
+    waiting = [learner.rollback.remote(1) for _ in range(9)]
+    assert ray.get(learner.status.remote(), timeout=PATIENCE).state == "starting"
+    ray.get(learner.ping.remote(), timeout=PATIENCE)
+    assert ray.wait(waiting, timeout=0)[0] == []
+    ray.kill(learner)
 
 
 @contextmanager
