@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -190,6 +191,7 @@ class Learner:
         """Load the newest version."""
         self.workers = LearnerWorkers(self.state, self.config, self._wait_for_storage, self.processes)
         self.learner = self.workers.first
+        self.learner.lineage.before_snapshot = partial(self.watchdog.progress, BASE_PATIENCE_SECONDS)
         self.attempts = Attempts(self.learner.registry.store)
         self.batches = BatchSource(self.state)
         self.live = Live.of(self.learner)

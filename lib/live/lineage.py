@@ -37,6 +37,7 @@ class Lineage:
         self.accounts = Accounts(registry)
         self.config = config
         self.when_storage_fails = when_storage_fails
+        self.before_snapshot: Callable[[], None] | None = None  # hears of one, which takes long
         if is_rank_0():
             sweep(registry)
         self.retention = Retention(registry, self.accounts, config.keep_bytes, config.snapshot_every)
@@ -101,6 +102,8 @@ class Lineage:
 
     def save_snapshot(self, model: LearningModel) -> None:
         """Store the newest version whole, so that loading it needs no deltas, and prune what is old."""
+        if self.before_snapshot is not None:
+            self.before_snapshot()
         manifest, optimizer = self._manifest(), model.trainer.optimizer_state() | self.unknown_items.whole()
         self.store(lambda: self.registry.publish_snapshot(model.encoder, model.catalog, manifest, optimizer))
         self.store(lambda: self.retention.prune(self.base, self.reference))

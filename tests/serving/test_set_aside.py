@@ -1,5 +1,6 @@
 """Events at which learning fails: how the learner's process counts its tries, and when it sets them aside."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from lib.versions.attempts import ATTEMPT_FILE, MOST_TRIES, NO_TRACEBACK, Attemp
 from lib.versions.registry import Registry
 from serving.learner import Learner
 from serving.learner_workers import LearnerWorkers
+from serving.watchdog import Watchdog
 from tests.helpers.tiny import history, micro_batch, started_registry
 
 CONFIG = LearnerConfig(negatives=8, gate=GateConfig(held_out_users=0))
@@ -116,3 +118,20 @@ def test_where_learning_stalls_is_recorded(registry):
     process.attempts.succeed()
     process._stalled("elsewhere")
     assert Attempts(registry.store).newest is None
+
+
+def test_a_snapshot_may_take_as_long_as_a_base(registry, monkeypatch):
+    process = Process(registry)
+    process.state, process.processes = registry.store.root, 1
+    process.watchdog = Watchdog(CONFIG.stalled_seconds)
+    process._open()
+    process.watchdog.progress()
+    left = []
+
+    def publish(*arguments: object) -> None:
+        left.append(process.watchdog.due - time.monotonic())
+
+    monkeypatch.setattr(process.learner.registry, "publish_snapshot", publish)
+    process.learner.store_whole()
+    process.watchdog.rest()
+    assert left[0] > CONFIG.stalled_seconds
