@@ -9,6 +9,7 @@ from collections.abc import Set
 from ray.exceptions import RayActorError
 
 from lib.data.history import History
+from lib.log.errors import LogUnavailable
 from serving.aggregator import MOST_CHANGES
 from serving.aggregators import Aggregators
 from serving.history_cache import HistoryCache, last_offsets
@@ -54,5 +55,5 @@ class LiveHistories:
             users = (await self.aggregators.latest_users())[: self.cache.users]
             for start in range(0, len(users), WARMED_TOGETHER):
                 await self.read({*users[start : start + WARMED_TOGETHER]})
-        except (TimeoutError, RayActorError) as error:
+        except (TimeoutError, RayActorError, LogUnavailable) as error:
             logger.warning("copies of histories are made as users ask: %r", error)

@@ -48,6 +48,8 @@ class Supervisor:
                 self.look()
             except (RayError, ValueError, OSError) as error:  # of a cluster, or a storage, that is away
                 logger.warning("the actors cannot be looked after now: %s", error)
+            except Exception:  # whatever it is, the watch must not end
+                logger.exception("the actors cannot be looked after now")
 
     def look(self) -> None:
         """Start a learner where none is, ask who was not asked, and end who has not answered for too long."""

@@ -11,6 +11,7 @@ from lib.versions.store import Store
 
 ATTEMPT_FILE = "attempt.json"
 MOST_TRIES = 3
+MOST_KILLED = 10  # tries of which none said why it ended: kills from outside are no fault of the events
 LONGEST_TRACEBACK = 4_000  # characters, of its end
 NO_TRACEBACK = "the process ended while it learned these events"
 
@@ -26,7 +27,7 @@ class Attempt(BaseModel):
     @property
     def is_last(self) -> bool:
         """Whether the events are not to be tried again."""
-        return self.tries >= MOST_TRIES
+        return self.tries >= (MOST_KILLED if self.traceback == NO_TRACEBACK else MOST_TRIES)
 
 
 class Attempts:

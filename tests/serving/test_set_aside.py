@@ -10,7 +10,7 @@ from lib.live.learner import Rejection
 from lib.live.micro_batch import MicroBatch
 from lib.live.settings import LearnerConfig
 from lib.model.delta import Delta
-from lib.versions.attempts import ATTEMPT_FILE, MOST_TRIES, NO_TRACEBACK, Attempts
+from lib.versions.attempts import ATTEMPT_FILE, MOST_KILLED, MOST_TRIES, NO_TRACEBACK, Attempts
 from lib.versions.registry import Registry
 from serving.learner import Learner
 from serving.learner_workers import LearnerWorkers
@@ -73,7 +73,7 @@ def test_a_process_that_learned_something_counts_the_next_failure_as_the_first(r
 
 
 def test_a_process_that_is_killed_while_it_learns_has_tried(registry):
-    for tries in range(1, MOST_TRIES + 1):
+    for tries in range(1, MOST_KILLED + 1):
         with pytest.raises(SystemExit):
             Process(registry, SystemExit())._learn(BATCH)  # pyright: ignore[reportArgumentType]
         attempt = Attempts(registry.store).beyond(0)

@@ -10,7 +10,7 @@ from lib.live.learner import NearlineLearner
 from lib.live.settings import LearnerConfig
 from lib.log.feedback import FeedbackLog
 from lib.versions.accounts import Accounts
-from lib.versions.attempts import ATTEMPT_FILE, LONGEST_TRACEBACK, MOST_TRIES, NO_TRACEBACK, Attempts
+from lib.versions.attempts import ATTEMPT_FILE, LONGEST_TRACEBACK, MOST_KILLED, MOST_TRIES, NO_TRACEBACK, Attempts
 from lib.versions.ledger import check
 from lib.versions.store import Store
 from tests.helpers.logs import make_event
@@ -40,11 +40,11 @@ def test_an_error_is_counted_by_the_process_that_has_it(store):
 
 
 def test_a_process_that_ends_without_a_word_is_counted(store):
-    for _ in range(MOST_TRIES):
+    for tries in range(1, MOST_KILLED + 1):
         Attempts(store).begin(7, 9)
-    last = Attempts(store).beyond(7)
-    assert last is not None
-    assert (last.is_last, last.traceback) == (True, NO_TRACEBACK)
+        last = Attempts(store).beyond(7)
+        assert last is not None
+        assert (last.is_last, last.traceback) == (tries == MOST_KILLED, NO_TRACEBACK)
 
 
 def test_what_was_learned_and_other_events_are_not_counted(store):
