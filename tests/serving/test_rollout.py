@@ -222,7 +222,7 @@ def test_a_rollback_to_a_pruned_version_says_which_are_stored(mortal_service: Li
         mortal_service.wait_until_learned()
     status = mortal_service.wait_until_learned()
     response = mortal_service.client.post("/v1/rollback", json={"version": first + 1})
-    assert_refused(response, 404, "version", f"{first + 1} is not stored", "any more", "keep_bytes", "stored are 1, ")
+    assert_refused(response, 404, "version", f"{first + 1} is not stored", "any more", "keep_bytes", "stored are 1")
     stored = status["learner"]["stored"]
     files = [file for name in ("snapshots", "deltas") for file in (mortal_service.state / name).rglob("*")]
     assert stored["bytes"] == sum(file.stat().st_size for file in files if file.is_file())
