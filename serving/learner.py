@@ -449,7 +449,7 @@ class Learner:
         self.started.wait()
         if self.failure is not None:
             raise self.failure
-        status = self.status()
+        status = cast("Any", self.status)()  # Ray's type of a method in a group is not that of a method
         assert isinstance(status, LearnerStatus)
         return status
 
@@ -467,7 +467,7 @@ def _cause(error: BaseException) -> str:
 
 def start_learner(state: str, config: LearnerConfig | None = None, workers: int = 1) -> ActorHandle:
     """Start the learner if none runs; Ray restarts it whenever its process dies."""
-    actor: Any = ray.remote(concurrency_groups=GROUPS)(Learner).options(
+    actor: Any = cast("Any", ray.remote)(concurrency_groups=GROUPS)(Learner).options(
         name=LEARNER,
         namespace=NAMESPACE,
         get_if_exists=True,

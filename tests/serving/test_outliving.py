@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray
@@ -50,7 +50,7 @@ def poisoned_learner(mortal_service: LiveService) -> Iterator[None]:
     mortal_service.wait_until_learned()
     ray.kill(learner_handle())
     mortal_service.wait_until("the learner is gone", lambda status: "version" not in status["learner"])
-    actor: Any = ray.remote(concurrency_groups=GROUPS)(PoisonedLearner).options(
+    actor: Any = cast("Any", ray.remote)(concurrency_groups=GROUPS)(PoisonedLearner).options(
         name=LEARNER,
         namespace=NAMESPACE,
         lifetime="detached",
@@ -113,10 +113,11 @@ def test_events_at_which_learning_stalls_are_set_aside_and_the_next_are_learned(
 
 def test_a_learner_answers_however_many_rollbacks_wait(ray_session: object, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / RECORD)  # a storage that hangs: whoever reads it waits
-    actor: Any = ray.remote(concurrency_groups=GROUPS)(Learner).options(max_concurrency=8, num_cpus=0)
+    actor: Any = cast("Any", ray.remote)(concurrency_groups=GROUPS)(Learner).options(max_concurrency=8, num_cpus=0)
     learner = actor.remote(str(tmp_path), learner_config())
     waiting = [learner.rollback.remote(1) for _ in range(9)]
-    assert ray.get(learner.status.remote(), timeout=PATIENCE).state == "starting"
+    status: Any = ray.get(learner.status.remote(), timeout=PATIENCE)
+    assert status.state == "starting"
     ray.get(learner.ping.remote(), timeout=PATIENCE)
     assert ray.wait(waiting, timeout=0)[0] == []
     ray.kill(learner)
