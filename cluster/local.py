@@ -10,6 +10,7 @@ import atexit
 import logging
 import os
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -18,7 +19,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import cycle
 from pathlib import Path
+from random import SystemRandom
 
 from lib.errors import InputError
 from lib.log.one_machine import ONE_MACHINE
@@ -26,6 +29,7 @@ from lib.log.one_machine import ONE_MACHINE
 HOST = "127.0.0.1"
 # both below the range that systems give to outgoing connections
 OTHER_PORTS = range(10_000, 12_000)
+PORTS_IN_TURN = cycle(SystemRandom().sample(OTHER_PORTS, len(OTHER_PORTS)))  # one caller may need several
 REPLICA_PORTS = range(12_000, 32_000)
 PORTS_PER_CLUSTER = 200
 END_SECONDS = 8.0  # after SIGTERM; containers are killed after 10, and ending takes a moment itself
@@ -99,9 +103,9 @@ def _settings_of_one_machine() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on now, and that no outgoing connection is given."""
+    """Return a port that nothing listens on now, that no outgoing connection is given, and no call got before."""
     while True:
-        port = secrets.choice(OTHER_PORTS)
+        port = next(PORTS_IN_TURN)
         with socket.socket() as probe, suppress(OSError):
             probe.bind((HOST, port))
             return port
@@ -209,9 +213,21 @@ def _end_haproxies(chosen: Callable[[bytes, bytes], bool]) -> None:
                 continue
             parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
             if chosen(command, Path(f"/proc/{parent}/cmdline").read_bytes()):
-                os.kill(int(process.name), signal.SIGKILL)
-                while (process / "cmdline").read_bytes():  # until its ports are free
-                    time.sleep(0.01)
+                _kill(int(process.name))
+
+
+def _kill(number: int) -> None:
+    """End a process, and wait until its ports are free: its command line is gone a moment before they are.
+
+    Raises:
+        OSError: it has ended meanwhile.
+    """
+    process = os.pidfd_open(number)
+    try:
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+        select.select([process], [], [])
+    finally:
+        os.close(process)
 
 
 @contextmanager
