@@ -235,9 +235,10 @@ class Aggregator:
         """
         self.rejected.update(reject or {})
         now = time.monotonic()
-        objections = self._objections(events, now)
+        keys = [key_of(event) for event in events]
+        objections = self._objections(events, keys, now)
         kept = [event for event, objection in zip(events, objections, strict=True) if objection is None]
-        writing = Counter(key_of(event) for event in kept)
+        writing = Counter(key for key, objection in zip(keys, objections, strict=True) if objection is None)
         self.writing += writing
         self.appending.append(now)
         try:
@@ -278,9 +279,8 @@ class Aggregator:
             self.arrived.set()
         return answers
 
-    def _objections(self, events: Sequence[Event], now: float) -> list[EventRejected | None]:
+    def _objections(self, events: Sequence[Event], keys: Sequence[bytes], now: float) -> list[EventRejected | None]:
         """Return the guard's objection to each event, None to one that the log has or is about to have: a duplicate."""
-        keys = [key_of(event) for event in events]
         try:
             known = self.log.known(keys)
         except InputError:  # the log cannot be read: whoever writes to it says why
