@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from lib.errors import InputError, refuse_uri
+from lib.errors import InputError, origin_of, refuse_uri
 
 FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 TRACEBACK = "AFTERCLICK_TRACEBACK"
@@ -185,7 +185,7 @@ def _guarded(run: Callable[[], int]) -> int:
     except Exception as error:
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             traceback.print_exc()
-        origin = getattr(error, "cause", None) or error  # Ray wraps what an actor raises, with its traceback as text
+        origin = origin_of(error)
         if isinstance(origin, InputError):
             print(f"error: {_one_line(str(origin))}", file=sys.stderr)
             return BAD_INPUT

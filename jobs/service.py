@@ -72,7 +72,7 @@ def check_service(arguments: ServeArguments, port: int) -> None:
         check_challenger(arguments.challenger, arguments.state_location)
     if arguments.data is not None:
         read_events(arguments.data)
-    Registry(arguments.versions or arguments.state_location).check_format()
+    Registry(arguments.versions_location).check_format()
 
 
 @contextmanager

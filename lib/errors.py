@@ -26,6 +26,11 @@ class EventRejected(InputError):
         self.message = message
 
 
+def origin_of(error: BaseException) -> BaseException:
+    """Return the error that another one carries: Ray wraps what an actor raises, with its traceback as text."""
+    return getattr(error, "cause", None) or error
+
+
 def refuse_uri(name: str, location: str) -> None:
     """Refuse a URI where a folder or a file is needed.
 

@@ -21,7 +21,7 @@ from ray.util import list_named_actors
 
 from lib.data.events import Event
 from lib.data.history import History
-from lib.errors import InputError
+from lib.errors import InputError, origin_of
 from lib.log.board import ChangeBoard, News
 from lib.log.errors import LogUnavailable, LogWriteError, PartlyWritten
 from lib.log.items import ItemChange
@@ -168,7 +168,7 @@ class Aggregators:
         except TimeoutError:
             return Unavailable(state="restarting")
         except LogUnavailable as error:
-            return Unavailable(state=f"cannot open its log, and tries again: {getattr(error, 'cause', error)}")
+            return Unavailable(state=f"cannot open its log, and tries again: {origin_of(error)}")
 
     def _split(self, values: Iterable[Given], user_of: Callable[[Given], str]) -> dict[int, list[tuple[int, Given]]]:
         """Divide values by shard, each with its place."""

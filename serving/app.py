@@ -74,6 +74,11 @@ class ServeArguments(Settings):
         return self.state or f"{self.model.rstrip('/')}/live"
 
     @property
+    def versions_location(self) -> str:
+        """Folder or URI of the versions."""
+        return self.versions or self.state_location
+
+    @property
     def layout(self) -> LogLayout:
         """Where the feedback log is, in how many shards, and where the versions are."""
         return LogLayout(self.aggregators, self.log, self.versions)
@@ -113,7 +118,7 @@ def build(arguments: ServeArguments) -> Application:
         InputError: model or state are missing, incomplete or damaged, or arguments contradict each other.
     """
     arguments.check()
-    Registry(arguments.versions or arguments.state_location).start_from(arguments.model)
+    Registry(arguments.versions_location).start_from(arguments.model)
     check_state(arguments.state_location, arguments.versions)
     arguments.layout.begin(arguments.state_location)
     wanted = arguments.challenger

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from ray.exceptions import GetTimeoutError, RayActorError
 from starlette.exceptions import HTTPException
 
-from lib.errors import InputError
+from lib.errors import InputError, origin_of
 from lib.log.errors import LogFull, LogUnavailable, LogUnsure, LogWriteError, PartlyWritten
 from serving.batches import Overloaded
 
@@ -73,7 +73,7 @@ async def restarting(request: Request, error: Exception) -> Response:
 
 async def log_away(request: Request, error: Exception) -> Response:
     """Answer 503: an aggregator cannot open its log, and tries again."""
-    reason = getattr(error, "cause", error)
+    reason = origin_of(error)
     logger.error("a request was refused: %s", reason)
     return _error(503, f"the log cannot be opened now, and it is tried again: {reason}", {"Retry-After": "1"})
 

@@ -25,7 +25,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from lib.errors import InputError
+from lib.errors import InputError, origin_of
 from lib.live.learner import NearlineLearner, Rejection
 from lib.live.micro_batch import MicroBatch
 from lib.live.settings import LearnerConfig
@@ -460,8 +460,8 @@ class Learner:
 
 
 def _cause(error: BaseException) -> str:
-    """Return what an error says in one line; Ray wraps what an actor raises, with its traceback as text."""
-    origin = getattr(error, "cause", None) or error
+    """Return what an error says in one line."""
+    origin = origin_of(error)
     return " ".join(f"{origin}".split()) or type(origin).__name__
 
 

@@ -1,9 +1,8 @@
 """The near-line learner on several workers: each trains on its part of a micro-batch, and all stay equal to the bit.
 
-The first worker is the learner's own process. It alone judges, publishes and pushes; the others
-do what it does, beside it. Gradients are summed over all of them (lib/model/distributed.py), so that they learn what
-one would. A worker that dies takes the others with it, and the learner that Ray starts again continues from the
-registry.
+The first worker is the learner's own process. It alone judges, publishes and pushes; the others do what it does,
+beside it. Gradients are summed over all of them (lib/model/distributed.py), so that they learn what one would. A worker
+that dies takes the others with it, and the learner that Ray starts again continues from the registry.
 """
 
 import logging

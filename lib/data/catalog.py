@@ -150,8 +150,9 @@ class Catalog:
     def split(self, column: str) -> str:
         """Return how a text column is split into parts; one that no model was trained with, by its texts of now."""
         known = self.all_splits()
-        if column in known or self.attributes is None:
+        if column in known:
             return known[column]
+        assert self.attributes is not None, "a column is of a table"
         return split_of(self.attributes[column].to_pylist())
 
     def all_splits(self) -> dict[str, str]:

@@ -18,8 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-PARTS, WORDS = r"[|,;]", r"[ \t\n\r\f|,;]"  # what is between the parts of a text, and between its words
-BETWEEN_PARTS, BETWEEN_WORDS = re.compile(PARTS), re.compile(WORDS)
+from lib.data.text_splits import SEPARATED, SEPARATORS, parts_of
+
+WORDS = r"[ \t\n\r\f|,;]"  # what is between the words of a text
+BETWEEN_WORDS = re.compile(WORDS)
+PARTS = SEPARATORS.pattern
 LONGEST_INDEXED = 128  # bytes of a text that is found as a whole by the index; for longer ones the column is read
 MOST_FOUND = 20_000  # texts that were looked up, which are not searched for again
 NO_LINES = np.zeros(0, dtype=np.int32)
@@ -215,8 +218,7 @@ def _tokens_of(value: Any) -> set[str]:
         return {str(value).lower()}
     if not isinstance(value, str):
         return set() if value is None else {str(value)}
-    parts = (part.strip() for part in BETWEEN_PARTS.split(value))
-    return {value, *(part for part in parts if part), *words_of(value)}
+    return {value, *filter(None, parts_of(value, SEPARATED)), *words_of(value)}
 
 
 def _number(value: Any) -> float:

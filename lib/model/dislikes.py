@@ -61,7 +61,7 @@ def _opinions(rows: np.ndarray, signs: np.ndarray) -> Opinions | None:
     return Opinions(rows.copy(), (signs * recency).astype(np.float32))
 
 
-def candidates(count: int) -> int:
+def candidate_count(count: int) -> int:
     """Return how many of the best items are candidates for an answer of `count`, as some of them will fall."""
     return max(count, min(4 * count + 100, MOST_CANDIDATES))
 

@@ -14,7 +14,7 @@ from lib.data.history import EncodedHistory, History, Opinions, to_histories
 from lib.errors import InputError
 from lib.model.batches import SequenceBatches, group_by_length
 from lib.model.delta import ATTRIBUTE_TABLE, Delta, DeltaMismatch, apply_delta, state_of
-from lib.model.dislikes import candidates, push_down, without_dislikes
+from lib.model.dislikes import candidate_count, push_down, without_dislikes
 from lib.model.encoder import PADDING_ROW, BehaviourEncoder
 from lib.model.fingerprint import Fingerprint
 from lib.model.folder import load_model
@@ -206,7 +206,7 @@ class Recommender:
 
     def _wanted(self, count: int, opinion: Opinions | None) -> int:
         """Return how many items are found for an answer of `count`: more where some of them will fall."""
-        return candidates(count) if opinion is not None and self.rules.dislike_weight else count
+        return candidate_count(count) if opinion is not None and self.rules.dislike_weight else count
 
     def _push_down(
         self, scores: np.ndarray, rows: np.ndarray, opinions: Sequence[Opinions | None]
