@@ -106,6 +106,6 @@ def test_a_score_falls_by_the_share_of_dislikes_times_the_chance_that_the_item_i
 
 
 def test_there_are_candidates_for_those_that_fall():
-    assert candidate_count(10) == 140
+    assert candidate_count(10) == 70
     assert candidate_count(500) == 1000
     assert candidate_count(5000) == 5000
