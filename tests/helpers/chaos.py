@@ -19,6 +19,7 @@ from typing import Any
 
 import aiohttp
 
+from lib.data.history import History
 from lib.log.layout import read_log
 from lib.log.reader import LogReader
 from lib.model.fingerprint import fingerprint
@@ -391,14 +392,14 @@ def _log_faults(load: Load, log: LogReader) -> list[str]:
 
 async def _history_faults(load: Load, log: LogReader) -> list[str]:
     faults, users = [], sorted({user for user, _ in load.acknowledged})[:SAMPLED_USERS]
-    logged: dict[str, list[str]] = {user: [] for user in users}
+    logged = {user: History() for user in users}  # two replicas may stamp events in another order than the log's
     for entry in log.replay():
         if entry.event.user_id in logged:
-            logged[entry.event.user_id].append(entry.event.item_id)
+            logged[entry.event.user_id].add(entry.event, entry.offset)
     for user in users:
         answer = await load.request("GET", f"/v1/users/{user}/export")
         history = [event["item_id"] for event in answer["events"]] if answer is not None else None
-        if history != logged[user]:
+        if history != logged[user].item_ids:
             faults.append(f"the history of {user} is not what the log has of it: {history}")
     return faults
 
