@@ -48,6 +48,7 @@ def load_challenger(state: str, prepared: PreparedChallenger, rules: RankingRule
     try:
         loaded = load_folder(prepared.model)
         recommender = Recommender(loaded.encoder, loaded.catalog, loaded.version, loaded.log_offset, rules)
+        recommender.prepare(None)
         return Challenger(prepared, recommender, start_experiments(state))
     except InputError as error:
         logger.error("the challenger cannot be loaded, so the live model answers its users, too: %s", error)

@@ -64,9 +64,9 @@ class Catalog:
         """One line for each item that has any attributes, keyed by item_id; made anew after a change."""
         return self.table.table()
 
-    def described_rows(self) -> np.ndarray:
-        """Return for each line of `attributes` the row of its item; 0 where it has none yet."""
-        return self._row_of_line[self.table.current_lines()]
+    def rows_of_loaded(self) -> np.ndarray:
+        """Return for each line of `table.loaded` the row of its item; 0 where it has none, or was changed since."""
+        return self._row_of_line[: 0 if self.table.loaded is None else len(self.table.loaded)]
 
     def __len__(self) -> int:
         """Return the number of items; rows 1..len(catalog) are in use."""

@@ -110,6 +110,10 @@ class ItemTable:
         names = [] if self.loaded is None else self.loaded.column_names
         return {name: self.kinds[name] for name in columns if name in names and name in self.kinds}
 
+    def put_ids(self) -> list[str]:
+        """Return the items that were put, in the order in which they first were."""
+        return [line["item_id"] for line in self._put]
+
     # ------------------------------------------------------------------------------------------------------ as a table
 
     def table(self) -> pa.Table | None:
@@ -118,10 +122,6 @@ class ItemTable:
             loaded = None if self.loaded is None else self.loaded.filter(pa.array(self._kept()[: self._loaded_lines]))
             self._table = (self.changes, self._joined(loaded, self._put))
         return self._table[1]
-
-    def current_lines(self) -> np.ndarray:
-        """Return the lines that `table` has, in its order."""
-        return np.flatnonzero(self._kept())
 
     def _kept(self) -> np.ndarray:
         kept = np.ones(len(self), dtype=bool)

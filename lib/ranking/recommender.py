@@ -80,6 +80,7 @@ class Recommender:
         self._mask_bytes = 0  # of all of them, with the filters
         self.rules = rules or RankingRules()
         self._bound: BoundRules | None = None
+        self._unbound: set[str] = set()  # items that were changed, or got a row, since then
         self.generator = np.random.default_rng()  # of exploration
         self.number = next(NUMBERS)  # of this one among all recommenders of the process
 
@@ -115,7 +116,7 @@ class Recommender:
         if delta.parent != self.version:
             raise DeltaMismatch(f"delta {delta.version} follows version {delta.parent}, this is {self.version}")
         apply_delta(self.encoder, delta)
-        self.catalog.extend(delta.new_items)
+        self._unbound.update(self.catalog.extend(delta.new_items))
         self.reader = InferenceEncoder(self.encoder)
         rows = np.union1d(delta.rows, np.arange(len(self.index), delta.item_rows))
         if ATTRIBUTE_TABLE in delta.tensors:  # every item's vector has moved
@@ -135,6 +136,7 @@ class Recommender:
         """Give items other attributes, or remove them (None), from the next answer on, whatever version it is of."""
         if items:
             self.catalog.change(items)
+            self._unbound.update(items)
             self._forget_masks()
 
     # --------------------------------------------------------------------------- the answer: encode, retrieve and rank
@@ -260,7 +262,8 @@ class Recommender:
 
     def _bound_rules(self) -> BoundRules:
         if not self._bound or not self._bound.fits(self.catalog, len(self.index)):
-            self._bound = BoundRules.of(self.rules, self.catalog, len(self.index))
+            self._bound = BoundRules.of(self.rules, self.catalog, len(self.index), self._bound, self._unbound)
+            self._unbound.clear()
         return self._bound
 
     def prepare(self, before: "Recommender | None") -> None:

@@ -142,7 +142,7 @@ class Slate:
         self.rows = np.concatenate([self.rows, rows])
         self.scores = np.concatenate([self.scores, scores])
         self.relevance = np.concatenate([self.relevance, weighted])
-        self.codes = [np.ascontiguousarray(limited.of(self.rows).T) for limited in self.rules.categories]
+        self.codes = [np.ascontiguousarray(limited.of_rows(self.rows).T) for limited in self.rules.categories]
         if self.trade < 1:
             self.vectors = self.table[self.rows]
             chosen = self.vectors[self.chosen]

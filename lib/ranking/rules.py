@@ -8,8 +8,9 @@ Weights and temperature are in units of the score s = uT A v, about a cosine: fr
 some hundredths apart. 0.05 moves an item by a few places, 0.3 past most others, 2 past all.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Annotated, Any
 
 import numpy as np
@@ -17,10 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import AfterValidator, Field, field_validator
 
-from lib.data.attribute_kinds import TEXT, kind_of_type
+from lib.data.attribute_kinds import NUMBER, TEXT, kind_of_type
+from lib.data.attribute_kinds import WHOLE as WHOLE_NUMBERS
 from lib.data.catalog import Catalog
-from lib.data.text_splits import WHOLE, parts_of
+from lib.data.column_index import as_numbers
+from lib.data.text_splits import SEPARATED, WHOLE, parts_of
 from lib.errors import InputError
+from lib.model.encoder import PADDING_ROW
 from lib.model.presets import DISLIKE_WEIGHT
 from lib.ranking.filters import ItemFilter
 from lib.settings import Settings
@@ -132,16 +136,60 @@ class Categories:
     """The values of a limited attribute that each row has; code 0 is none.
 
     The values of an item are the members of a list; of a text its parts, as the encoder sees them
-    (lib/data/attributes.py: between | , ; or words that many texts share, "Comedy Drama", but "The North Face" whole);
-    else the value itself.
+    (lib/data/attributes.py: between | , ; or words that many texts share, "Comedy Drama", but "The North Face" whole;
+    of a column that the model was not trained with between | , ; alone); else the value itself. An item that changes
+    costs the same however many others there are.
     """
 
+    name: str  # of the attribute
     limit: int  # items of one answer with the same code
-    entry_of_row: np.ndarray  # (R,) int32, which of the distinct sets of values each row has; the last one is empty
+    entry_of_row: np.ndarray  # (R,) int32, which of the distinct sets of values each row has; the first one is empty
     codes: np.ndarray  # (V,) int32 of all sets, one after another
     starts: np.ndarray  # (D + 1,) int64, where each of the D sets starts in `codes`, and the last one ends
+    code_of: dict[Any, int]  # of each value; only grows
+    put_entries: Mapping[tuple[int, ...], int]  # sets of values that items were put with, and which they are
 
-    def of(self, rows: np.ndarray) -> np.ndarray:
+    @classmethod
+    def of(cls, catalog: Catalog, name: str, limit: int, rows: int) -> "Categories":
+        """Read the values of all items.
+
+        Raises:
+            InputError: the attribute's type has no values to count.
+        """
+        code_of: dict[Any, int] = {}
+        entries, values = _distinct(catalog, name)
+        sets = [(), *(_codes(line, code_of) for line in values)]
+        entry_of_row = np.zeros(rows, dtype=np.int32)
+        entry_of_row[catalog.rows_of_loaded()] = entries + 1
+        entry_of_row[PADDING_ROW] = 0
+        codes, starts = _laid_out(sets)
+        loaded = cls(name, limit, entry_of_row, codes, starts, code_of, put_entries={})
+        return loaded.changed(catalog, catalog.table.put_ids(), rows)
+
+    def changed(self, catalog: Catalog, item_ids: Iterable[str], rows: int) -> "Categories":
+        """Return them as they are once these items have changed, or got a row."""
+        entry_of_row = np.zeros(rows, dtype=np.int32)
+        entry_of_row[: len(self.entry_of_row)] = self.entry_of_row
+        split, put_entries, sets = _split(catalog, self.name), dict(self.put_entries), []
+        for item_id in item_ids:
+            if (row := catalog.row_of.get(item_id)) is None:
+                continue
+            values = _values_of(catalog.table.attributes_of(item_id).get(self.name), split)
+            own = _codes(values, self.code_of)
+            if own and own not in put_entries:
+                put_entries[own] = len(self.starts) - 1 + len(sets)
+                sets.append(own)
+            entry_of_row[row] = put_entries[own] if own else 0
+        codes, starts = _laid_out(sets)
+        return replace(
+            self,
+            entry_of_row=entry_of_row,
+            codes=np.concatenate([self.codes, codes]),
+            starts=np.concatenate([self.starts, starts[1:] + self.starts[-1]]),
+            put_entries=put_entries,
+        )
+
+    def of_rows(self, rows: np.ndarray) -> np.ndarray:
         """Return (n, F) codes of rows (n,), F as many as one of them has."""
         entries = self.entry_of_row[rows]
         starts, counts = self.starts[entries], self.starts[entries + 1] - self.starts[entries]
@@ -181,8 +229,22 @@ class BoundRules:
     faults: tuple[str, ...]  # rules without effect as they do not suit the catalog's attributes, and why
 
     @classmethod
-    def of(cls, rules: RankingRules, catalog: Catalog, rows: int | None = None) -> "BoundRules":
+    def of(
+        cls,
+        rules: RankingRules,
+        catalog: Catalog,
+        rows: int | None = None,
+        before: "BoundRules | None" = None,
+        changed: Collection[str] = (),
+    ) -> "BoundRules":
         """Bind rules to a catalog whose item vectors have so many rows; by default one more than it has items.
+
+        Args:
+            rules: what is wanted of every answer.
+            catalog: the items.
+            rows: of the item vectors.
+            before: the same rules as they were bound to this catalog before.
+            changed: the items that were put, or got a row, since `before`: limits are read of these alone.
 
         A catalog changes while it is live, so nothing is raised: a rule that does not suit it now has no effect, and
         is listed.
@@ -191,13 +253,14 @@ class BoundRules:
         idle, faults = _idle(rules, catalog), []
         pins = {catalog.row_of[item]: place - 1 for place, item in rules.pin.items() if item in catalog.row_of}
         weights = _weights(rules, catalog, rows, faults)
+        known = {limited.name: limited for limited in before.categories} if before is not None else {}
         return cls(
             rules=rules,
             changes=catalog.changes,
             pins=pins,
             weights=weights,
             groups=_groups(weights, pins),
-            categories=_limited(rules.at_most, catalog, rows, faults),
+            categories=_limited(rules.at_most, catalog, rows, faults, known, changed),
             idle=idle,
             faults=tuple(faults),
         )
@@ -289,49 +352,82 @@ def _groups(weights: np.ndarray, pins: Mapping[int, int]) -> tuple[np.ndarray | 
     return tuple(groups)
 
 
-def _limited(at_most: Mapping[str, int], catalog: Catalog, rows: int, faults: list[str]) -> tuple[Categories, ...]:
-    limits = {name: limit for name, limit in at_most.items() if _has(catalog, name)}
-    if not limits or catalog.attributes is None:
-        return ()
-    described = catalog.described_rows()
+def _limited(
+    at_most: Mapping[str, int],
+    catalog: Catalog,
+    rows: int,
+    faults: list[str],
+    known: Mapping[str, Categories],
+    changed: Collection[str],
+) -> tuple[Categories, ...]:
+    """Return the categories of each limited attribute; of those that are known, only what changed is read."""
     found = []
-    for name, limit in limits.items():
-        try:
-            found.append(_categories(catalog, name, limit, described, rows))
-        except InputError as error:
-            faults.append(str(error))
+    for name, limit in at_most.items():
+        if name in known:
+            found.append(known[name].changed(catalog, changed, rows))
+        elif _has(catalog, name):
+            try:
+                found.append(Categories.of(catalog, name, limit, rows))
+            except InputError as error:
+                faults.append(str(error))
     return tuple(found)
 
 
-def _categories(catalog: Catalog, name: str, limit: int, described: np.ndarray, rows: int) -> Categories:
-    entries, values = _distinct(catalog, name)
-    code_of: dict[str, int] = {}
-    own = [
-        [code_of.setdefault(value, len(code_of) + 1) for value in dict.fromkeys(line) if value][:MOST_CATEGORIES]
-        for line in values
-    ]
-    entry_of_row = np.full(rows, len(own), dtype=np.int32)
-    entry_of_row[described] = entries
-    entry_of_row[0] = len(own)
-    codes = np.array([code for line in own for code in line], dtype=np.int32)
-    return Categories(limit, entry_of_row, codes, np.cumsum([0, *map(len, own), 0]))
-
-
-def _distinct(catalog: Catalog, name: str) -> tuple[np.ndarray, list[list[str]]]:
-    """Return (items,) each item's place among the distinct values, or their number for none; and their parts."""
-    assert catalog.attributes is not None
-    column = catalog.attributes[name]
+def _distinct(catalog: Catalog, name: str) -> tuple[np.ndarray, list[list[Any]]]:
+    """Return which of the distinct values each loaded line has, the last of them for none; and their parts."""
+    loaded = catalog.table.loaded
+    if loaded is None or name not in loaded.column_names:
+        return np.zeros(0 if loaded is None else len(loaded), dtype=np.int32), [[]]
+    column = loaded[name]
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         places: dict[tuple[str, ...], int] = {}
-        members = (tuple(str(member) for member in line or () if member is not None) for line in column.to_pylist())
+        members = (tuple(_values_of(line, WHOLE)) for line in column.to_pylist())
         entries = np.array([places.setdefault(line, len(places)) for line in members], dtype=np.int32)
-        return entries, [list(line) for line in places]
+        return entries, [*(list(line) for line in places), []]
     try:
-        texts = pc.cast(column, pa.string())
+        counted = _countable(column)
     except pa.ArrowNotImplementedError as error:
         raise InputError(f"at_most.{name}: type {column.type} has no values to count; use another attribute") from error
-    encoded = texts.combine_chunks().dictionary_encode()
+    encoded = counted.combine_chunks().dictionary_encode()
     distinct = encoded.dictionary.to_pylist()
-    split = catalog.split(name) if kind_of_type(column.type) == TEXT else WHOLE
+    split = _split(catalog, name) if kind_of_type(column.type) == TEXT else WHOLE
     entries = encoded.indices.fill_null(len(distinct)).to_numpy(zero_copy_only=False)
-    return entries, [parts_of(value, split) for value in distinct]
+    return entries, [*(_values_of(value, split) for value in distinct), []]
+
+
+def _countable(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return numbers as numbers, so that 3 and 3.0 are one value where a column widens, and all else as text."""
+    kind = kind_of_type(column.type)
+    if kind == WHOLE_NUMBERS:
+        return column
+    return as_numbers(column) if kind == NUMBER else pc.cast(column, pa.string())
+
+
+def _split(catalog: Catalog, name: str) -> str:
+    """Return how texts of a column are split into parts, whatever other items there are."""
+    return catalog.all_splits().get(name, SEPARATED)
+
+
+def _values_of(value: Any, split: str) -> list[Any]:
+    """Return the values of one cell that are counted."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [str(member) for member in value if member is not None]
+    if isinstance(value, bool):
+        return [str(value).lower()]  # as Arrow writes it
+    return parts_of(value, split) if isinstance(value, str) else [value]
+
+
+def _codes(values: Iterable[Any], code_of: dict[Any, int]) -> tuple[int, ...]:
+    """Return the codes of the first MOST_CATEGORIES values of an item; a new value gets one."""
+    counted = islice(dict.fromkeys(value for value in values if value != ""), MOST_CATEGORIES)
+    return tuple(code_of.setdefault(value, len(code_of) + 1) for value in counted)
+
+
+def _laid_out(sets: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the codes of sets one after another, and where each starts and the last one ends."""
+    codes = np.array([code for own in sets for code in own], dtype=np.int32)
+    return codes, np.cumsum([0, *map(len, sets)])

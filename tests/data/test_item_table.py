@@ -93,11 +93,13 @@ def test_any_puts_give_what_the_items_say_one_by_one(tmp_path, seed):
             known = {name: own for name, own in items.items() if name in catalog.row_of}
             for name, own in known.items():
                 assert {k: v for k, v in catalog.table.attributes_of(name).items() if v != []} == own
-    table = catalog.attributes
+    table, loaded = catalog.attributes, catalog.table.loaded
     assert table is not None
+    assert loaded is not None
     assert len(set(table["item_id"].to_pylist())) == len(table)
-    rows = [catalog.row_of.get(item_id, 0) for item_id in table["item_id"].to_pylist()]
-    assert catalog.described_rows().tolist() == rows
+    put = set(catalog.table.put_ids())
+    rows = [0 if item_id in put else catalog.row_of.get(item_id, 0) for item_id in loaded["item_id"].to_pylist()]
+    assert catalog.rows_of_loaded().tolist() == rows
 
 
 def test_a_put_touches_neither_the_table_nor_its_index():

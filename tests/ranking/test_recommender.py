@@ -374,6 +374,16 @@ def test_rules_follow_the_catalog(recommender):
     assert ids(ask(rules, 3, 9, k=1))[0] != best
 
 
+def test_limits_follow_the_catalog_without_reading_all_of_it(recommender, monkeypatch):
+    rules = ruled(recommender, at_most={"parity": 2})
+    shown = ids(ask(rules, 3, 9, k=10))
+    monkeypatch.setattr("lib.data.item_table.ItemTable.table", lambda _: pytest.fail("all items are read"))
+    rules.change_items({shown[0]: {"parity": "neither"}})
+    changed = ids(ask(rules, 3, 9, k=10))
+    assert {*shown} < {*changed}
+    assert len(changed) == 5, "one more, as the first is of a value of its own"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One version
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -212,8 +213,8 @@ def test_an_item_with_more_values_than_are_counted_changes_nothing_for_others(sc
     tags = [[f"t{number}" for number in range(100_000)], ["t1"], ["t99999"], ["t99999"], None]
     catalog = Catalog(list("abcde"), pa.table({"item_id": list("abcde"), "tags": tags}))
     rules = bound(catalog, at_most={"tags": 1})
-    assert rules.categories[0].of(np.array([1])).shape == (1, 256)
-    assert rules.categories[0].of(np.array([2, 5])).tolist() == [[2], [0]]
+    assert rules.categories[0].of_rows(np.array([1])).shape == (1, 256)
+    assert rules.categories[0].of_rows(np.array([2, 5])).tolist() == [[2], [0]]
     rows, values = np.arange(1, 6), np.array([0.5, 0.4, 0.3, 0.2, 0.1])
     found = rerank(rows, values, 5, rules, vectors, np.random.default_rng(0))
     assert found.rows.tolist() == [1, 3, 5]
@@ -232,6 +233,70 @@ def test_rules_are_bound_anew_when_the_catalog_changed():
     catalog.extend(["c"])
     assert not new.fits(catalog, 5)
     assert (dict(new.pins), dict(BoundRules.of(rules, catalog, rows=5).pins)) == ({}, {3: 0})
+
+
+ATTRIBUTES = ("colour", "genres", "tags", "price", "size", "shelf")
+
+
+def counted(rules: BoundRules, known: Catalog) -> list[list[set[Any]]]:
+    """The values of each limited attribute that each row counts for."""
+    value_of = [{code: value for value, code in limited.code_of.items()} for limited in rules.categories]
+    return [
+        [{values[code] for code in codes if code} for codes in limited.of_rows(np.arange(len(known) + 1)).tolist()]
+        for limited, values in zip(rules.categories, value_of, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_limits_that_follow_the_changes_are_those_that_are_read_anew(seed):
+    generator = np.random.default_rng(seed)
+    names = [f"i{number}" for number in range(40)]
+    described = {
+        "item_id": names[:20],
+        "colour": [COLOURS[number % 3] for number in range(20)],
+        "genres": [" ".join(GENRES[: 1 + number % 3]) for number in range(20)],
+        "tags": [list(GENRES[: number % 3]) for number in range(20)],
+        "price": pa.array([number / 4 for number in range(20)], pa.float32()),
+        "size": [number % 5 for number in range(20)],
+    }
+    catalog = Catalog(names[:20], pa.table(described))
+    rules = RankingRules(at_most=dict.fromkeys(ATTRIBUTES, 2))
+    following = BoundRules.of(rules, catalog, rows=50)
+    for _ in range(30):
+        changed = generator.choice(names, 3, replace=False).tolist()
+        put: list[dict[str, Any] | None] = [
+            {
+                "colour": str(generator.choice([*COLOURS, "red;blue"])),
+                "genres": str(generator.choice(["Comedy War", "Drama", "Western Comedy"])),
+                "tags": generator.choice(GENRES, 2).tolist(),
+                "price": float(generator.integers(9)) / 4,
+            },
+            {"size": float(generator.integers(9)) / 2, "shelf": str(generator.choice(["A|B", "B", ""]))},
+            None,
+        ]
+        items = dict(zip(changed, put, strict=True))
+        catalog.change(items)
+        described_now = {*items, *catalog.extend(generator.choice(names, 1).tolist())}
+        following = BoundRules.of(rules, catalog, 50, following, described_now)
+        anew = BoundRules.of(rules, catalog, 50)
+        assert counted(following, catalog) == counted(anew, catalog)
+        for own, limited in zip(following.categories, anew.categories, strict=True):
+            full = [*limited.code_of][:2]
+            without = own.without([own.code_of[value] for value in full])
+            assert without.tolist() == limited.without([limited.code_of[value] for value in full]).tolist()
+    assert len(following.categories) == len(ATTRIBUTES)
+
+
+def test_a_changed_item_costs_no_reading_of_the_others(catalog, monkeypatch):
+    """The rules are bound in the event loop of a replica, at the first answer after a change."""
+    rules = RankingRules(at_most={"colour": 2, "tags": 1, "price": 3})
+    known = Catalog(catalog.item_ids[1:], catalog.attributes)
+    before = BoundRules.of(rules, known)
+    known.change({"i3": {"colour": "violet"}})
+    monkeypatch.setattr("lib.data.item_table.ItemTable.table", lambda _: pytest.fail("all items are read"))
+    monkeypatch.setattr("lib.ranking.rules.Categories.of", lambda *_: pytest.fail("all items are read"))
+    after = BoundRules.of(rules, known, before=before, changed=["i3"])
+    assert counted(after, known)[0][3] == {"violet"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
