@@ -42,8 +42,7 @@ from lib.log.log_file import LoggedEvent, key_of
 from lib.log.one_machine import on_one_machine
 from lib.log.shard import ONLY, Shard
 from lib.settings import Settings
-from lib.versions.accounts import Accounts
-from lib.versions.registry import Registry
+from serving.learned_end import LearnedEnd
 from serving.request_id import names_answer
 from serving.status import AggregatorStatus
 from serving.watchdog import Watchdog
@@ -135,6 +134,8 @@ class Aggregator:
         self.opening = asyncio.Lock()
         self.failure: Exception | None = None  # why the log could not be opened
         self.failed_at = 0.0
+        self.refusal: InputError | None = None  # why the log must not be written to, for good
+        self.learned_end = LearnedEnd(state, shard)
         self.appending: list[float] = []  # when each append began that the log has not finished, the oldest first
         self.guard = FeedbackGuard(_rules_of(shard, self.config.cleaning))
         self.writing: Counter[bytes] = Counter()  # keys of the events that the log is about to have
@@ -158,18 +159,36 @@ class Aggregator:
         async with self.opening:
             if self.is_open:
                 return
-            if self.failure is None or time.monotonic() > self.failed_at + RETRY_SECONDS:
+            if self.refusal is None and (self.failure is None or time.monotonic() > self.failed_at + RETRY_SECONDS):
                 try:
-                    await asyncio.to_thread(self._open)
+                    await asyncio.to_thread(self._open, await self.learned_end.read())
                     self.watching = asyncio.create_task(self._watch())
+                    self.checking = asyncio.create_task(self._check_end(self.last_offset))
                     return
                 except Exception as error:  # whatever it is, a disk that comes back may mend it
                     self.failure, self.failed_at = error, time.monotonic()
                     logger.exception("the log of %s cannot be opened; it is tried again", self.state)
             raise LogUnavailable(str(self.failure) or repr(self.failure)) from self.failure
 
-    def _open(self) -> None:
-        """Open the log that was begun, and read the histories; what was opened is closed where something fails."""
+    async def _check_end(self, end: int) -> None:
+        """Close the log for good if it was opened at an end before what was learned, once that can be known."""
+        while self.learned_end.unknown is not None:
+            await asyncio.sleep(RETRY_SECONDS)
+            if (learned := await self.learned_end.read()) is None:
+                continue
+            try:
+                check_end(self.state, learned, self.shard, end)
+            except InputError as error:
+                logger.error("no events are taken any more: %s", error)
+                self.failure = self.refusal = error
+                await self.close()
+                self.is_open = False
+
+    def _open(self, learned: int | None) -> None:
+        """Open the log that was begun, and read the histories; what was opened is closed where something fails.
+
+        `learned` is the offset that the log has to reach; None where it is not known yet.
+        """
         folder = Path(self.state)
         with ExitStack() as opened:
             layout = self.layout or LogLayout()
@@ -178,8 +197,7 @@ class Aggregator:
             layout.require(folder, self.shard)
             self.log = layout.open(folder, self.shard)
             opened.callback(self.log.close)
-            learned = Accounts(Registry.of(self.state)).newest_log_offset()
-            check_end(folder, learned, self.shard, self.log.last_offset())
+            check_end(folder, learned or 0, self.shard, self.log.last_offset())
             self.items = ItemLog(folder / ITEM_LOG_FILE) if self.shard.number == 0 else None
             if self.items is not None:
                 opened.callback(self.items.close)
@@ -445,7 +463,7 @@ class Aggregator:
     @when_open
     async def status(self) -> AggregatorStatus:
         """Return counts since the start of this process, and the log's offsets."""
-        passed_over = self.log.passed_over
+        passed_over, unknown = self.log.passed_over, self.learned_end.unknown
         return AggregatorStatus(
             state=self.state,
             shard=self.shard.number,
@@ -460,7 +478,7 @@ class Aggregator:
             users=len(self.histories),
             commits=self.log.commits,
             item_revision=self.items.revision if self.items is not None else 0,
-            damage=[*self.damage, *passed_over[-FOREIGN_SHOWN:]],
+            damage=[*self.damage, *([] if unknown is None else [unknown]), *passed_over[-FOREIGN_SHOWN:]],
         )
 
     async def ping(self) -> None:

@@ -138,7 +138,9 @@ class FeedbackStatus(BaseModel):
     users: int = Field(description="whose histories are kept")
     commits: int = Field(description="writes to the log, each of the events that came together")
     item_revision: int = Field(description="the newest change of an item")
-    damage: list[str] = Field(description="what was torn when it started, or is no feedback, and is passed over")
+    damage: list[str] = Field(
+        description="what was torn when it started, or is no feedback, and is passed over; what cannot be checked now"
+    )
 
 
 class AggregatorStatus(FeedbackStatus):

@@ -41,10 +41,18 @@ class Accounts:
         return max((account.log_offset for account in self._all().values()), default=0)
 
     def newest_log_offset(self) -> int:
-        """Return the log offset that the newest version has learned up to, without reading any other; 0 for none."""
-        head = self.registry.head()
-        account = None if head is None else self._account(head)
-        return 0 if account is None else account.log_offset
+        """Return the log offset that the newest version that can be read has learned up to; 0 where there is none.
+
+        Raises:
+            InputError: there are versions, and all of them are damaged.
+        """
+        stored = {*self.registry.snapshots(), *self.registry.deltas()}
+        for version in sorted(stored, reverse=True):
+            if (account := self._account(version)) is not None:
+                return account.log_offset
+        if stored:
+            raise InputError(f"versions: all in {self.registry.store.root} are damaged; restore them from a copy")
+        return 0
 
     def add(self, delta: Delta) -> None:
         """Take the account of a delta that was just published; it need not be read."""
