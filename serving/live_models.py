@@ -43,6 +43,7 @@ class LiveModels:
         self.item_revision = 0  # the newest of them
         self.live = self._load({})
         self.whole = True  # False: a change failed half-way, and a version must be loaded before anything is answered
+        self.mending: asyncio.Task[None] | None = None  # the load that those who find it not whole wait for
         self.challenger: Challenger | None = None
 
     def _load(
@@ -69,11 +70,17 @@ class LiveModels:
             NoModel: a change failed half-way, and no version can be loaded in its place yet.
         """
         if not self.whole:
-            await self.catch_up(self.live.version)
+            await self._mend()
         async with self.unchanging:
             if not self.whole:
                 raise NoModel
             yield self.live
+
+    async def _mend(self) -> None:
+        """Load a version in place of a mixture; whoever comes while it is loaded waits for the same load."""
+        if self.mending is None or self.mending.done():
+            self.mending = asyncio.create_task(self.catch_up(self.live.version))
+        await asyncio.shield(self.mending)
 
     # --------------------------------------------------------------------------------------------------------- answers
 
@@ -224,6 +231,13 @@ class LiveModels:
 
     def _take_over(self, recommender: Recommender, revision: int) -> None:
         if self._has(recommender.version):
+            return
+        if recommender.version < self.live.version:  # newer ones are damaged; the learner stores one whole
+            logger.error(
+                "nothing is answered until a version from %d on can be loaded: version %d would be a step back",
+                self.live.version,
+                recommender.version,
+            )
             return
         if revision != self.item_revision:  # items changed while it was loaded
             recommender.change_items(self.changed_items)

@@ -1,6 +1,7 @@
 """The live model of a replica: whatever becomes of a change, no answer is made of two versions."""
 
 import asyncio
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -59,6 +60,45 @@ def test_a_change_that_fails_half_way_is_in_no_answer(registry, monkeypatch, ste
     monkeypatch.undo()
     assert answered_version(models) == 2
     assert (models.counts["mismatches"], models.counts["deltas"]) == (1, 0)
+
+
+def test_a_replica_goes_back_to_no_older_version_where_newer_ones_are_damaged(registry, monkeypatch):
+    models, learner = LiveModels(registry, RankingRules()), NearlineLearner(registry, CONFIG)
+    for number in (1, 2, 3):
+        update(learner, number)
+    asyncio.run(models.catch_up(4))
+    torn = Path(registry.store.path("deltas/0000000003"))
+    torn.write_bytes(torn.read_bytes()[:-100])
+    delta = update(learner, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(models.live.index, "update", fail)
+        asyncio.run(models.apply(delta))
+    assert registry.load().version == 2
+    for _ in range(2):
+        with pytest.raises(NoModel):
+            answered_version(models)
+        assert models.live.version == 4
+    learner.store_whole()
+    assert answered_version(models) == learner.version >= 5
+
+
+def test_one_load_serves_all_who_wait_for_it(registry, monkeypatch):
+    models, loads = LiveModels(registry, RankingRules()), []
+
+    def load(*arguments: Any) -> Any:
+        loads.append(arguments)
+        raise MemoryError("no memory")
+
+    async def ask_together() -> list[Any]:
+        asked = [models.answer([Question(history([1, 2]), 5)], [None]) for _ in range(8)]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    models.whole = False
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "_load", load)
+        assert {type(answer) for answer in asyncio.run(ask_together())} == {NoModel}
+    assert len(loads) == 1
+    assert {answers[0].version for answers in asyncio.run(ask_together())} == {1}
 
 
 def test_a_delta_that_does_not_fit_is_refused_and_the_next_one_taken(registry):
