@@ -136,7 +136,7 @@ class Aggregator:
         self.failed_at = 0.0
         self.refusal: InputError | None = None  # why the log must not be written to, for good
         self.learned_end = LearnedEnd(state, shard)
-        self.appending: list[float] = []  # when each append began that the log has not finished, the oldest first
+        self.appending: list[float] = []  # when each append began that has not finished, the oldest first
         self.guard = FeedbackGuard(_rules_of(shard, self.config.cleaning))
         self.writing: Counter[bytes] = Counter()  # keys of the events that the log is about to have
         self.quarantined: set[int] = set()  # offsets of events that the learner has yet to skip
@@ -375,10 +375,14 @@ class Aggregator:
         `served` are the kinds of these attributes in the catalog that the caller serves (ItemLog.append).
         """
         assert self.items is not None, "items are changed at the first shard"
+        began = time.monotonic()
+        self.appending.append(began)
         try:
-            revision = self.items.append(items, served)
+            revision = await asyncio.to_thread(self.items.append, items, served)
         except InputError as refusal:  # raised here, it would reach the caller with a traceback in its text
             return str(refusal)
+        finally:
+            self.appending.remove(began)
         if self.changes is not None:
             self.changes.mark_items()
         self.arrived.set()

@@ -54,6 +54,11 @@ class UserHistories:
         history = self._histories.get(user_id)
         return History() if history is None else history.newest(count or self.keep)
 
+    def up_to(self, user_id: str, last_offset: int) -> History:
+        """Return a user's events up to a log offset, and those that are in no log; none for an unknown user."""
+        history = self._histories.get(user_id)
+        return History() if history is None else history.up_to(last_offset)
+
     def newer(self, user_id: str, last_offset: int | None) -> History | None:
         """Return what a copy of a user's history that ends at a log offset lacks.
 

@@ -82,7 +82,7 @@ def _with_context(
 
     The new ones are the log's, so that each is learned once also where more wait than are kept in memory.
     """
-    history = histories.get(new[0].event.user_id).up_to(after)
+    history = histories.up_to(new[0].event.user_id, after)
     first = min(history.add(logged.event, logged.offset, histories.lateness_ms) for logged in new)
     places = [place for place in range(first, len(history)) if history.offsets[place] > after]
     start = max(first - length, 0)

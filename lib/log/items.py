@@ -8,6 +8,7 @@ fit: all who read the record can rely on it, whichever of two concurrent puts ca
 import json
 import re
 import sqlite3
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -55,6 +56,7 @@ class ItemLog:
     def __init__(self, path: Path):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._appending = threading.Lock()
         self.torn = last_commit_is_torn(path)
         self._database = Database(path, "rwc", self._error)
         with self._database.opening():
@@ -78,20 +80,21 @@ class ItemLog:
             InputError: an attribute is not of the kind that it has for other items; nothing of the call is recorded.
             LogWriteError: the file could not be written; nothing of the call is recorded then.
         """
-        revision = self.revision
-        try:
-            with self._database.transaction() as connection:
-                changed = self._changed_kinds(items, served or {})
-                connection.executemany(PUT_COLUMN, changed.items())
-                for item_id, attributes in items:
-                    revision += 1
-                    text = None if attributes is None else json.dumps(attributes)
-                    connection.execute(PUT, (item_id, revision, text))
-        except sqlite3.Error as error:
-            raise write_error(f"item log {self.path}", error) from error
-        self.revision = revision
-        self.kinds |= changed
-        return revision
+        with self._appending:
+            revision = self.revision
+            try:
+                with self._database.transaction() as connection:
+                    changed = self._changed_kinds(items, served or {})
+                    connection.executemany(PUT_COLUMN, changed.items())
+                    for item_id, attributes in items:
+                        revision += 1
+                        text = None if attributes is None else json.dumps(attributes)
+                        connection.execute(PUT, (item_id, revision, text))
+            except sqlite3.Error as error:
+                raise write_error(f"item log {self.path}", error) from error
+            self.revision = revision
+            self.kinds |= changed
+            return revision
 
     def _changed_kinds(
         self, items: Sequence[tuple[str, dict[str, Any] | None]], served: Mapping[str, str]

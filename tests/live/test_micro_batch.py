@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lib.data.events import Event
+from lib.data.history import History
 from lib.data.replay import ReplaySample
 from lib.data.user_histories import UserHistories
 from lib.live.gate import first_new_events
@@ -44,6 +45,22 @@ def test_context_ends_with_the_last_new_event_and_begins_so_many_before_the_firs
     [history], [places] = (batch_of(histories, new, after=20).histories, batch_of(histories, new, after=20).new)
     assert history.offsets == [8, 9, 10, 21, 11, 22]
     assert places == [3, 5]
+
+
+def test_all_of_a_history_is_copied_once(monkeypatch):
+    histories, copied = UserHistories(), []
+    for entry in [logged(offset, 10 * offset) for offset in range(1, 101)]:
+        histories.append(entry.event, entry.offset)
+    new = [logged(101, 1100)]
+    slice_of = History.slice
+
+    def counted(history: History, start: int, stop: int) -> History:
+        copied.append(stop - start)
+        return slice_of(history, start, stop)
+
+    monkeypatch.setattr(History, "slice", counted)
+    assert batch_of(histories, new, after=100).histories[0].offsets == [98, 99, 100, 101]
+    assert copied == [100, 4]
 
 
 @pytest.mark.parametrize("seed", range(5))

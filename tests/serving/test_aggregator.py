@@ -1,7 +1,9 @@
 """The aggregator without Ray: when it releases events to the learner."""
 
 import asyncio
+import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -104,3 +106,40 @@ def test_histories_are_in_order_of_time_also_after_a_restart(tmp_path):
 def test_a_setting_out_of_its_bounds_is_refused_by_its_name(setting, values):
     with pytest.raises(InputError, match=f"^{setting}: "):
         AggregatorConfig(**values)
+
+
+def test_others_are_answered_while_changed_items_are_written(tmp_path, monkeypatch):
+    async def run() -> None:
+        aggregator, released = Aggregator(str(tmp_path)), threading.Event()
+        await aggregator.open()
+        assert aggregator.items is not None
+        append = aggregator.items.append
+
+        def waiting(*arguments: Any) -> int:
+            assert released.wait(60), "nothing else is done meanwhile"
+            return append(*arguments)
+
+        monkeypatch.setattr(aggregator.items, "append", waiting)
+        changing = asyncio.create_task(aggregator.change_items([("i1", {"title": "One"})]))
+        while not aggregator.appending:
+            await asyncio.sleep(0)
+        assert await aggregator.append([make_event(1)]) == [None]
+        assert not changing.done()
+        released.set()
+        assert await changing == 1
+        assert not aggregator.appending
+        await aggregator.close()
+
+    asyncio.run(run())
+
+
+def test_items_that_change_together_get_revisions_of_their_own(tmp_path):
+    async def run() -> None:
+        aggregator = Aggregator(str(tmp_path))
+        changes = [aggregator.change_items([(f"i{number}", {"size": number})]) for number in range(50)]
+        assert sorted(map(int, await asyncio.gather(*changes))) == list(range(1, 51))
+        _, changed = await aggregator.newer([], 0)
+        assert len(changed) == 50
+        await aggregator.close()
+
+    asyncio.run(run())
