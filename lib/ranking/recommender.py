@@ -122,6 +122,7 @@ class Recommender:
         if ATTRIBUTE_TABLE in delta.tensors:  # every item's vector has moved
             rows = np.arange(delta.item_rows)
         self.index.update(rows, self._vectors(rows))
+        self._bind_rules()
         if delta.new_items or any(len(mask) != len(self.index) for mask in self._masks.values()):
             self._forget_masks()
         if delta.popularity_scale != 1.0:
@@ -137,6 +138,7 @@ class Recommender:
         if items:
             self.catalog.change(items)
             self._unbound.update(items)
+            self._bind_rules()
             self._forget_masks()
 
     # --------------------------------------------------------------------------- the answer: encode, retrieve and rank
@@ -260,6 +262,11 @@ class Recommender:
         propensities = ranked.propensities.tolist()
         return [item._replace(propensity=own) for item, own in zip(items, propensities, strict=True)]
 
+    def _bind_rules(self) -> None:
+        """Bind the rules where the catalog changes, which a service does on a thread, so that no answer has to."""
+        if self.rules.active:
+            self._bound_rules()
+
     def _bound_rules(self) -> BoundRules:
         if not self._bound or not self._bound.fits(self.catalog, len(self.index)):
             self._bound = BoundRules.of(self.rules, self.catalog, len(self.index), self._bound, self._unbound)
@@ -270,8 +277,7 @@ class Recommender:
         """Make what takes seconds in a large catalog: the indexes that the one before has, and those of the rules."""
         if before is not None:
             self.catalog.table.prepare_like(before.catalog.table)
-        if self.rules.active:
-            self._bound_rules()
+        self._bind_rules()
 
     def idle_rules(self) -> list[str]:
         """Name the ranking rules that have no effect on the catalog as it is now, each with the reason."""

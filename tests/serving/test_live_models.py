@@ -1,6 +1,7 @@
 """The live model of a replica: whatever becomes of a change, no answer is made of two versions."""
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,11 +11,12 @@ from fastapi import Request, Response
 
 from lib.data.history import History
 from lib.live.learner import NearlineLearner
+from lib.log.items import ItemChange
 from lib.model.delta import Delta
 from lib.model.fingerprint import fingerprint
 from lib.ranking.filters import ItemFilter
 from lib.ranking.recommender import Question
-from lib.ranking.rules import RankingRules
+from lib.ranking.rules import BoundRules, RankingRules
 from lib.versions.registry import Registry
 from serving.aggregator import MOST_CHANGES, Aggregator
 from serving.aggregators import Aggregators
@@ -181,6 +183,29 @@ def test_a_mask_is_made_only_while_the_catalog_does_not_change(registry, monkeyp
     monkeypatch.setattr(models.live, "is_checked", lambda _: False)
     asyncio.run(models.check_filter(filter))
     assert made == [True]
+
+
+def test_rules_are_bound_on_the_thread_that_changes_the_catalog(registry, monkeypatch):
+    rules = RankingRules(**{"bury": [{"filter": {"shelf": "back"}}], "at_most": {"shelf": 2}})
+    models, learner = LiveModels(registry, rules), NearlineLearner(registry, CONFIG)
+    bind, threads = BoundRules.of, []
+
+    def bound(*arguments: Any) -> BoundRules:
+        threads.append(threading.current_thread().name.partition("_")[0])
+        return bind(*arguments)
+
+    monkeypatch.setattr(BoundRules, "of", bound)
+
+    async def scenario() -> None:
+        await models.change_items([ItemChange(1, "i1", {"shelf": "back"}), ItemChange(2, "new", {"shelf": "front"})])
+        await models.answer([Question(history([1, 2]), 5)], [None])
+        await models.apply(update(learner, 1, 1, 2, "new"))
+        assert "new" in models.live.catalog.row_of
+        [answer] = await models.answer([Question(history([1, 2]), 5)], [None])
+        assert answer.version == 2
+
+    asyncio.run(scenario())
+    assert threads == ["changes", "changes"]
 
 
 def test_changes_of_items_come_in_pages_and_all_of_them(registry, tmp_path):
