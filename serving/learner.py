@@ -3,8 +3,8 @@
 It yields to the replicas: lower priority, one thread, short steps, which several processes can share. Where a version
 cannot be stored (a full disk), or an aggregator is away, it says so in its status and waits: nothing is pushed that a
 restart would lose. Whatever goes wrong that it cannot handle ends the process, also while the state is opened; Ray
-starts it again, and it continues from the registry, where weights, optimiser and log offset moved as one. A micro-batch
-at which that happens again and again is set aside.
+starts it again, and it continues from the registry, where weights, optimiser and log offset moved as one. Events,
+a changed item or an offered model at which that happens again and again are set aside.
 """
 
 import logging
@@ -14,11 +14,11 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import ray
@@ -34,11 +34,11 @@ from lib.log.items import ItemChange
 from lib.log.layout import LogLayout
 from lib.model.delta import Delta
 from lib.versions.accounts import Accounts
-from lib.versions.attempts import Attempts
+from lib.versions.attempts import ITEM_ATTEMPT_FILE, Attempts
 from lib.versions.registry import Registry
 from serving.aggregator import NAMESPACE, aggregator_handle
 from serving.batch_source import BatchSource, Released
-from serving.learner_workers import LearnerWorkers, yield_to_replicas
+from serving.learner_workers import LearnerWorkers, WorkerKilled, yield_to_replicas
 from serving.rollout import LEARNER, Acknowledgements, PushCost, Rollout
 from serving.status import (
     AggregatorStatus,
@@ -52,6 +52,7 @@ from serving.status import (
 from serving.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 ANNOUNCE_SECONDS = 1.0
 OFFER_SECONDS = 2.0  # between two looks for a model that is to be taken over
 RETRY_SECONDS = 0.05
@@ -161,8 +162,7 @@ class Learner:
         self.incomplete_since: float | None = None  # as long as some replica has not got the newest version
         self.stored_whole = 0  # the newest version that was, for replicas that could not catch up otherwise
         self.looked_for_offers = -OFFER_SECONDS
-        self.proven = False  # whether this process has learned a micro-batch
-        self.learning: tuple[int, int] | None = None  # log offsets behind which, and up to which it learns now
+        self.learning: tuple[Attempts, int, int] | None = None  # behind which offset, and up to which, it learns now
         self.watchdog = Watchdog(config.stalled_seconds, self._stalled)
         self.thread = threading.Thread(target=self._run, name="learning", daemon=True)
         self.thread.start()
@@ -193,6 +193,7 @@ class Learner:
         self.learner = self.workers.first
         self.learner.lineage.before_snapshot = partial(self.watchdog.progress, BASE_PATIENCE_SECONDS)
         self.attempts = Attempts(self.learner.registry.store)
+        self.item_attempts = Attempts(self.learner.registry.store, ITEM_ATTEMPT_FILE)
         self.batches = BatchSource(self.state)
         self.live = Live.of(self.learner)
 
@@ -233,7 +234,39 @@ class Learner:
         return batch
 
     def _change_items(self, changes: list[ItemChange]) -> None:
-        delta = self.workers.change_items(changes)
+        """Take over changed items; those that were set aside are passed by, until they are changed again."""
+        aside, attempt = self.learner.rejections.item_revisions, self.item_attempts.newest
+        parts: list[list[ItemChange]] = [[], [], []]  # before what failed, which is tried apart, and behind it
+        for change in changes:
+            if change.revision not in aside:
+                revision = change.revision
+                later = 0 if attempt is None else (revision > attempt.after_offset) + (revision > attempt.last_offset)
+                parts[later].append(change)
+        for part in parts:
+            if part:
+                self._change_part(part)
+        self.learner.item_revision = max(self.learner.item_revision, changes[-1].revision)
+        self.live = Live.of(self.learner)
+
+    def _change_part(self, part: list[ItemChange]) -> None:
+        """Take over changed items; where several processes have failed at them, find the one to blame by halving."""
+        attempts, revisions = self.item_attempts, [change.revision for change in part]
+        after, store = revisions[0] - 1, self.learner.lineage.store
+        attempt = attempts.beyond(after)
+        if attempt is not None and attempt.is_last and len(part) > 1:
+            half = len(part) // 2
+            for some in (slice(None, half), slice(half, None)):
+                narrowed = partial(attempts.narrow, revisions[some], attempt)
+                store(narrowed)
+                self._change_part(part[some])
+            return
+        if attempt is not None and attempt.is_last:
+            what = f"the changed item {part[0].item_id!r}"
+            logger.error("%s is set aside:\n%s", what, attempt.traceback)
+            self.workers.set_aside_change(what, attempt.traceback, revisions[0])
+            store(attempts.succeed)
+            return
+        delta = self._try(attempts, after, revisions[-1], lambda: self.workers.change_items(part))
         self.live = Live.of(self.learner)
         if delta is not None:
             self._push(delta)
@@ -295,35 +328,53 @@ class Learner:
         Raises:
             Exception: learning raised it, and it is recorded.
         """
-        after, store = self.learner.log_offset, self.learner.lineage.store
+        after = self.learner.log_offset
         attempt = self.attempts.beyond(after)
-        if attempt is not None and attempt.is_last:
-            outcome = self.workers.set_aside(batch, attempt.traceback)
-            logger.error("%s; %d events are set aside:\n%s", outcome.reason, batch.events, attempt.traceback)
-        else:
-            if not self.proven:
-                store(lambda: self.attempts.begin(after, batch.last_offset))
-            self.learning = after, batch.last_offset
-            try:
-                outcome = self.workers.learn(batch)
-            except OSError:  # the storage's: the events are not to blame
-                if not self.proven:
-                    store(self.attempts.take_back)
-                raise
-            except Exception:
-                error = traceback.format_exc()
-                store(lambda: self.attempts.fail(after, batch.last_offset, error))
-                raise
-            self.learning = None
-        if not self.proven:
-            store(self.attempts.succeed)
-        self.proven = True
+        if attempt is None or not attempt.is_last:
+            return self._try(self.attempts, after, batch.last_offset, lambda: self.workers.learn(batch))
+        outcome = self.workers.set_aside(batch, attempt.traceback)
+        logger.error("%s; %d events are set aside:\n%s", outcome.reason, batch.events, attempt.traceback)
+        self.learner.lineage.store(self.attempts.succeed)
+        self.attempts.proven = True
+        return outcome
+
+    def _try(self, attempts: Attempts, after: int, last: int, learn: Callable[[], T]) -> T:
+        """Learn what is beyond an offset, or a revision, up to another, and have it counted where that fails.
+
+        Raises:
+            Exception: learning raised it, and it is recorded.
+        """
+        store, before = self.learner.lineage.store, attempts.newest
+        # what comes before the items that failed leaves their record as it is
+        begun = before is not None or not attempts.proven
+        apart = attempts is self.item_attempts and before is not None and attempts.beyond(after) is None
+        if begun and not apart:
+            store(lambda: attempts.begin(after, last))
+        self.learning = attempts, after, last
+        try:
+            outcome = learn()
+        except OSError:  # the storage's: what is learned is not to blame
+            if begun and not apart:
+                store(attempts.take_back)
+            raise
+        except WorkerKilled:
+            store(lambda: attempts.killed(after, last))
+            raise
+        except Exception:
+            error = traceback.format_exc()
+            store(lambda: attempts.fail(after, last, error))
+            raise
+        self.learning = None
+        if not apart:
+            store(attempts.succeed)
+            attempts.proven = True
         return outcome
 
     def _stalled(self, stack: str) -> None:
         """Record where learning stalled, if it did there."""
         if self.learning is not None:
-            self.attempts.fail(*self.learning, f"{stack}no progress for {self.config.stalled_seconds:g} s")
+            attempts, after, last = self.learning
+            attempts.fail(after, last, f"{stack}no progress for {self.config.stalled_seconds:g} s")
 
     def _push(self, delta: Delta) -> tuple[PushCost, bool]:
         """Send a delta and see it live on every replica; returns what that took, and False where none is alive."""
@@ -393,13 +444,43 @@ class Learner:
         for name in registry.offers.names():
             if self.learner.lineage.facts.offer != name:
                 try:
-                    self.workers.take_over(name)
+                    if not self._adopt_offer(name):
+                        continue
                 except InputError as error:
                     logger.error("the offered model %s cannot be taken over: %s", name, error)
                     registry.offers.withdraw(name)
                     continue
             self._announce_base()
             registry.offers.withdraw(name)
+
+    def _adopt_offer(self, name: str) -> bool:
+        """Take a model over, or set it aside where several processes have failed at it; returns whether it is live.
+
+        Raises:
+            InputError: it cannot be taken over, whatever is tried.
+        """
+        offers = self.learner.registry.offers
+        attempts = offers.attempts(name)
+        attempt = attempts.newest
+        if attempt is not None and attempt.is_last:
+            what = f"the offered model {name}"
+            logger.error("%s is set aside:\n%s", what, attempt.traceback)
+            self.workers.set_aside_change(what, attempt.traceback)
+            self.live = Live.of(self.learner)
+            offers.withdraw(name)
+            return False
+
+        def take_over() -> InputError | None:
+            try:
+                self.workers.take_over(name)
+            except InputError as error:
+                return error
+            return None
+
+        refusal = self._try(attempts, 0, 0, take_over)
+        if refusal is not None:
+            raise refusal
+        return True
 
     def _announce_base(self) -> None:
         """Have every replica load a version that no delta leads to."""

@@ -2,7 +2,8 @@
 
 The first worker is the learner's own process. It alone judges, publishes and pushes; the others do what it does,
 beside it. Gradients are summed over all of them (lib/model/distributed.py), so that they learn what one would. A worker
-that dies takes the others with it, and the learner that Ray starts again continues from the registry.
+that dies takes the others with it, and the learner that Ray starts again continues from the registry; one at which
+learning raised leaves its traceback in the store where they met, so that a kill is told from an error.
 """
 
 import logging
@@ -17,6 +18,7 @@ import ray
 import torch
 import torch.distributed as distributed
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from ray.util import get_node_ip_address
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -34,6 +36,12 @@ logger = logging.getLogger(__name__)
 NICENESS = 10  # below the replicas, and still moving when they take all of the cores
 PATIENCE = timedelta(minutes=5)  # with a worker that hangs; one that dies is known at once
 LOOPBACK = "127.0.0.1"
+ERROR = "error"  # of a worker, in the store where all meet
+GLOO = "gloo"  # in the message of an error that only says that another worker is gone
+
+
+class WorkerKilled(RuntimeError):
+    """A worker ended without an error of its own."""
 
 
 def yield_to_replicas() -> None:
@@ -54,9 +62,10 @@ class LearnerWorkers:
         workers: int = 1,
     ):
         self.others: list[ActorHandle] = []
+        self.meeting: TCPStore | None = None
         if workers > 1:
             host = get_node_ip_address()
-            store = TCPStore(host, 0, workers, is_master=True, wait_for_workers=False)
+            store = self.meeting = TCPStore(host, 0, workers, is_master=True, wait_for_workers=False)
             other: Any = ray.remote(LearnerWorker).options(num_cpus=0.5)
             places = [(host, store.port, rank, workers) for rank in range(1, workers)]
             self.others = [other.remote(state, config, place) for place in places]
@@ -75,6 +84,10 @@ class LearnerWorkers:
     def set_aside(self, batch: MicroBatch, traceback: str) -> Rejection:
         """NearlineLearner.set_aside, by all workers."""
         return self._together("set_aside", batch, traceback)
+
+    def set_aside_change(self, what: str, traceback: str, item_revision: int | None = None) -> Rejection:
+        """NearlineLearner.set_aside_change, by all workers."""
+        return self._together("set_aside_change", what, traceback, item_revision)
 
     def change_items(self, changes: Sequence[ItemChange]) -> Delta | None:
         """NearlineLearner.change_items, by all workers."""
@@ -107,11 +120,22 @@ class LearnerWorkers:
         calls = [other.do.remote(method, *given) for other in self.others]
         try:
             outcome = _do(self.first, method, *arguments)
+            ray.get(calls)
         except InputError:  # the others have the same; after any other error they wait in vain
             ray.get(calls)
             raise
-        ray.get(calls)
+        except (RuntimeError, RayError) as error:
+            if not _another_is_gone(error):
+                raise
+            raise self._reason_of_end() from error
         return outcome
+
+    def _reason_of_end(self) -> RuntimeError:
+        """Return what a worker that is gone has said, or that it said nothing."""
+        assert self.meeting is not None
+        if self.meeting.check([ERROR]):
+            return RuntimeError(f"a worker of the learner raised:\n{self.meeting.get(ERROR).decode()}")
+        return WorkerKilled("a worker of the learner was killed")
 
 
 class LearnerWorker:
@@ -126,7 +150,8 @@ class LearnerWorker:
     def join(self) -> None:
         """Meet the other workers."""
         host, port, rank, workers = self.place
-        _join(host, TCPStore(host, port, workers, is_master=False), rank, workers)
+        self.meeting = TCPStore(host, port, workers, is_master=False)
+        _join(host, self.meeting, rank, workers)
 
     def load(self) -> None:
         """Load the newest version."""
@@ -138,9 +163,18 @@ class LearnerWorker:
             _do(self.learner, method, *arguments)
         except InputError:
             return  # the first worker has the same, and answers it
-        except Exception:
-            logger.error("a worker of the learner ends:\n%s", traceback.format_exc())
+        except Exception as error:
+            said = traceback.format_exc()
+            logger.error("a worker of the learner ends:\n%s", said)
+            if not _another_is_gone(error):
+                self.meeting.set(ERROR, said)
+                self.meeting.get(ERROR)  # so that it is there before this process is not
             os._exit(1)
+
+
+def _another_is_gone(error: Exception) -> bool:
+    """Whether an error only says that another worker has ended."""
+    return isinstance(error, RayError) or (isinstance(error, RuntimeError) and GLOO in str(error).lower())
 
 
 def _do(learner: NearlineLearner, method: str, *arguments: Any) -> Any:

@@ -55,7 +55,8 @@ class RejectionStatus(BaseModel):
     reason: str
     harmful: bool = Field(description="false: learning rested, whatever the events were, and they may be replayed")
     time: int = Field(description="milliseconds since 1970, UTC")
-    traceback: str | None = Field(default=None, description="where learning raised, of an update that was set aside")
+    traceback: str | None = Field(default=None, description="where learning raised, of what was set aside")
+    item_revision: int | None = Field(default=None, description="of a changed item that was set aside, not events")
 
 
 class FreshnessStatus(BaseModel):

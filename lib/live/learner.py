@@ -182,6 +182,20 @@ class NearlineLearner:
         rejection = self._rejection(span, batch.last_offset, f"learning raised each time that it was tried: {error}")
         return self._mark(replace(rejection, traceback=traceback))
 
+    def set_aside_change(self, what: str, traceback: str, item_revision: int | None = None) -> Rejection:
+        """Pass by, for good, a changed item or an offered model at which learning raised each time.
+
+        Args:
+            what: names it.
+            traceback: of the last error.
+            item_revision: of a changed item.
+        """
+        error = traceback.strip().rpartition("\n")[2]
+        span = RejectedSpan(after_offset=self.log_offset, events=0)
+        reason = f"learning raised each time that {what} was tried: {error}"
+        rejection = self._rejection(span, self.log_offset, reason, harmful=False)
+        return self._mark(replace(rejection, traceback=traceback, item_revision=item_revision))
+
     def _take_back(self, batch: MicroBatch, reason: str) -> Rejection:
         """Publish the weights of the gate's reference anew: what was learned since did harm, a little each time."""
         self.model.give_rows_back()

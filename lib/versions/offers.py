@@ -8,6 +8,7 @@ An offer is withdrawn when its version is live everywhere; the version keeps its
 from pathlib import Path
 
 from lib.model.folder import MANIFEST
+from lib.versions.attempts import ATTEMPT_FILE, Attempts
 from lib.versions.folder import LoadedVersion, load_folder
 from lib.versions.store import Store
 
@@ -36,6 +37,10 @@ class Offers:
         """
         with self.store.downloaded(f"{OFFERS}/{name}") as folder:
             return load_folder(folder)
+
+    def attempts(self, name: str) -> Attempts:
+        """Return the record of how often an offer was tried; it goes with the offer."""
+        return Attempts(self.store, f"{OFFERS}/{name}/{ATTEMPT_FILE}")
 
     def withdraw(self, name: str) -> None:
         """Take an offer back, whether it was taken over or not."""

@@ -1,6 +1,7 @@
 """The durable list of rejected updates, beside the versions: which events the weights have not learned from, and why.
 
-An update is rejected by the gate, or set aside as learning raised each time that it was tried.
+An update is rejected by the gate, or set aside as learning raised each time that it was tried; so are changed items and
+offered models, which are no events.
 
 Lines of JSON, one a rejection, in files of at most LINES_A_FILE that are named by the number of their first line. A
 file is written anew with each line, so that it is whole or not there, also on storage that cannot append.
@@ -33,6 +34,7 @@ class Rejection:
     reason: str
     harmful: bool = True  # False: learning rests, whatever the events are; they may be replayed
     traceback: str | None = None  # where learning raised, every time that it was tried
+    item_revision: int | None = None  # of the changed item that was set aside, where it is no events
     time: int = field(default_factory=lambda: time.time_ns() // 1_000_000, compare=False)  # milliseconds
     delta: Delta | None = field(default=None, compare=False)  # where earlier updates, too, had to be taken back
 
@@ -52,6 +54,7 @@ class Rejections:
         # (S, 2) log offsets of what did harm, ascending and apart: behind the first of each, up to the second
         self._spans = np.zeros((0, 2), dtype=np.int64)
         self.set_aside: list[Rejection] = []  # those with a traceback, the oldest first
+        self.item_revisions: set[int] = set()  # of changed items that were set aside
         self.remember(*self.all())
 
     def __len__(self) -> int:
@@ -74,6 +77,7 @@ class Rejections:
     def remember(self, *rejections: Rejection) -> None:
         """Know of some; every worker of a learner does, and the first one also makes them durable."""
         self.set_aside += [each for each in rejections if each.traceback is not None]
+        self.item_revisions |= {each.item_revision for each in rejections if each.item_revision is not None}
         spans = [(each.after_offset, each.last_offset) for each in rejections if each.harmful]
         joined: list[list[int]] = []
         for after, last in sorted([*map(tuple, self._spans.tolist()), *spans]):

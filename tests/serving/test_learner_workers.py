@@ -11,7 +11,6 @@ import pytest
 import ray
 import torch
 import torch.distributed as distributed
-from ray.exceptions import RayError
 
 from lib.errors import InputError
 from lib.live.gate import GateConfig
@@ -24,7 +23,7 @@ from lib.model.distributed import broadcast_from_rank_0, local_batch, require_eq
 from lib.model.fingerprint import fingerprint
 from lib.versions.registry import Registry
 from serving.learner import aggregators_of
-from serving.learner_workers import LearnerWorkers
+from serving.learner_workers import LearnerWorkers, WorkerKilled
 from tests.helpers.learners import training_batch_of
 from tests.helpers.tiny import history, micro_batch, started_registry
 
@@ -129,7 +128,7 @@ def test_two_workers_learn_what_one_learns(
 
     # one that dies leaves the other nothing to do but end, which has published nothing: who follows learns it once
     os.kill(process, signal.SIGKILL)
-    with pytest.raises((RuntimeError, RayError)):
+    with pytest.raises(WorkerKilled):
         two.learn(micro_batch(whole.log_offset + 2, [history([1, 2])]))
     assert registry.head() == 10
     distributed.destroy_process_group()
@@ -137,6 +136,19 @@ def test_two_workers_learn_what_one_learns(
     learned = again.learn(micro_batch(again.log_offset + 2, [history([1, 2])]))
     assert isinstance(learned, Delta)
     assert (learned.version, again.lineage.events_trained) == (11, whole.facts.events_trained + 1)
+
+
+def test_an_error_of_another_worker_is_told_from_a_kill(two: LearnerWorkers) -> None:
+    def poison(worker: Any) -> None:
+        def learn(batch: MicroBatch) -> None:
+            raise KeyError("poison")
+
+        worker.learner.learn = learn
+
+    [other] = two.others
+    ray.get(other.__ray_call__.remote(poison))
+    with pytest.raises(RuntimeError, match=r"(?s)a worker of the learner raised:.*KeyError: 'poison'"):
+        two.learn(FIRST)
 
 
 def test_one_worker_is_the_learner_itself(alone: tuple[NearlineLearner, list[Any]], registry: Registry) -> None:
