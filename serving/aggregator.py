@@ -56,7 +56,6 @@ BOARD_FILE = "changes"
 DUPLICATE = "duplicate"
 UNKNOWN_REQUEST = "unknown_request_id"  # an event names an answer that there never was
 FOREIGN = "foreign_message"  # among the reasons of refused events: messages of other programs in the log
-FOREIGN_SHOWN = 10  # in the status, the newest
 MOST_ARRIVALS = 100_000  # pending events whose times of arrival are kept
 DATASET_ROWS = 100_000  # of a dataset that are Python objects at once
 MOST_CHANGES = 1000  # of items that one call returns
@@ -477,12 +476,12 @@ class Aggregator:
             pending=self.forgotten + len(self.arrivals),
             events=self.accepted,
             duplicates=self.duplicates,
-            rejected=self.rejected + Counter({FOREIGN: len(passed_over)}),
+            rejected=self.rejected + Counter({FOREIGN: passed_over.count}),
             noticed=self.guard.noticed,
             users=len(self.histories),
             commits=self.log.commits,
             item_revision=self.items.revision if self.items is not None else 0,
-            damage=[*self.damage, *([] if unknown is None else [unknown]), *passed_over[-FOREIGN_SHOWN:]],
+            damage=[*self.damage, *([] if unknown is None else [unknown]), *passed_over.newest],
         )
 
     async def ping(self) -> None:

@@ -26,7 +26,7 @@ from lib.errors import InputError
 from lib.log.errors import LogWriteError, write_error
 from lib.log.log_file import Row, row_of
 from lib.log.reader import FeedbackLogReader
-from lib.log.store import AppendResult, SqliteStore, Store
+from lib.log.store import AppendResult, PassedOver, SqliteStore, Store
 
 
 class Append(NamedTuple):
@@ -79,8 +79,8 @@ class FeedbackLog(FeedbackLogReader):
         return self.store.commits
 
     @property
-    def passed_over(self) -> list[str]:
-        """What another program has put into the log, and why it is no feedback."""
+    def passed_over(self) -> PassedOver:
+        """What another program has put into the log."""
         return self.store.passed_over
 
     def append(self, events: Sequence[Event]) -> Future[AppendResult]:

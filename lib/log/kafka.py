@@ -32,7 +32,7 @@ from lib.errors import InputError
 from lib.log.errors import LogWriteError
 from lib.log.log_file import INT64_MAX, LoggedEvent, Row, event_of, insert_rows, row_of
 from lib.log.shard import Shard
-from lib.log.store import AppendResult, SqliteStore
+from lib.log.store import AppendResult, PassedOver, SqliteStore
 
 try:
     from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -44,7 +44,16 @@ LARGEST_MESSAGE = 16 << 20  # bytes before compression; the broker's own limit i
 MESSAGES_AT_ONCE = 1_000
 ABSENT = {field.name: None for field in EVENT_FIELDS if field.optional}  # what a message may leave out
 PASSED_OVER = "CREATE TABLE IF NOT EXISTS passed_over(place INTEGER PRIMARY KEY, reason TEXT NOT NULL)"
+FOREIGN_MESSAGES = "CREATE TABLE IF NOT EXISTS foreign_messages(count INTEGER NOT NULL)"
 POSITION = "CREATE TABLE IF NOT EXISTS position(next INTEGER NOT NULL)"  # of the partition's messages, from 0
+
+# a copy that an earlier release made has a row for each
+COUNT_FOREIGN = """
+INSERT INTO foreign_messages SELECT (SELECT COUNT(*) FROM passed_over) WHERE NOT EXISTS (SELECT 1 FROM foreign_messages)
+"""
+FORGET_OLDEST = "DELETE FROM passed_over WHERE place NOT IN (SELECT place FROM passed_over ORDER BY place DESC LIMIT ?)"
+FOREIGN_KEPT = 10  # messages of other programs of which is kept why they are no feedback, the newest; all are counted
+LONGEST_REASON = 500  # characters
 
 
 class BrokersAway(InputError):
@@ -157,7 +166,7 @@ class KafkaStore:
         self.path = copy
         self.torn = False  # a torn commit of a copy is read again
         self.commits = 0
-        self.passed_over: list[str] = []
+        self.passed_over = PassedOver()
         self.shard = shard
         self.timeout = timeout
         self._others: list[LoggedEvent] = []  # taken over and not yet told of
@@ -166,11 +175,13 @@ class KafkaStore:
         self.copy = SqliteStore(copy, wait_for_lock=wait_for_lock, synchronous="NORMAL")
         try:
             self._rows(PASSED_OVER)
+            self._rows(FOREIGN_MESSAGES)
+            self._rows(COUNT_FOREIGN)
             self._rows(POSITION)
             self._rows("INSERT INTO position SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM position)")
             _patiently(self._catch_up, wait_for_brokers)
             self._others.clear()  # they are in the log that is opened
-            self.passed_over = [reason for (reason,) in self._rows("SELECT reason FROM passed_over ORDER BY place")]
+            self.passed_over = self._passed_over()
             self._producer: Producer | None = self.topic.producer(timeout)
         except BaseException:
             self.copy.close()
@@ -271,7 +282,8 @@ class KafkaStore:
                 raise ValueError(f"received_at {received_at} is no time")
             rows = [row_of(index, Event(**ABSENT | event)) for index, event in enumerate(fields["events"])]
         except (ValueError, TypeError, LookupError) as error:
-            reason = f"message {place} in partition {self.shard.number} of {self.name} is no feedback ({error!r})"
+            said = repr(error)[:LONGEST_REASON]  # it may quote the message
+            reason = f"message {place} in partition {self.shard.number} of {self.name} is no feedback ({said})"
             logger.error("%s and is passed over", reason)
             return _Message(place, [], 0, f"{reason} and is passed over; use a topic of its own")
         if count != self.shard.count:
@@ -322,10 +334,19 @@ class KafkaStore:
         with self.copy.database.transaction() as connection:
             offsets = insert_rows(connection, [(message.rows, message.received_at) for message in messages])
             foreign = [(message.place, message.foreign) for message in messages if message.foreign is not None]
-            connection.executemany("INSERT INTO passed_over VALUES(?, ?)", foreign)
+            if foreign:
+                connection.executemany("INSERT INTO passed_over VALUES(?, ?)", foreign[-FOREIGN_KEPT:])
+                connection.execute("UPDATE foreign_messages SET count = count + ?", (len(foreign),))
+                connection.execute(FORGET_OLDEST, (FOREIGN_KEPT,))
             connection.execute("UPDATE position SET next = ?", (messages[-1].place + 1,))
-        self.passed_over += [reason for _, reason in foreign]
+        if foreign:
+            self.passed_over = self._passed_over()
         return {message.place: given for message, given in zip(messages, offsets, strict=True)}
+
+    def _passed_over(self) -> PassedOver:
+        [(count,)] = self._rows("SELECT count FROM foreign_messages")
+        newest = self._rows("SELECT reason FROM passed_over ORDER BY place")
+        return PassedOver(count, tuple(reason for (reason,) in newest[-FOREIGN_KEPT:]))
 
     def _position(self) -> int:
         return self._rows("SELECT next FROM position")[0][0]

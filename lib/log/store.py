@@ -41,6 +41,14 @@ class AppendResult:
         return self.offsets.count(None)
 
 
+@dataclass(frozen=True)
+class PassedOver:
+    """What another program has put into the log: how many messages, and of the newest why they are no feedback."""
+
+    count: int = 0
+    newest: tuple[str, ...] = ()
+
+
 class Store(Protocol):
     """What a feedback log writes to, with one thread."""
 
@@ -48,7 +56,7 @@ class Store(Protocol):
     path: Path  # of the SQLite file that the log is read from
     torn: bool  # whether a last commit that was not whole was dropped; what it held was never acknowledged
     commits: int  # writes that changed something, each with its fsync
-    passed_over: list[str]  # what another program has put into the log, and why it is no feedback
+    passed_over: PassedOver
 
     def append(self, batches: Sequence[list[Row]]) -> Sequence[AppendResult | Exception]:
         """Write batches of rows, each of them whole or not at all; return the outcome of each.
@@ -99,7 +107,7 @@ class SqliteStore:
         self.path = path
         self.name = str(path)
         self.commits = 0
-        self.passed_over: list[str] = []
+        self.passed_over = PassedOver()
         self._lock = _lock(path, wait_for_lock)
         try:
             self.torn = last_commit_is_torn(path)

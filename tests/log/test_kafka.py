@@ -17,7 +17,7 @@ from lib.errors import InputError
 from lib.log.errors import LogWriteError
 from lib.log.feedback import FeedbackLog
 from lib.log.integrity import check_ends, check_log
-from lib.log.kafka import BrokersAway, KafkaStore, Topic
+from lib.log.kafka import FOREIGN_KEPT, BrokersAway, KafkaStore, Topic
 from lib.log.layout import LogLayout
 from lib.log.shard import ONLY, Shard
 from lib.log.store import AppendResult
@@ -174,9 +174,27 @@ def test_a_message_of_another_program_is_passed_over_and_said(kafka_brokers, kaf
     asyncio.run(live())
     with kafka_log(kafka_topic, ONLY, tmp_path / "made again") as log:
         assert [(offset, item) for offset, item, _ in everything(log)] == [(n, f"item-{n}") for n in (1, 2, 3)]
-        assert len(log.passed_over) == 2
+        assert (log.passed_over.count, len(log.passed_over.newest)) == (2, 2)
     with kafka_log(kafka_topic, ONLY, tmp_path / "made again") as log:
-        assert len(log.passed_over) == 2
+        assert (log.passed_over.count, len(log.passed_over.newest)) == (2, 2)
+
+
+def test_of_foreign_messages_the_newest_are_kept_and_all_are_counted(kafka_brokers, kafka_topic, tmp_path):
+    producer = Producer({"bootstrap.servers": kafka_brokers})
+    for number in range(2 * FOREIGN_KEPT + 3):
+        event = {"user_id": "u", "x" * 10_000: number}
+        foreign = orjson.dumps({"shard": [0, 1], "received_at": 1, "events": [event]})
+        producer.produce(Topic.of(kafka_topic).name, foreign, partition=0)
+    producer.flush()
+    for _ in range(2):  # also from the copy
+        with kafka_log(kafka_topic, ONLY, tmp_path / "log") as log:
+            assert log.passed_over.count == 2 * FOREIGN_KEPT + 3
+            assert len(log.passed_over.newest) == FOREIGN_KEPT
+            assert log.passed_over.newest[-1].startswith(f"message {2 * FOREIGN_KEPT + 2} ")
+            assert max(map(len, log.passed_over.newest)) < 1_000
+            assert isinstance(log.store, KafkaStore)
+            rows = log.store.copy.database.connection.execute("SELECT COUNT(*) FROM passed_over").fetchone()
+            assert rows == (FOREIGN_KEPT,)
 
 
 def test_messages_that_are_gone_are_noticed(log, kafka_topic, tmp_path):
