@@ -220,10 +220,12 @@ def _plan(
     """Write what the run starts from, learns from and is judged by; the plan is the last file to come.
 
     Raises:
-        InputError: a version is not stored, the dataset cannot be read, or there is too little feedback.
+        InputError: a version is not stored, the dataset cannot be read or its ratings have another scale than the
+            model's, or there is too little feedback.
     """
     import pyarrow as pa
 
+    from lib.data.dataset import check_rating_scale
     from lib.live.finetuning import cut_feedback, feedback, of_known_items, older_events
     from lib.live.learning_model import LearningModel, popularity_half_life
     from lib.live.settings import LearnerConfig
@@ -235,6 +237,8 @@ def _plan(
     version = registry.base_of(live) if since is None else since
     rejections = Rejections(registry.store)
     begun = rejections.passed_by(registry.load(version))
+    if data is not None:
+        check_rating_scale(data, begun.encoder.config.ratings)
     with read_log(state) as log:
         every = feedback(log, begun.log_offset, log.last_offset())
         logged = every["offset"].to_numpy()

@@ -26,7 +26,7 @@ from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import HTTPOptions
 
 from cluster.local import HOST, end_in_time, require_free_port, running_ray, undisturbed
-from lib.data.dataset import read_events
+from lib.data.dataset import check_rating_scale, read_events
 from lib.errors import InputError
 from lib.live.settings import LearnerConfig
 from lib.model.folder import load_model
@@ -61,17 +61,19 @@ def check_service(arguments: ServeArguments, port: int) -> None:
     """Refuse, before Ray is started, what cannot be served.
 
     Raises:
-        InputError: the port is taken; model, dataset or challenger cannot be used; or a ranking rule does not suit the
+        InputError: the port is taken; model, dataset or challenger cannot be used; the dataset's ratings have another
+            scale; or a ranking rule does not suit the
             catalog.
     """
     require_free_port(port)
     arguments.check()
-    _, catalog, _ = load_model(arguments.model)
+    encoder, catalog, _ = load_model(arguments.model)
     BoundRules.of(arguments.ranking, catalog).check()
     if arguments.challenger is not None:
         check_challenger(arguments.challenger, arguments.state_location)
     if arguments.data is not None:
         read_events(arguments.data)
+        check_rating_scale(arguments.data, encoder.config.ratings)
     Registry(arguments.versions_location).check_format()
 
 

@@ -47,6 +47,25 @@ def read_rating_scale(data: str | Path) -> RatingScale:
     return STARS if text is None else RatingScale.parse(text.decode())
 
 
+def check_rating_scale(data: str | Path, of_model: RatingScale) -> None:
+    """Refuse a dataset whose ratings have another scale than a model's: likes would be taken for dislikes.
+
+    Raises:
+        InputError: they have, or there is no such dataset.
+    """
+    scale = read_rating_scale(data)
+    if scale == of_model:
+        return
+    with parquet_file(events_file(data)) as file:
+        kinds = (batch.column("event") for batch in file.iter_batches(columns=["event"]))
+        if not any("rating" in kind.unique().to_pylist() for kind in kinds):
+            return
+    raise InputError(
+        f"data: the ratings of {data} are on the scale {scale}, and those of the model on {of_model}; ingest the data "
+        f"with --rating-scale {of_model} if that is theirs, or pretrain a model on them"
+    )
+
+
 def events_file(data: str | Path) -> Path:
     """Return the events file of a dataset folder, or that file itself.
 

@@ -274,6 +274,7 @@ class NearlineLearner:
         if parent is not None and not self.lineage.accounts.traces(parent):
             parent = None
         self.lineage.follow(replace(loaded, parent=parent))
+        self.lineage.unknown_items.forget(model.catalog.row_of.keys())
         self._learn_from(model)
         self.lineage.publish_base(model, facts, self.influence.newcomers)
 

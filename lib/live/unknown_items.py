@@ -87,6 +87,10 @@ class UnknownItems:
         while len(self.users_of) > MOST_WAITING:
             del self.users_of[next(iter(self.users_of))]
 
+    def forget(self, known: Collection[str]) -> None:
+        """Let no item wait that has a row, as another model that was taken over may have given it one."""
+        self._drop([item_id for item_id in self.users_of if item_id in known])
+
     def publish(self, new_items: Sequence[str]) -> dict[str, np.ndarray]:
         """Return what is stored with the next version, whose catalog has these new items."""
         given = [item_id for item_id in new_items if item_id in self.users_of]

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 import jobs.finetune
@@ -13,8 +14,10 @@ from jobs import training_workers
 from jobs.command_line import run_command
 from jobs.finetune import FOLDER, FinetuneSettings, Outcome, _alone, finetune, finetune_command
 from jobs.pretrain_settings import PretrainSettings
-from lib.data.events import Event
+from lib.data.dataset import write_dataset
+from lib.data.events import EVENT_SCHEMA, Event
 from lib.data.history import History
+from lib.data.ratings import RatingScale
 from lib.errors import InputError
 from lib.live.learner import NearlineLearner
 from lib.log.feedback import FeedbackLog
@@ -341,6 +344,17 @@ def test_bad_input_is_one_line(command, state, trained, arguments, beginning):
     assert (status, out) == (2, "")
     assert err.startswith(beginning)
     assert err.count("\n") == 1
+    assert not (state / FOLDER).exists()
+    assert trained == []
+
+
+def test_a_dataset_of_another_rating_scale_is_refused(command, state, trained, tmp_path):
+    rating = {"user_id": "ann", "item_id": "i1", "event": "rating", "value": 4.0, "timestamp": NOW}
+    write_dataset(tmp_path / "tens", pa.Table.from_pylist([rating], EVENT_SCHEMA), None, RatingScale(1.0, 10.0))
+    status, out, err = command("--data", tmp_path / "tens")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: data: the ratings of {tmp_path / 'tens'} are on the scale 1-10, and those of the")
+    assert "model on 1-5; ingest the data with --rating-scale 1-5 if that is theirs, or pretrain a model" in err
     assert not (state / FOLDER).exists()
     assert trained == []
 

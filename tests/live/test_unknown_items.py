@@ -110,6 +110,17 @@ def test_what_waits_outlives_another_model(registry, tmp_path):
     assert learned(again, ("ben", [1, "new"])).new_items == ["new"]
 
 
+def test_an_item_that_another_model_has_waits_no_more(registry, tmp_path):
+    learner = NearlineLearner(registry, TWO)
+    other = NearlineLearner(started_registry(tmp_path / "other"), TWO)
+    learned(learner, ("ann", [1, "newer"]), ("ann", [1, "new"]))
+    assert other.change_items([ItemChange(1, "new", {})]) is not None
+    loaded = other.registry.load()
+    learner.adopt(loaded, loaded.facts)
+    assert list(learner.lineage.unknown_items.users_of) == ["newer"]
+    assert state_of(NearlineLearner(registry, TWO).lineage.unknown_items) == state_of(learner.lineage.unknown_items)
+
+
 def test_no_number_of_made_up_ids_makes_the_model_grow(registry, monkeypatch):
     monkeypatch.setattr("lib.live.unknown_items.MOST_WAITING", 50)
     learner = NearlineLearner(registry, TWO)
