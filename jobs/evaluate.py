@@ -195,10 +195,11 @@ def _contenders(
     models: Sequence[LoadedModel], items: "Catalog", histories: "Histories", training: "Histories", baselines: bool
 ) -> Iterator[tuple["Contender", dict[str, Any]]]:
     """Return the models, then the baselines, each with what there is to know of it."""
-    from lib.evaluation.protocols import baseline_contender, model_contender
+    from lib.evaluation.protocols import baseline_contender
+    from lib.ranking.contender import answer_contender
 
     for model in models:
-        contender = model_contender(model.name, model.encoder, model.catalog, items)
+        contender = answer_contender(model.name, model.encoder, model.catalog, items)
         yield (
             contender,
             {

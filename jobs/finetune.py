@@ -285,7 +285,7 @@ def _write_material(
     """Write the model that training starts from, what it learns from, and the histories that end in held-out events."""
     import pyarrow as pa
 
-    from lib.live.finetuning import TooFewEvents, count_popularity, histories_around, of_users
+    from lib.live.finetuning import TooFewEvents, count_events, count_popularity, histories_around, of_users
     from lib.model.folder import Manifest
     from lib.versions.folder import save_with_optimizer
 
@@ -297,6 +297,7 @@ def _write_material(
     if not trained.targets.any():
         raise TooFewEvents("since: no event follows another one of its user; wait for more feedback")
     count_popularity(encoder, catalog, events, cut, model.popularity_half_life)
+    count_events(encoder, trained)
     trained.save(storage / TRAINED_FILE)
     histories_around(of_users(events, judges), cut.until, catalog, kinds).save(storage / HELD_OUT_FILE)
     save_with_optimizer(storage / START, encoder, catalog, Manifest(), model.trainer.optimizer_state())

@@ -3,7 +3,7 @@
 from dataclasses import asdict, replace
 from typing import Annotated
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from lib.data.histories import Histories
 from lib.data.holdout import LEAVE_ONE_OUT, Holdout
@@ -53,6 +53,11 @@ class PretrainSettings(Settings):
     accumulation: PositiveInt | None = Field(default=None, description="parts that a worker splits a batch into")
     compile: bool = Field(default=False, description="torch.compile the blocks: worth its minute on a GPU only")
     sharded: bool = Field(default=False, description="shard the dense weights over the workers (FSDP2)")
+    neighbours: NonNegativeInt | None = Field(
+        default=None,
+        description="kept of each item, of what follows it and of what goes together with it, for the ranker; by "
+        "default 32 to 128 by the events of an item; 0: no ranker, answers are the encoder's alone",
+    )
     popularity_half_life_days: PositiveFloat = Field(
         default=7.0, description="after which an event counts half in what is popular"
     )

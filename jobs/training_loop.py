@@ -29,13 +29,26 @@ from jobs.run_folder import RESULT, STREAM
 from jobs.training_data import TrainingData, WeightedData, read_training_data
 from lib.data.attributes import attribute_codes, attribute_values
 from lib.data.events import EVENT_KINDS
+from lib.data.histories import Histories
 from lib.data.popularity import DAY, popularity_of, steady_total
 from lib.live.finetuning import MarkedHistories
+from lib.model.batches import SequenceBatches
 from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
 from lib.model.facts import TrainingFacts
 from lib.model.folder import Manifest, save_model, write_manifest
 from lib.model.presets import DEFAULT_INPUTS, Preset
 from lib.model.trainer import Trainer, TrainingConfig, keep_freed_memory
+from lib.ranking.features import FEATURES
+from lib.ranking.fit import (
+    EXTRA_EPOCHS,
+    EXTRA_RATE,
+    LEAST_EVENTS,
+    count_all,
+    fit_ranker,
+    held_back,
+    neighbours_for,
+    people_come_back,
+)
 from lib.versions.folder import OPTIMIZER_FILE, LoadedVersion, load_folder
 
 WARMUP_STEPS = 100
@@ -92,7 +105,9 @@ def training_loop(config: dict[str, Any]) -> None:
         keep_freed_memory()
     worker = TrainingWorker(run, read_material(run), device)
     metrics = worker.resume()
-    for epoch in range(metrics.epoch, worker.preset.epochs):
+    for epoch in range(metrics.epoch, worker.epochs):
+        if epoch == worker.preset.epochs:
+            worker.fit_ranker()
         metrics = worker.train_epoch(epoch, metrics)
         worker.checkpoint(metrics)
     worker.finish(metrics)
@@ -123,9 +138,15 @@ class TrainingWorker:
         context = train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.trainer = new_trainer(run.settings, material, device)
-        self.batches = self.data.batches(self.trainer.encoder.config)
-        generator = np.random.default_rng(run.settings.seed)
-        self.steps_per_epoch = sum(1 for _ in self.batches.groups(self.preset.events_per_batch, generator))
+        config = self.trainer.encoder.config
+        self.epochs, self.held = self.preset.epochs, None
+        self.batches = self.every = self.data.batches(config)
+        if config.neighbours and self.origin is None:
+            assert isinstance(self.data, TrainingData)
+            self.held = held_back(self.data.histories, config, run.settings.holdout, run.settings.seed)
+            self.epochs += math.ceil(EXTRA_EPOCHS * self.preset.epochs)
+            self.batches = SequenceBatches(self.data.histories.select(~self.held), config)
+        self.steps_per_epoch = [self._steps(batches) for batches in (self.batches, self.every)]
         self.first_step = self.trainer.steps  # a fine-tune counts on from its origin's
         self.writer: SummaryWriter | None = None
 
@@ -151,18 +172,20 @@ class TrainingWorker:
     def train_epoch(self, epoch: int, before: Metrics) -> Metrics:
         """Train on this worker's part of every batch of one epoch, counted from 0."""
         seed, preset, trainer = self.run.settings.seed, self.preset, self.trainer
-        total = self.steps_per_epoch * preset.epochs
+        extra = epoch >= preset.epochs
+        steps = self.steps_per_epoch[extra]
         start = time.perf_counter()
         losses, sequences = [], 0
         torch.manual_seed((seed * 1_000_003 + epoch) * 1_009 + self.rank)  # dropout
         generator = np.random.default_rng((seed, epoch))
-        batches = self.batches.epoch(preset.events_per_batch, generator, self.rank, self.world_size)
+        part = self.every if extra else self.batches
+        batches = part.epoch(preset.events_per_batch, generator, self.rank, self.world_size)
         for step, batch in enumerate(batches):
-            trainer.learning_rate = learning_rate_at(trainer.steps - self.first_step, total, preset.learning_rate)
+            trainer.learning_rate = self._learning_rate()
             losses.append(trainer.step(batch.to(self.device)).loss)
             sequences += len(batch.lengths) * self.world_size
             if step % REPORT_EVERY == 0:
-                self._report(epoch, step / self.steps_per_epoch)
+                self._report(epoch, step / steps)
         metrics = Metrics(
             epoch=epoch + 1,
             loss=float(np.mean(losses)),
@@ -172,11 +195,38 @@ class TrainingWorker:
         self._report(epoch, 1.0, metrics)
         return metrics
 
+    def _learning_rate(self) -> float:
+        """Return the rate of the next step: up and down again, then a smaller decay for what was kept back."""
+        step, peak, preset = self.trainer.steps - self.first_step, self.preset.learning_rate, self.preset
+        total = self.steps_per_epoch[0] * preset.epochs
+        if step < total:
+            return learning_rate_at(step, total, peak)
+        extra = self.steps_per_epoch[1] * (self.epochs - preset.epochs)
+        return decayed(step - total, extra, EXTRA_RATE * peak, FINAL_LEARNING_RATE * peak)
+
+    def _steps(self, batches: Any) -> int:
+        generator = np.random.default_rng(self.run.settings.seed)
+        return sum(1 for _ in batches.groups(self.preset.events_per_batch, generator))
+
+    def fit_ranker(self) -> None:
+        """Fit the ranker on what was kept back, before the encoder learns that, too; rank 0 alone needs it."""
+        encoder = self.trainer.unsharded_encoder()
+        if self.rank != 0:
+            return
+        assert isinstance(self.data, TrainingData)
+        assert self.held is not None
+        device, settings = self.device, self.run.settings
+        fit_ranker(encoder.cpu(), self.data.histories, self.held, settings.holdout, settings.seed)
+        encoder.to(device)  # pyright: ignore[reportArgumentType]
+        own, fitted = self.trainer.encoder.ranker, encoder.ranker
+        if own is not None and fitted is not None and own is not fitted:
+            own.load_state_dict(fitted.state_dict())
+
     def _report(self, epoch: int, share: float, metrics: Metrics | None = None) -> None:
         """Say, on rank 0, that so much of an epoch is done; with its metrics at its end."""
         if self.rank != 0:
             return
-        epochs = self.preset.epochs
+        epochs = self.epochs
         report = Report(epoch + 1, epochs, (epoch + min(share, 1.0)) / epochs)
         if metrics is not None:
             report = report._replace(loss=metrics.loss, seconds=metrics.seconds)
@@ -210,6 +260,8 @@ class TrainingWorker:
         self.writer.close()
         if self.origin is None:
             count_popularity(encoder, self.data, self.run.settings.popularity_half_life_days * DAY)
+            if encoder.counts is not None and isinstance(self.data, TrainingData):
+                count_all(encoder, self.data.histories)
         folder, manifest = self.run.storage / RESULT, Manifest(training=self._facts(metrics))
         save_model(folder, encoder, self.data.catalog, manifest)
         safetensors.numpy.save_file(optimizer, folder / OPTIMIZER_FILE)
@@ -235,6 +287,8 @@ def new_trainer(settings: PretrainSettings, material: Material, device: torch.de
     """Return a trainer of a fresh encoder, or of the origin's with its optimiser's state."""
     data, preset, origin = material.data, material.preset, material.origin
     encoder = origin.encoder if origin else new_encoder(data, preset, settings.seed, settings.inputs)
+    if origin is None and isinstance(data, TrainingData):
+        add_ranker(encoder, data.histories, settings)
     encoder.to(device)  # pyright: ignore[reportArgumentType]  transformers wraps it and hides its signature
     trainer = Trainer(encoder, len(data.catalog), training_config(settings, preset, device))
     if origin is not None and origin.optimizer is not None:
@@ -265,6 +319,15 @@ def new_encoder(
     return encoder
 
 
+def add_ranker(encoder: BehaviourEncoder, histories: Histories, settings: PretrainSettings) -> None:
+    """Give an encoder empty counts and a ranker, where enough is kept back to fit it on."""
+    neighbours = neighbours_for(histories) if settings.neighbours is None else settings.neighbours
+    held = held_back(histories, encoder.config, settings.holdout, settings.seed)
+    if neighbours and int(held.sum()) >= LEAST_EVENTS:
+        encoder.config.repeats = people_come_back(histories)
+        encoder.add_ranker(neighbours, len(FEATURES))
+
+
 def training_config(settings: PretrainSettings, preset: Preset, device: torch.device) -> TrainingConfig:
     """Return the trainer's settings: those that were set by hand, else the preset's, else its own defaults."""
     names = asdict(TrainingConfig()).keys()
@@ -292,5 +355,9 @@ def learning_rate_at(step: int, total: int, peak: float) -> float:
     warmup = min(WARMUP_STEPS, total // 10 + 1)
     if step < warmup:
         return peak * (step + 1) / warmup
-    decay = 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(total - warmup, 1))
-    return peak * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * decay)
+    return decayed(step - warmup, total - warmup, peak, FINAL_LEARNING_RATE * peak)
+
+
+def decayed(step: int, total: int, first: float, last: float) -> float:
+    """Return the rate of a step of a cosine from the first rate down to the last."""
+    return last + (first - last) * (0.5 + 0.5 * math.cos(math.pi * step / max(total, 1)))

@@ -46,7 +46,9 @@ class RecommendationRequest(BaseModel):
         description='attribute conditions, e.g. {"genres": "Comedy", "price": {"max": 20}}, and allow or deny lists; '
         "at most 50 conditions with 1,000 values in all, and 10,000 ids in each list",
     )
-    exclude_seen: bool = True
+    exclude_seen: bool | None = Field(
+        default=None, description="leave out what the person has seen; default: unless people come back to items here"
+    )
     explain: bool = False
 
     @model_validator(mode="after")

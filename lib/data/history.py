@@ -26,12 +26,23 @@ class Opinions(NamedTuple):
     weights: np.ndarray  # (T,) float32, by recency; below 0 for a dislike, 0 for what was turned down later
 
 
+class Person(NamedTuple):
+    """What the ranker reads of a history (lib/ranking/features.py); S distinct items."""
+
+    recent: np.ndarray  # (W,) int64 rows of the newest distinct items that were not turned down, the newest first, or 0
+    seen: np.ndarray  # (S,) int32 rows of all events, ascending
+    times: np.ndarray  # (S,) float32 events of each
+    ago: np.ndarray  # (S,) float32 events since its newest one; 0 is the newest of all
+    length: int  # events that were not turned down
+    kind: int  # code of the newest event's kind; 0: there is none
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedHistory:
     """A history as one encoder reads it; events of items or kinds that it does not know are left out."""
 
     codes: np.ndarray  # (4, T) int64 rows, kinds, gaps and values of the newest T events
-    seen: np.ndarray  # (S,) int32 rows of all events, ascending
+    person: Person
     opinions: Opinions | None  # None where nothing was turned down of late
     reader: int  # number of the recommender that made it; to another one its rows mean nothing
     catalog_items: int  # of the catalog that it was made with

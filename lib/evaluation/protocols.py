@@ -91,10 +91,7 @@ class Contender:
 def model_contender(
     name: str, encoder: BehaviourEncoder, catalog: Catalog, items: Catalog, dislike_weight: float = DISLIKE_WEIGHT
 ) -> Contender:
-    """Make a contender of a model; `items` has every item of its catalog."""
-    dataset_rows = np.array([PADDING_ROW] + [items.row_of[item_id] for item_id in catalog.item_ids[1:]], dtype=np.int32)
-    own_rows = np.zeros(len(items) + 1, dtype=np.int32)
-    own_rows[dataset_rows] = np.arange(len(dataset_rows))
+    """Make a contender of a model's encoder alone; `items` has every item of its catalog."""
     encoder.eval()
     with torch.inference_mode():
         vectors = encoder.item_vectors(torch.arange(len(catalog) + 1))  # (R, C)
@@ -102,6 +99,16 @@ def model_contender(
     def score(histories: Histories) -> Iterator[Scored]:
         return model_scores(encoder, vectors, histories, dislike_weight)
 
+    return mapped_contender(name, catalog, items, score)
+
+
+def mapped_contender(
+    name: str, catalog: Catalog, items: Catalog, score: Callable[[Histories], Iterator[Scored]]
+) -> Contender:
+    """Make a contender whose rows are those of a catalog; `items` has every item of it."""
+    dataset_rows = np.array([PADDING_ROW] + [items.row_of[item_id] for item_id in catalog.item_ids[1:]], dtype=np.int32)
+    own_rows = np.zeros(len(items) + 1, dtype=np.int32)
+    own_rows[dataset_rows] = np.arange(len(dataset_rows))
     return Contender(name, own_rows, dataset_rows, score)
 
 
@@ -116,15 +123,15 @@ def model_scores(
     for places, b in SequenceBatches(liked, encoder.config).inference():
         interests = encoder.interests(b.kinds, b.gaps, b.values, b.lengths, b.rows)
         scores = encoder.queries(interests) @ vectors.T
-        yield places, _pushed_down(scores, [opinions[place] for place in places], vectors, dislike_weight)
+        yield places, pushed_down(scores, [opinions[place] for place in places], vectors, dislike_weight)
     unknown = np.flatnonzero(liked.lengths == 0)
     popularity = encoder.item_popularity[: len(vectors)]
     scores = (popularity / popularity.max().clamp(min=1e-9)).where(popularity > 0, float("-inf"))
     scores = scores.repeat(len(unknown), 1)
-    yield unknown, _pushed_down(scores, [opinions[place] for place in unknown], vectors, dislike_weight)
+    yield unknown, pushed_down(scores, [opinions[place] for place in unknown], vectors, dislike_weight)
 
 
-def _pushed_down(scores: Tensor, opinions: Sequence[Opinions | None], vectors: Tensor, weight: float) -> Tensor:
+def pushed_down(scores: Tensor, opinions: Sequence[Opinions | None], vectors: Tensor, weight: float) -> Tensor:
     """Lower the scores (B, R) of what is like dislikes, among as many candidates as an answer has at most."""
     lines = torch.tensor([line for line, own in enumerate(opinions) if own is not None], dtype=torch.int64)
     if len(lines):

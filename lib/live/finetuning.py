@@ -28,13 +28,15 @@ from lib.data.popularity import event_counts, start_weights
 from lib.data.tables import order_events
 from lib.errors import InputError
 from lib.evaluation.comparison import Comparison, compare
-from lib.evaluation.protocols import Cases, model_contender, rank
+from lib.evaluation.protocols import Cases, rank
 from lib.experiments.split import place_of
 from lib.log.log_file import LoggedEvent
 from lib.log.reader import LogReader
 from lib.model.batches import SequenceBatches, target_weights
 from lib.model.buckets import histories_in, table_of
 from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
+from lib.ranking.contender import answer_contender
+from lib.ranking.fit import likes
 from lib.versions.accounts import Accounts
 from lib.versions.folder import LoadedVersion
 from lib.versions.registry import Registry, VersionInfo
@@ -256,6 +258,21 @@ def count_popularity(encoder: BehaviourEncoder, catalog: Catalog, events: pa.Tab
     encoder.item_popularity.index_add_(0, torch.from_numpy(rows[counted]), counts)
 
 
+def count_events(encoder: BehaviourEncoder, trained: MarkedHistories) -> None:
+    """Count the marked events, those that are learned, in what goes together, follows and trends."""
+    counts, histories = encoder.counts, trained.histories
+    if counts is None:
+        return
+    liked = likes(histories, encoder.config) > 0
+    kept = histories.select(liked)
+    places = np.flatnonzero(trained.marked[liked])
+    places = places[np.argsort(kept.timestamps[places], kind="stable")]
+    times = int(counts.clock) + 1 + np.arange(len(places))
+    for start in range(0, len(places), CHUNK):
+        part = slice(start, start + CHUNK)
+        counts.count_events(kept, places[part], np.ones(len(places[part])), times[part])
+
+
 def _first_of(values: np.ndarray) -> np.ndarray:
     """(E,) bool, where each value stands for the first time."""
     first = np.zeros(len(values), dtype=bool)
@@ -280,6 +297,6 @@ def judge(
         raise TooFewEvents("since: no held-out event follows another one of its user; wait for more feedback")
     users = np.searchsorted(histories.offsets, tested, side="right") - 1
     cases = Cases(histories, users, tested - histories.offsets[users])
-    contenders = [model_contender("live", *rival, catalog), model_contender("base", *result, catalog)]
+    contenders = [answer_contender("live", *rival, catalog), answer_contender("base", *result, catalog)]
     rankings = [(contender.name, rank(contender, cases)) for contender in contenders]
     return compare(rankings, cases, [], np.bincount(histories.rows, minlength=len(catalog) + 1))

@@ -35,6 +35,7 @@ from lib.live.micro_batch import MicroBatch
 from lib.model.batches import SequenceBatches, target_weights
 from lib.model.delta import ROW_TENSORS, dense_state, state_of
 from lib.model.encoder import BehaviourEncoder
+from lib.model.ranker import RANKER_PREFIX
 from lib.settings import Settings
 
 TABLE = ROW_TENSORS[0]
@@ -288,7 +289,9 @@ class Gate:
         So a change that lasts, as of the scale of what people do, is usual in the end.
         """
         state = state_of(self.encoder)
-        floating = [name for name, tensor in dense.items() if tensor.is_floating_point()]
+        floating = [
+            name for name, tensor in dense.items() if tensor.is_floating_point() and not name.startswith(RANKER_PREFIX)
+        ]
         moved = float(sum(((state[name] - dense[name]) ** 2).sum() for name in floating)) ** 0.5 / max(counted, 1e-3)
         if moved == 0.0:
             return None

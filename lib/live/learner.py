@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from lib.errors import InputError
+from lib.live.counting import count_events, learn_ranking, new_events
 from lib.live.gate import Gate
 from lib.live.influence import Influence
 from lib.live.learning_model import LearningModel
@@ -93,8 +94,13 @@ class NearlineLearner:
             self.gate.before(batch, self.version, self.log_offset)
         if (harm := broadcast_from_rank_0(self.gate.harm)) is not None:
             return self._take_back(batch, harm)
+        events = new_events(batch, self.model, self.influence) if self.model.stage is not None else None
+        if events is not None:
+            learn_ranking(events, self.model)
         loss = self._train(batch, journal)
         count_popularity(batch, self.model, self.influence, journal)
+        if events is not None:
+            count_events(events, self.model, journal)
         if (objection := self._objection(loss, journal)) is not None:
             journal.undo()
             return self._reject(batch, objection)

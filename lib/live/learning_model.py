@@ -15,8 +15,10 @@ from lib.live.undo import UndoJournal
 from lib.log.items import ItemChange
 from lib.model.delta import ROW_TENSORS, difference, grow_items, state_of
 from lib.model.encoder import BehaviourEncoder
-from lib.model.fingerprint import Fingerprint
+from lib.model.fingerprint import NO_ROWS, Fingerprint
+from lib.model.item_counts import COUNT_TENSORS
 from lib.model.trainer import Trainer, TrainingConfig, train_top_layers
+from lib.ranking.stage import stage_of
 from lib.versions.folder import LoadedVersion
 
 LEAST_HALF_LIFE = 1000.0  # events: of fewer, chance decides what is popular
@@ -36,6 +38,7 @@ class Changes(NamedTuple):
     rows: Tensor
     tensors: dict[str, np.ndarray]
     popularity_scale: float = 1.0  # of all rows, before these change
+    count_rows: np.ndarray = NO_ROWS  # (S,) changed rows of the counts
 
 
 class LearningModel:
@@ -59,6 +62,7 @@ class LearningModel:
         add_rows(self.trainer, self.catalog, known=len(loaded.catalog), seed=config.seed, likes=self.likes)
         self.published_items = len(self.catalog)  # later ones are named by the next delta
         self.fingerprint = Fingerprint(self.encoder)  # of the published weights
+        self.stage = stage_of(self.encoder)  # of the published weights; None where the model has no ranker
 
     def add_items(self, item_ids: Iterable[str]) -> None:
         """Give rows to the unknown ones among these items: the mean of those that are like each, a little apart."""
@@ -76,6 +80,8 @@ class LearningModel:
         rows = slice(self.published_items + 1, len(self.catalog) + 1)
         for name in ROW_TENSORS:
             state_of(self.encoder)[name][rows] = 0
+        if self.encoder.counts is not None:
+            self.encoder.counts.clear(rows)
         self.catalog.shorten(self.published_items)
         self.trainer.items = len(self.catalog)
 
@@ -98,9 +104,10 @@ class LearningModel:
         """Return these rows (R,) of the row tensors, and of the other tensors those that an update has changed."""
         state = state_of(self.encoder)
         tensors = {name: state[name][rows].numpy() for name in ROW_TENSORS}
+        count_rows, counts = self._counts_at(self.rows_to_publish(journal.count_rows).numpy())
         changed = (name for name, before in journal.dense.items() if not torch.equal(state[name], before))
         dense = {name: state[name].numpy().copy() for name in changed}
-        return Changes(rows, tensors | dense, journal.popularity_scale)
+        return Changes(rows, tensors | dense | counts, journal.popularity_scale, count_rows)
 
     @property
     def checksum(self) -> str:
@@ -111,7 +118,25 @@ class LearningModel:
         """Take changes into the fingerprint, and return it."""
         if changes.popularity_scale != 1.0:
             self.fingerprint.forget("item_popularity")
-        return self.fingerprint.update(state_of(self.encoder), changes.rows.numpy(), set(changes.tensors))
+        names, rows = set(changes.tensors), changes.rows.numpy()
+        return self.fingerprint.update(state_of(self.encoder), rows, names, changes.count_rows)
+
+    def follow(self, changes: Changes) -> None:
+        """Rank by these changes from now on, as they are published."""
+        if self.stage is None:
+            return
+        index = self.stage.index
+        rows = np.union1d(changes.rows.numpy(), np.arange(len(index), self.encoder.config.item_rows))
+        with torch.inference_mode():
+            index.update(rows, self.encoder.item_vectors(torch.from_numpy(rows)).cpu().numpy())
+        self.stage.follow(changes.count_rows)
+
+    def _counts_at(self, rows: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Return rows, and the counts there by the names of their tensors; none where nothing is counted."""
+        if self.encoder.counts is None:
+            return NO_ROWS, {}
+        state = state_of(self.encoder)
+        return rows, {name: state[name].numpy()[rows] for name in COUNT_TENSORS}
 
     def go_back_to(self, loaded: LoadedVersion) -> Changes:
         """Take over the weights and the optimiser of another version; items that came after it keep what they have.
@@ -123,6 +148,8 @@ class LearningModel:
         later = slice(len(loaded.catalog) + 1, None)
         for name in ROW_TENSORS:
             target[name][later] = own[name][later]
+        for name in COUNT_TENSORS if self.encoder.counts is not None else ():
+            target[name][later] = own[name][later]
         target["item_attributes"].copy_(own["item_attributes"])
         half_life, then = self.counted_half_life, popularity_half_life(None, loaded)
         reference = same_reference(loaded.log_offset, int(loaded.encoder.popularity_reference), then, half_life)
@@ -133,11 +160,22 @@ class LearningModel:
         trainer = _trainer_of(loaded, self.trainer.config)
         rows = self._rows_that_differ(target, trainer)
         _, tensors = difference(self.encoder, target, rows)
-        changes = Changes(rows, {name: np.array(value) for name, value in tensors.items()})
+        counted = self._counts_that_differ(target)
         for name, tensor in own.items():
             tensor.copy_(target[name])
+        count_rows, counts = self._counts_at(counted)
+        changes = Changes(rows, {name: np.array(value) for name, value in tensors.items()} | counts, 1.0, count_rows)
         self.trainer.load_optimizer_state(trainer.optimizer_state())
         return changes
+
+    def _counts_that_differ(self, target: dict[str, Tensor]) -> np.ndarray:
+        """(S,) rows whose counts are not those of the target, and the unpublished ones."""
+        differs = torch.zeros(self.encoder.config.item_rows, dtype=torch.bool)
+        own = state_of(self.encoder)
+        for name in COUNT_TENSORS if self.encoder.counts is not None else ():
+            differs |= (own[name] != target[name]).reshape(len(differs), -1).any(dim=1)
+        differs[self.rows_to_publish()] = True
+        return differs.nonzero().flatten().numpy()
 
     def _rows_that_differ(self, target: dict[str, Tensor], trainer: Trainer) -> Tensor:
         """(R,) rows whose weights or optimiser state are not those of the target, and the unpublished ones."""

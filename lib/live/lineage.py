@@ -78,7 +78,9 @@ class Lineage:
             popularity_scale=changes.popularity_scale,
             new_items=new_items,
             facts=self._complete(model, facts, newcomers, created=_now(), adopted=self.facts.adopted),
+            count_rows=changes.count_rows,
         )
+        model.follow(changes)
         require_equal(delta.checksum)  # and what others may still read here is not pruned before
         optimizer = model.trainer.optimizer_state(delta.rows) | self.unknown_items.publish(new_items)
         self.retention.add(self.store(lambda: self.registry.publish_delta(delta, optimizer)) or 0)

@@ -119,4 +119,6 @@ def add_rows(trainer: Trainer, catalog: Catalog, known: int, seed: int, likes: L
         elif known:
             mean = table[1 : known + 1].mean(dim=0) if mean is None else mean
             table[row] += mean
+    if encoder.counts is not None:
+        encoder.counts.first_at[added] = encoder.counts.clock  # new from now on, also before anybody met them
     trainer.items = len(catalog)

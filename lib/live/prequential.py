@@ -37,6 +37,9 @@ from lib.model.batches import SequenceBatches
 from lib.model.encoder import PADDING_ROW, BehaviourEncoder
 from lib.model.folder import load_model
 from lib.model.trainer import Trainer, TrainingConfig
+from lib.ranking.contender import answer_scores
+from lib.ranking.fit import count_all
+from lib.ranking.stage import RankingStage, stage_of
 from lib.versions.registry import Registry
 
 KEEP_EVENTS = 1000  # of each user's history, as the aggregator keeps them
@@ -136,17 +139,22 @@ def ranks_of(
     contexts: Sequence[History],
     targets: Sequence[str],
     exclude_seen: bool,
+    stage: RankingStage | None = None,
 ) -> np.ndarray:
-    """(E,) int64 place of each target among all items by s = uT A v, or by popularity for an empty history.
+    """(E,) int64 place of each target among all items, as the ranking stage ranks them.
 
-    Ties count against the target; MISSED where the catalog does not know it or it is removed as seen.
+    Without a stage that is by s = uT A v, or by popularity for an empty history. Ties count against the target; MISSED
+    where the catalog does not know it or it is removed as seen.
     """
     encoder.eval()
     flat = to_histories(contexts, catalog, encoder.config.kind_codes)
-    vectors = encoder.item_vectors(torch.arange(len(catalog) + 1))  # (R, C)
-    scores = torch.empty(len(contexts), len(vectors))
-    for places, part in model_scores(encoder, vectors, flat):
-        scores[torch.from_numpy(places)] = part
+    scores = torch.empty(len(contexts), len(catalog) + 1)
+    if stage is None:
+        found = model_scores(encoder, encoder.item_vectors(torch.arange(len(catalog) + 1)), flat)
+    else:
+        found = answer_scores(stage, flat, repeats=not exclude_seen)
+    for places, part in found:
+        scores[torch.from_numpy(places)] = part[:, : len(catalog) + 1]
     if exclude_seen:
         remove_seen(scores, flat, np.arange(len(contexts)))
     scores[:, PADDING_ROW] = float("-inf")
@@ -161,10 +169,11 @@ class ModelArm:
         self.encoder = encoder
         self.catalog = catalog
         self.exclude_seen = exclude_seen
+        self.stage = stage_of(encoder)
 
     def ranks(self, contexts: Sequence[History], targets: Sequence[str]) -> np.ndarray:
         """Where the targets rank."""
-        return ranks_of(self.encoder, self.catalog, contexts, targets, self.exclude_seen)
+        return ranks_of(self.encoder, self.catalog, contexts, targets, self.exclude_seen, self.stage)
 
 
 class Frozen(ModelArm):
@@ -190,6 +199,7 @@ class Live(ModelArm):
         registry.start_from(model)
         self.learner = NearlineLearner(registry, config)
         super().__init__(self.learner.model.encoder, self.learner.model.catalog, exclude_seen)
+        self.stage = self.learner.model.stage
         self.generator = np.random.default_rng(seed)
         self.rejected: list[str] = []
         self.events_read = 0
@@ -254,6 +264,9 @@ class Daily(ModelArm):
         newest = int(flat.timestamps.max())
         totals = popularity_of(flat, newest, self.half_life, self.encoder.config.item_rows)
         self.encoder.item_popularity.copy_(torch.from_numpy(totals.astype(np.float32)))
+        if self.encoder.counts is not None:
+            count_all(self.encoder, flat)
+        self.stage = stage_of(self.encoder)
         self.fine_tunes += 1
 
     def facts(self) -> dict[str, Any]:

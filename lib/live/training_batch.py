@@ -34,7 +34,7 @@ def training_batch(
     replay = [history.newest(length + 1) for history in batch.replay]
     flat = to_histories([*histories, *replay], model.catalog, model.kind_codes)
     places = [{place - start for place in own} for own, start in zip(batch.new, starts, strict=True)]
-    offsets, new = _offsets_and_new([*histories, *replay], [*places, *(set() for _ in replay)], model)
+    offsets, new = offsets_and_new([*histories, *replay], [*places, *(set() for _ in replay)], model)
     share = new.astype(np.float32)
     share[flat.offsets[len(histories)] :] = config.replay.weight
     share[new & np.isin(offsets, list(batch.quarantined))] = 0.0
@@ -54,7 +54,7 @@ def training_batch(
     return _useful(sequences)
 
 
-def _offsets_and_new(
+def offsets_and_new(
     histories: Sequence[History], new: Sequence[Set[int]], model: LearningModel
 ) -> tuple[np.ndarray, np.ndarray]:
     """(E,) the log offset, and (E,) bool whether it is new, of every event that `to_histories` reads."""

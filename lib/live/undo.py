@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from lib.model.delta import ROW_TENSORS, dense_state, state_of
+from lib.model.item_counts import COUNT_TENSORS
 from lib.model.trainer import Trainer
 
 
@@ -19,6 +20,8 @@ class UndoJournal:
         self.popularity_scale = 1.0
         self.rows: list[Tensor] = []
         self.saved: list[tuple[Tensor, ...]] = []
+        self.count_rows = torch.zeros(0, dtype=torch.int64)
+        self.counts: dict[str, Tensor] = {}  # before they were counted
 
     def record(self, rows: Tensor) -> None:
         """Remember rows that are about to change."""
@@ -27,6 +30,12 @@ class UndoJournal:
         tensors = (encoder.item_embeddings.weight, encoder.item_popularity, row.first, row.second, row.steps)
         self.rows.append(rows)
         self.saved.append(tuple(tensor.detach()[rows].clone() for tensor in tensors))
+
+    def record_counts(self, rows: Tensor) -> None:
+        """Remember rows (R,) whose counts are about to change; once an update."""
+        state = state_of(self.trainer.encoder)
+        self.count_rows = rows
+        self.counts = {name: state[name][rows].clone() for name in COUNT_TENSORS}
 
     def scale_popularity(self, factor: float) -> None:
         """Multiply the popularity of every item, before any of its rows is recorded."""
@@ -53,6 +62,8 @@ class UndoJournal:
                 target[rows] = values
         if self.popularity is not None:
             encoder.item_popularity.copy_(self.popularity)
+        for name, values in self.counts.items():
+            state[name][self.count_rows] = values
         for name, values in self.dense.items():
             state[name].copy_(values)
         self.trainer.load_optimizer_state(self.optimizer, np.zeros(0, dtype=np.int64))

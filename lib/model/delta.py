@@ -1,7 +1,8 @@
 """Snapshots and deltas of a model's weights, and the fingerprint that proves two copies equal to the bit.
 
-A state is the encoder's named tensors. Three of them are row tensors, one line per item: a delta carries just their
-changed rows, and of the other tensors those that changed.
+A state is the encoder's named tensors. Some of them are row tensors, one line per item: a delta carries just their
+changed rows, and of the other tensors those that changed. The rows of weights and of counts change apart, so each of
+the two has rows of its own.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from lib.model.encoder import BehaviourEncoder
 from lib.model.facts import VersionFacts
+from lib.model.item_counts import COUNT_TENSORS
 from lib.model.version_format import FORMAT, OtherFormat, check_format
 
 ROW_TENSORS = ("item_embeddings.weight", "item_popularity", "item_attributes")
@@ -35,7 +37,13 @@ def state_of(encoder: BehaviourEncoder) -> dict[str, Tensor]:
 def dense_state(encoder: BehaviourEncoder) -> dict[str, Tensor]:
     """Of the tensors that are no row tensors, those that training may change: what it freezes stays as it is."""
     frozen = {name for name, parameter in encoder.named_parameters() if not parameter.requires_grad}
-    return {name: tensor for name, tensor in state_of(encoder).items() if name not in frozen | set(ROW_TENSORS)}
+    rows = {*ROW_TENSORS, *COUNT_TENSORS}
+    return {name: tensor for name, tensor in state_of(encoder).items() if name not in frozen | rows}
+
+
+def no_rows() -> np.ndarray:
+    """Return (0,) int64."""
+    return np.zeros(0, dtype=np.int64)
 
 
 @dataclass
@@ -47,17 +55,24 @@ class Delta:
     checksum: str  # fingerprint of the whole state after this delta
     log_offset: int  # the newest event of the feedback log that the state has learned from
     item_rows: int  # rows of the item table after this delta
-    rows: np.ndarray  # (R,) int64 changed rows, ascending
-    tensors: dict[str, np.ndarray]  # row tensors as (R, ...), other tensors whole
+    rows: np.ndarray  # (R,) int64 changed rows of the weights, ascending
+    tensors: dict[str, np.ndarray]  # row tensors as (R, ...), those of counts as (S, ...), other tensors whole
     new_items: list[str] = field(default_factory=list)  # items that got the next rows of the catalog
     popularity_scale: float = 1.0  # what the popularity of every item is multiplied with, before its rows change
     facts: VersionFacts = field(default_factory=VersionFacts)
+    count_rows: np.ndarray = field(default_factory=no_rows)  # (S,) int64 changed rows of the counts, ascending
+
+    def rows_of(self, name: str) -> np.ndarray | None:
+        """Return the changed rows of a row tensor; None for any other tensor."""
+        if name in ROW_TENSORS:
+            return self.rows
+        return self.count_rows if name in COUNT_TENSORS else None
 
     def to_bytes(self, optimizer: Mapping[str, np.ndarray] | None = None) -> bytes:
         """Safetensors bytes; with the optimiser's tensors for storage, without them for the way to the replicas."""
-        said = {name: value for name, value in vars(self).items() if name not in ("rows", "tensors")}
+        said = {name: value for name, value in vars(self).items() if name not in ("rows", "count_rows", "tensors")}
         header = json.dumps(said | {"facts": self.facts.model_dump(mode="json"), "format": FORMAT})
-        tensors = {"rows": self.rows, **self.tensors}
+        tensors = {"rows": self.rows, "count_rows": self.count_rows, **self.tensors}
         tensors |= {OPTIMIZER_PREFIX + name: value for name, value in (optimizer or {}).items()}
         contiguous = {name: np.require(value, requirements="C") for name, value in tensors.items()}
         return safetensors.numpy.save(contiguous, metadata={"delta": header, "digest": _digest(header, contiguous)})
@@ -81,7 +96,8 @@ class Delta:
             check_format(f"delta {said['version']}", said)
             facts = VersionFacts.model_validate(said.pop("facts"))
             said.pop("format", None)
-            return cls(rows=tensors.pop("rows"), tensors=tensors, facts=facts, **said)
+            rows, count_rows = tensors.pop("rows"), tensors.pop("count_rows", no_rows())
+            return cls(rows=rows, count_rows=count_rows, tensors=tensors, facts=facts, **said)
         except OtherFormat:
             raise
         except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -105,16 +121,18 @@ def check_fits(encoder: BehaviourEncoder, delta: Delta) -> None:
         DeltaMismatch: a row, or the name, shape or type of a tensor, is none of the encoder's.
     """
     state = state_of(encoder)
-    rows = delta.rows
-    if rows.ndim != 1 or rows.dtype != np.int64 or (len(rows) and not 0 <= rows.min() <= rows.max() < delta.item_rows):
-        raise DeltaMismatch(f"delta {delta.version} changes rows beyond the {delta.item_rows} of its item table")
+    for rows in (delta.rows, delta.count_rows):
+        within = not len(rows) or 0 <= rows.min() <= rows.max() < delta.item_rows
+        if rows.ndim != 1 or rows.dtype != np.int64 or not within:
+            raise DeltaMismatch(f"delta {delta.version} changes rows beyond the {delta.item_rows} of its item table")
     for name, values in delta.tensors.items():
         if name.startswith(OPTIMIZER_PREFIX):
             continue
         if name not in state:
             raise DeltaMismatch(f"delta {delta.version} has a tensor {name}, and the model has none of this name")
         own = state[name]
-        shape = (len(rows), *own.shape[1:]) if name in ROW_TENSORS else tuple(own.shape)
+        rows = delta.rows_of(name)
+        shape = tuple(own.shape) if rows is None else (len(rows), *own.shape[1:])
         if values.shape != shape or str(own.dtype) != f"torch.{values.dtype}":
             raise DeltaMismatch(
                 f"delta {delta.version}: {name} is {values.dtype} {values.shape}, the model takes {own.dtype} {shape}"
@@ -130,17 +148,17 @@ def apply_delta(encoder: BehaviourEncoder, delta: Delta) -> None:
     check_fits(encoder, delta)
     grow_items(encoder, delta.item_rows)
     state = state_of(encoder)
-    rows = torch.from_numpy(np.array(delta.rows))
     if delta.popularity_scale != 1.0:
         encoder.item_popularity *= delta.popularity_scale
     for name, values in delta.tensors.items():
         if name.startswith(OPTIMIZER_PREFIX):
             continue
         source = torch.from_numpy(np.array(values))  # a copy: shared memory is read-only
-        if name in ROW_TENSORS:
-            state[name][rows] = source.to(state[name].device)
-        else:
+        rows = delta.rows_of(name)
+        if rows is None:
             state[name].copy_(source)
+        else:
+            state[name][torch.from_numpy(np.array(rows))] = source.to(state[name].device)
 
 
 def grow_items(encoder: BehaviourEncoder, item_rows: int) -> None:
@@ -155,13 +173,15 @@ def grow_items(encoder: BehaviourEncoder, item_rows: int) -> None:
     for name in ("item_popularity", "item_attributes"):
         known = getattr(encoder, name)
         setattr(encoder, name, torch.cat([known, known.new_zeros(missing, *known.shape[1:])]))
+    if encoder.counts is not None:
+        encoder.counts.grow(item_rows)
     encoder.config.item_rows = item_rows
 
 
 def difference(
     encoder: BehaviourEncoder, target: Mapping[str, Tensor], rows: Tensor | None = None
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Rows and tensors that lead from the encoder's state to the target's, which has as many rows."""
+    """Rows and tensors that lead from the encoder's state to the target's, which has as many rows; without counts."""
     state = state_of(encoder)
     if rows is None:
         changed = torch.zeros(len(target[ROW_TENSORS[0]]), dtype=torch.bool)
@@ -170,6 +190,6 @@ def difference(
         rows = changed.nonzero().flatten()
     tensors = {name: target[name][rows].numpy() for name in ROW_TENSORS}
     for name, tensor in target.items():
-        if name not in ROW_TENSORS and not torch.equal(tensor, state[name]):
+        if name not in {*ROW_TENSORS, *COUNT_TENSORS} and not torch.equal(tensor, state[name]):
             tensors[name] = tensor.numpy()
     return rows.numpy(), tensors

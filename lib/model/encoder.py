@@ -27,7 +27,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from lib.data.ratings import STARS, RatingScale
 from lib.errors import InputError
 from lib.model.block import Block, Dropout, Packing
+from lib.model.item_counts import ItemCounts
 from lib.model.presets import DEFAULT_INPUTS, INPUTS
+from lib.model.ranker import Ranker
 
 WEIGHTS = "model.safetensors"
 PADDING_ROW = 0  # row 0 of the item table belongs to no item
@@ -53,6 +55,9 @@ class BehaviourEncoderConfig(PreTrainedConfig):
     inputs: list[str] | None = None  # of INPUTS
     attribute_values: list[str] | None = None  # "genres=Comedy": the code of an attribute is its place here + 1
     attributes_per_item: int = 1  # width of the table of codes
+    neighbours: int = 0  # kept of each item and kind (lib/model/item_counts.py); 0: neither counts nor ranker
+    ranker_features: int = 0
+    repeats: bool = False  # people come back to items, so that what they have seen competes in their answers
     layer_norm_eps: float = 1e-6
     initializer_range: float = 0.02
 
@@ -128,6 +133,10 @@ class BehaviourEncoder(nn.Module):
             "item_attributes", torch.zeros(config.item_rows, config.attributes_per_item, dtype=torch.int32)
         )
         self.register_buffer("popularity_reference", torch.zeros(1, dtype=torch.int64))  # the log offset of a 1
+        self.counts: ItemCounts | None = None
+        self.ranker: Ranker | None = None
+        if config.neighbours:
+            self.add_ranker(config.neighbours, config.ranker_features)
         self.apply(self._initialise)
 
     @classmethod
@@ -160,6 +169,12 @@ class BehaviourEncoder(nn.Module):
                 nn.init.zeros_(module.weight[module.padding_idx])
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
+
+    def add_ranker(self, neighbours: int, features: int) -> None:
+        """Add empty counts with so many neighbours of each item, and a ranker of so many features."""
+        self.config.neighbours, self.config.ranker_features = neighbours, features
+        self.counts = ItemCounts(self.config.item_rows, neighbours)
+        self.ranker = Ranker(features, len(self.config.event_kinds or ()))
 
     @property
     def device(self) -> torch.device:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from lib.model.delta import ROW_TENSORS, state_of
 from lib.model.encoder import BehaviourEncoder
+from lib.model.item_counts import COUNT_TENSORS
+
+NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
 class Fingerprint:
@@ -23,14 +26,21 @@ class Fingerprint:
         self._parts: dict[str, np.ndarray] = {}  # of the row tensors, the hash of each line
         self._totals: dict[str, int] = {}  # of every tensor
         state = state_of(encoder)
-        self.update(state, np.zeros(0, dtype=np.int64))
+        self.update(state, NO_ROWS)
 
-    def update(self, state: Mapping[str, Tensor], rows: np.ndarray, names: set[str] | None = None) -> str:
-        """Hash anew the given rows and the named other tensors (None: all); returns the checksum."""
+    def update(
+        self,
+        state: Mapping[str, Tensor],
+        rows: np.ndarray,
+        names: set[str] | None = None,
+        count_rows: np.ndarray = NO_ROWS,
+    ) -> str:
+        """Hash given rows of weights and counts anew, and the named other tensors (None: all); return the checksum."""
         for name, tensor in state.items():
-            if name in ROW_TENSORS:
+            if name in ROW_TENSORS or name in COUNT_TENSORS:
                 parts = self._parts.get(name, np.zeros(0, dtype=np.uint64))
-                lines = np.union1d(rows, np.arange(len(parts), len(tensor)))
+                changed = rows if name in ROW_TENSORS else count_rows
+                lines = np.union1d(changed, np.arange(len(parts), len(tensor)))
                 if len(tensor) > len(parts):
                     parts = np.concatenate([parts, np.zeros(len(tensor) - len(parts), dtype=np.uint64)])
                 before = int(parts[lines].sum(dtype=np.uint64))

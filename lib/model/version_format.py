@@ -8,7 +8,7 @@ from typing import Any
 
 from lib.errors import InputError
 
-FORMAT = 2  # raise it with every change that an earlier release would read wrongly, or not at all
+FORMAT = 3  # raise it with every change that an earlier release would read wrongly, or not at all
 OLDEST_FORMAT = 1  # that this release reads; what says no number is of this one
 
 

@@ -1,7 +1,7 @@
 """Encoder, catalog and index as one value of one version: histories in, ranked items out."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +19,13 @@ from lib.model.encoder import PADDING_ROW, BehaviourEncoder
 from lib.model.fingerprint import Fingerprint
 from lib.model.folder import load_model
 from lib.model.inference import InferenceEncoder
+from lib.model.item_counts import people_of
 from lib.ranking.cold_start import most_popular
 from lib.ranking.explain import reasons
 from lib.ranking.filters import ItemFilter
 from lib.ranking.rerank import rerank
 from lib.ranking.rules import BoundRules, RankingRules
+from lib.ranking.stage import RankingStage
 from lib.retrieval.faiss_lists import search_device
 from lib.retrieval.index import ItemIndex
 
@@ -42,18 +44,28 @@ class RankedItem(NamedTuple):
     propensity: float | None = None  # with exploration: the probability of this item here, given those above it
 
 
-# the rows that may be found (R,), how many, the rows that are seen, and what is added to each score -> rows, scores
-Candidates = Callable[[np.ndarray, int, np.ndarray, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
-
-
 class Question(NamedTuple):
     """One person's request: their history, how many items, and which."""
 
     history: History
     k: int
     filter: ItemFilter | None = None
-    exclude_seen: bool = True
+    exclude_seen: bool | None = None  # None: as the model has learned of its people
     explain: bool = False
+
+
+class Asking(NamedTuple):
+    """One person who is to be answered."""
+
+    history: EncodedHistory
+    query: Tensor  # (C,) uT A; 0 for an empty history
+    k: int
+    again: bool  # whether items that they have seen may be in the answer
+
+    @property
+    def seen(self) -> np.ndarray:
+        """(S,) rows that must not be in the answer."""
+        return NOTHING_SEEN if self.again else self.history.person.seen
 
 
 class Recommender:
@@ -74,6 +86,7 @@ class Recommender:
         self.log_offset = log_offset
         self.kind_codes = encoder.config.kind_codes
         self.index = ItemIndex(self._vectors(np.arange(encoder.config.item_rows)))
+        self.stage = None if encoder.counts is None else RankingStage(encoder, self.index)
         self.reader = InferenceEncoder(encoder)
         self.fingerprint = Fingerprint(encoder)
         self._masks: dict[ItemFilter | None, np.ndarray] = {}
@@ -127,7 +140,9 @@ class Recommender:
             self._forget_masks()
         if delta.popularity_scale != 1.0:
             self.fingerprint.forget("item_popularity")
-        checksum = self.fingerprint.update(state_of(self.encoder), delta.rows, set(delta.tensors))
+        if self.stage is not None:
+            self.stage.follow(delta.count_rows)
+        checksum = self.fingerprint.update(state_of(self.encoder), delta.rows, set(delta.tensors), delta.count_rows)
         if checksum != delta.checksum:
             raise DeltaMismatch(f"version {delta.version} came out as {checksum}, its maker had {delta.checksum}")
         self.version = delta.version
@@ -146,24 +161,22 @@ class Recommender:
     def recommend(self, questions: Sequence[Question]) -> list[list[RankedItem]]:
         """Answer many people in one pass."""
         histories = [self.encode(question.history) for question in questions]
-        known = [place for place, history in enumerate(histories) if history.codes.size]
-        queries = self._queries([histories[place].codes for place in known])
+        queries = self._queries([history.codes for history in histories])
+        asking = [
+            Asking(history, query, question.k, self._again(question))
+            for history, query, question in zip(histories, queries.unbind(), questions, strict=True)
+        ]
         answers: list[list[RankedItem]] = [[] for _ in questions]
-        for filter in {questions[place].filter for place in known}:
-            chosen = [number for number, place in enumerate(known) if questions[place].filter == filter]
-            places = [known[number] for number in chosen]
-            counts = [questions[place].k for place in places]
-            seen = [histories[place].seen if questions[place].exclude_seen else NOTHING_SEEN for place in places]
-            opinions = [histories[place].opinions for place in places]
-            ranked = self._rank(queries[chosen], counts, filter, seen, opinions)
+        for filter in {question.filter for question in questions}:
+            places = [place for place, question in enumerate(questions) if question.filter == filter]
+            ranked = self._rank([asking[place] for place in places], filter)
             for place, items in zip(places, ranked, strict=True):
-                answers[place] = self._explain(questions[place], items)
-        for place, history in enumerate(histories):
-            if not history.codes.size:
-                k, filter = questions[place].k, questions[place].filter
-                seen = history.seen if questions[place].exclude_seen else NOTHING_SEEN
-                answers[place] = self.popular(k, filter, seen, history.opinions)
+                answers[place] = self._explain(questions[place], histories[place], items)
         return answers
+
+    def _again(self, question: Question) -> bool:
+        """Return whether items that the person has seen may be in the answer."""
+        return self.encoder.config.repeats if question.exclude_seen is None else not question.exclude_seen
 
     def encode(self, history: History) -> EncodedHistory:
         """Read a history as the encoder does; kept with it, and made anew when the catalog may know more of it."""
@@ -174,78 +187,101 @@ class Recommender:
         liked, (opinions,) = without_dislikes(flat, self.encoder.config)
         codes = SequenceBatches(liked, self.encoder.config).codes()[:, -self.encoder.config.max_length :].copy()
         complete = len(flat.rows) == len(history)
-        history.encoded = EncodedHistory(codes, np.unique(flat.rows), opinions, self.number, known, complete)
+        (person,) = people_of(flat, liked)
+        history.encoded = EncodedHistory(codes, person, opinions, self.number, known, complete)
         return history.encoded
 
     def _queries(self, histories: Sequence[np.ndarray]) -> Tensor:
-        """Return (B, C) float32 uT A of histories given as (4, T) codes, with little work on padding."""
+        """Return (B, C) float32 uT A of histories given as (4, T) codes; 0 of empty ones."""
         lengths = np.array([codes.shape[1] for codes in histories], dtype=np.int64)
-        queries = torch.empty(len(histories), self.encoder.config.hidden_size, device=self.encoder.device)
-        for group in group_by_length(lengths, EVENTS_PER_BATCH):
-            queries[torch.from_numpy(group)] = self.reader.queries([histories[place] for place in group])
+        queries = torch.zeros(len(histories), self.encoder.config.hidden_size, device=self.encoder.device)
+        known = np.flatnonzero(lengths)
+        for group in group_by_length(lengths[known], EVENTS_PER_BATCH):
+            places = known[group]
+            queries[torch.from_numpy(places)] = self.reader.queries([histories[place] for place in places])
         return queries
 
-    def _rank(
-        self,
-        queries: Tensor,
-        counts: Sequence[int],
-        filter: ItemFilter | None,
-        seen: Sequence[np.ndarray],
-        opinions: Sequence[Opinions | None],
-    ) -> list[list[RankedItem]]:
-        """Find for each query (B, C) so many items that pass the filter and are not seen, the best first."""
+    def _rank(self, asking: Sequence[Asking], filter: ItemFilter | None) -> list[list[RankedItem]]:
+        """Find for each person so many items that pass the filter, the best first."""
         if self.rules.active:
-            return [
-                self._rerank(k, filter, own, self._search(query, opinion))
-                for query, k, own, opinion in zip(queries.unbind(), counts, seen, opinions, strict=True)
-            ]
-        wanted = max(self._wanted(k, opinion) for k, opinion in zip(counts, opinions, strict=True))
-        scores, rows = self.index.search(queries, wanted, self.mask(filter), seen)
-        scores, rows = self._push_down(scores, rows, opinions)
+            return [self._rerank(person, filter) for person in asking]
+        wanted = max(self._wanted(person.k, person.history.opinions) for person in asking)
+        scores, rows = self._find(asking, wanted, self.mask(filter))
+        scores, rows = self._push_down(scores, rows, asking)
+        counts = [person.k for person in asking]
         found = np.minimum((rows >= 0).sum(axis=1), counts).tolist()
         return [
-            self._items(own_scores[:count], own_rows[:count])
-            for own_scores, own_rows, count in zip(scores, rows, found, strict=True)
+            self._items(own_scores[:count], own_rows[:count], person)
+            for own_scores, own_rows, count, person in zip(scores, rows, found, asking, strict=True)
         ]
+
+    def _find(
+        self, asking: Sequence[Asking], count: int, mask: np.ndarray, weights: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return scores (B, K) and rows (B, K) of everybody's best, K at most `count`; minus infinity and -1 for none.
+
+        Args:
+            asking: B people.
+            count: how many are wanted.
+            mask: (R,) bool, the rows that may be found.
+            weights: (R,) added to the score of a row to find and order them; the scores are without.
+        """
+        queries = torch.stack([person.query for person in asking])
+        if self.stage is not None:
+            repeats = np.array([person.again for person in asking])
+            return self.stage.rank([person.history.person for person in asking], queries, count, mask, repeats, weights)
+        known = np.array([person.history.codes.size > 0 for person in asking])
+        scores = np.full((len(asking), count), -np.inf, dtype=np.float32)
+        rows = np.full((len(asking), count), -1, dtype=np.int64)
+        if known.any():
+            seen = [person.seen for person in asking if person.history.codes.size]
+            scores[known], rows[known] = self.index.search(queries[torch.from_numpy(known)], count, mask, seen, weights)
+        for line in np.flatnonzero(~known).tolist():
+            found, best = self._most_popular(mask, count, asking[line].seen, weights)
+            scores[line, : len(best)], rows[line, : len(best)] = found, best
+        return scores, rows
+
+    def _most_popular(
+        self, mask: np.ndarray, count: int, seen: np.ndarray, weights: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return shares of the highest popularity, and rows, of the most popular items of late."""
+        popularity = self.encoder.item_popularity.cpu().numpy()
+        top = float(popularity[mask].max(initial=0.0)) or 1.0
+        unseen = mask.copy()
+        unseen[seen] = False
+        scores, rows = most_popular(popularity, unseen, count, None if weights is None else top * weights)
+        return scores / top, rows
 
     def _wanted(self, count: int, opinion: Opinions | None) -> int:
         """Return how many items are found for an answer of `count`: more where some of them will fall."""
         return candidate_count(count) if opinion is not None and self.rules.dislike_weight else count
 
     def _push_down(
-        self, scores: np.ndarray, rows: np.ndarray, opinions: Sequence[Opinions | None]
+        self, scores: np.ndarray, rows: np.ndarray, asking: Sequence[Asking]
     ) -> tuple[np.ndarray, np.ndarray]:
+        opinions = [person.history.opinions for person in asking]
         return push_down(scores, rows, opinions, self.index.vectors, self.rules.dislike_weight)
 
     def _best(
-        self, scores: np.ndarray, rows: np.ndarray, opinion: Opinions | None, count: int, weights: np.ndarray | None
+        self, person: Asking, count: int, mask: np.ndarray, weights: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return rows and scores of the best `count` of one person's candidates, by their scores and weights (R,)."""
-        (scores,), (rows,) = self._push_down(scores[None], rows[None], [opinion])
+        """Return rows and scores of the best `count` items of one person, by their scores and weights (R,)."""
+        wanted = self._wanted(count, person.history.opinions)
+        scores, rows = self._find([person], wanted, mask, weights)
+        real = rows >= 0
+        (scores,), (rows,) = self._push_down(scores[real][None], rows[real][None], [person])
         best = np.argsort(-scores if weights is None else -scores - weights[rows], kind="stable")[:count]
         return rows[best], scores[best]
 
-    def _search(self, query: Tensor, opinion: Opinions | None) -> Candidates:
-        """Return how candidates for one query (C,) are found."""
-
-        def nearest(
-            mask: np.ndarray, count: int, seen: np.ndarray, weights: np.ndarray | None
-        ) -> tuple[np.ndarray, np.ndarray]:
-            scores, rows = self.index.search(query[None], self._wanted(count, opinion), mask, [seen], weights)
-            real = rows[0] >= 0
-            return self._best(scores[0][real], rows[0][real], opinion, count, weights)
-
-        return nearest
-
-    def _rerank(self, k: int, filter: ItemFilter | None, seen: np.ndarray, candidates: Candidates) -> list[RankedItem]:
+    def _rerank(self, person: Asking, filter: ItemFilter | None) -> list[RankedItem]:
         """Answer one person by the ranking rules."""
         rules, mask = self._bound_rules(), self.mask(filter)
-        count = rules.candidates(k)
-        rows, scores = rules.find(mask, lambda among, weights: candidates(among, count, seen, weights))
-        if len(pins := rules.pinned(mask, seen)):
+        count, k = rules.candidates(person.k), person.k
+        rows, scores = rules.find(mask, lambda among, weights: self._best(person, count, among, weights))
+        if len(pins := rules.pinned(mask, person.seen)):
             pinned = np.zeros(len(mask), dtype=bool)
             pinned[pins] = True
-            found = candidates(pinned, len(pins), seen, None)
+            found = self._best(person, len(pins), pinned, None)
             rows, scores = np.concatenate([rows, found[0]]), np.concatenate([scores, found[1]])
         ranked = rerank(
             rows,
@@ -254,9 +290,9 @@ class Recommender:
             rules,
             self.index.vectors,
             self.generator,
-            lambda among, weights: candidates(mask & among, count, seen, weights),
+            lambda among, weights: self._best(person, count, mask & among, weights),
         )
-        items = self._items(ranked.scores, ranked.rows)
+        items = self._items(ranked.scores, ranked.rows, person)
         if ranked.propensities is None:
             return items
         propensities = ranked.propensities.tolist()
@@ -286,9 +322,9 @@ class Recommender:
         rules = self._bound_rules()
         return [*rules.faults, *rules.idle]
 
-    def _explain(self, question: Question, items: list[RankedItem]) -> list[RankedItem]:
+    def _explain(self, question: Question, history: EncodedHistory, items: list[RankedItem]) -> list[RankedItem]:
         """Give items the events that raised their scores most as reasons, if that was asked for."""
-        if not question.explain or not items:
+        if not question.explain or not items or not history.codes.size:
             return items
         vectors = self.index.vectors[self.catalog.rows(item.item_id for item in items)]
         named = reasons(
@@ -347,38 +383,14 @@ class Recommender:
         self._masks.clear()
         self._mask_bytes = 0
 
-    def _items(self, scores: np.ndarray, rows: np.ndarray) -> list[RankedItem]:
+    def _items(self, scores: np.ndarray, rows: np.ndarray, person: Asking | None = None) -> list[RankedItem]:
         ids = self.catalog.item_ids
-        return [RankedItem(ids[row], score) for score, row in zip(scores.tolist(), rows.tolist(), strict=True)]
+        reason = "popular" if person is not None and not person.history.codes.size else None
+        return [RankedItem(ids[row], score, reason) for score, row in zip(scores.tolist(), rows.tolist(), strict=True)]
 
-    # ---------------------------------------------------------------------------------------------- without a history
-
-    def popular(
-        self,
-        k: int,
-        filter: ItemFilter | None = None,
-        seen: np.ndarray = NOTHING_SEEN,
-        opinion: Opinions | None = None,
-    ) -> list[RankedItem]:
-        """Return the most popular items of late, for people of whom nothing is known but what they turned down."""
-        popularity = self.encoder.item_popularity.cpu().numpy()
-
-        def most(
-            mask: np.ndarray, count: int, seen: np.ndarray, weights: np.ndarray | None
-        ) -> tuple[np.ndarray, np.ndarray]:
-            unseen = mask.copy()
-            unseen[seen] = False
-            wanted, added = self._wanted(count, opinion), None if weights is None else top * weights
-            scores, rows = most_popular(popularity, unseen, wanted, added)
-            return self._best(scores / top, rows, opinion, count, weights)
-
-        top = float(popularity[self.mask(filter)].max(initial=0.0)) or 1.0
-        if self.rules.active:
-            items = self._rerank(k, filter, seen, most)
-        else:
-            rows, scores = most(self.mask(filter), k, seen, None)
-            items = self._items(scores, rows)
-        return [item._replace(reason="popular") for item in items]
+    def popular(self, k: int, filter: ItemFilter | None = None) -> list[RankedItem]:
+        """Return the answer for people of whom nothing is known."""
+        return self.recommend([Question(History(), k, filter)])[0]
 
     def similar(self, item_id: str, k: int, filter: ItemFilter | None = None) -> list[RankedItem]:
         """Return the items whose vectors are nearest to an item's, itself left out.

@@ -16,6 +16,7 @@ from lib.retrieval.faiss_lists import search_device
 
 # measured on a CPU: beyond it inverted lists are faster; up to as many filtered rows are searched exactly
 EXACT_ROWS = 50_000
+DENSE_PAIRS = 1 << 18  # queries times rows up to which all pairs are scored
 SPARE_SHARE = 8  # room for an eighth more rows before all are copied
 
 
@@ -122,6 +123,22 @@ class ItemIndex:
         else:
             scores, rows = self._approximate.search(vectors, given, k, mask, seen)
         return scores.cpu().numpy(), rows.cpu().numpy()
+
+    def scores(self, queries: torch.Tensor, lines: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return (P,) float32 the inner products of pairs.
+
+        Args:
+            queries: (B, C) float32.
+            lines: (P,) place of each pair's query.
+            rows: (P,) row of its item.
+        """
+        vectors, given = self._tensor[: self._count], queries.to(self._device, torch.float32)
+        if len(given) * len(vectors) <= DENSE_PAIRS:  # a product of all is faster than gathering some
+            found = (given @ vectors.T).view(-1)[torch.from_numpy(lines * len(vectors) + rows).to(self._device)]
+        else:
+            pairs = given[torch.from_numpy(lines).to(self._device)], vectors[torch.from_numpy(rows).to(self._device)]
+            found = torch.linalg.vecdot(*pairs)
+        return found.cpu().numpy()
 
     def _are_few(self, mask: np.ndarray | None) -> bool:
         return mask is not None and int(np.count_nonzero(mask)) <= self._exact_rows

@@ -267,7 +267,7 @@ def test_what_is_kept_of_a_long_history_is_no_view_of_all_of_it(recommender):
     kept = recommender.encode(history([1 + place % ITEMS for place in range(1000)]))
     length = recommender.encoder.config.max_length
     assert kept.codes.shape == (4, length)
-    for array in (kept.codes, kept.seen):
+    for array in (kept.codes, kept.person.seen, kept.person.recent):
         assert array.base is None, "the memory of what it was cut from stays for as long as it does"
 
 

@@ -1,0 +1,106 @@
+"""What the ranker reads of a person and a candidate, for all candidates of a batch of people at once.
+
+The candidates of all sources are united: what several found is one candidate, with the values of all of them. What does
+not depend on the source (interest, trends, age) is looked up for the united ones. Nothing loops over items.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lib.ranking.candidates import SOURCES, Asked
+
+# added up over the sources; a logarithm makes a score of odds of them
+SUMMED = ("follows", "together", "together_long", "seen", "seen_recently", "is_newest")
+LEAST = {"follows": 1e-3, "together": 1e-3, "together_long": 3e-3}  # what counts as nothing
+TRENDS = ("trend_100", "trend_1000", "trend_10000", "popularity")
+FEATURES = ("interest", *SUMMED, *TRENDS, "age", "history")
+SCRATCH = 1 << 22  # places of (person, row) up to which a table of all of them is faster than sorting
+
+
+class Candidates(NamedTuple):
+    """P candidates of B people, those of one person after those of the one before, rows ascending."""
+
+    lines: np.ndarray  # (P,) int64
+    rows: np.ndarray  # (P,) int64
+    features: np.ndarray  # (P, F) float32, in the order of FEATURES
+    kinds: np.ndarray  # (P,) int64, of the person's newest event
+
+    def places(self, people: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return where each person's candidates start (B,), and the place (P,) of each among them."""
+        starts = np.searchsorted(self.lines, np.arange(people))
+        return starts, np.arange(len(self.lines)) - starts[self.lines]
+
+
+def find_candidates(asked: Asked, sources: Sequence[str] = tuple(SOURCES)) -> Candidates:
+    """Find the candidates of everybody, with their features.
+
+    Args:
+        asked: the people, and what is known of the items.
+        sources: names in lib/ranking/candidates.
+    """
+    found = [SOURCES[name](asked) for name in sources]
+    width = len(asked.counts["events"])
+    keys = np.concatenate([each.lines * width + each.rows for each in found])
+    summed = {
+        name: np.concatenate([each.values.get(name, np.zeros(len(each.lines), dtype=np.float32)) for each in found])
+        for name in SUMMED
+        if any(name in each.values for each in found)
+    }
+    excluded = [line * width + rows.astype(np.int64) for line, rows in enumerate(asked.excluded)]
+    keys, sums = _united(keys, summed, np.concatenate(excluded), len(asked.people) * width)
+    lines, rows = np.divmod(keys, width)
+    if asked.mask is not None:
+        kept = asked.mask[rows]
+        lines, rows, sums = lines[kept], rows[kept], {name: own[kept] for name, own in sums.items()}
+    kinds = np.array([person.kind for person in asked.people], dtype=np.int64)
+    return Candidates(lines, rows, _features(asked, lines, rows, sums), kinds[lines])
+
+
+def _united(
+    keys: np.ndarray, values: dict[str, np.ndarray], excluded: np.ndarray, size: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the distinct keys that are not excluded, ascending, and the sum of each value over equal keys."""
+    if size <= SCRATCH:
+        there = np.zeros(size, dtype=bool)
+        there[keys] = True
+        there[excluded] = False
+        found = np.flatnonzero(there)
+        return found, {name: np.bincount(keys, own, size)[found] for name, own in values.items()}
+    found, places = np.unique(keys, return_inverse=True)
+    kept = np.isin(found, excluded, assume_unique=True, invert=True)
+    sums = {name: np.bincount(places, own, len(found))[kept] for name, own in values.items()}
+    return found[kept], sums
+
+
+def _features(asked: Asked, lines: np.ndarray, rows: np.ndarray, sums: dict[str, np.ndarray]) -> np.ndarray:
+    features = np.zeros((len(rows), len(FEATURES)), dtype=np.float32)
+    column = {name: features[:, place] for place, name in enumerate(FEATURES)}
+    lengths = np.array([person.length for person in asked.people], dtype=np.float32)
+    interest = asked.index.scores(asked.queries, lines, rows)
+    column["interest"][:] = np.where(lengths[lines] > 0, interest, asked.popularity[rows])
+    own_norm = np.sqrt(asked.counts["events"][rows] + 1)
+    for name, values in sums.items():
+        if name.startswith("together"):
+            values = values / own_norm
+        if name in LEAST:
+            values = np.log(values + LEAST[name]) - np.log(LEAST[name])
+        column[name][:] = np.log1p(values) if name == "seen" else values
+    features[:, FEATURES.index(TRENDS[0]) : FEATURES.index(TRENDS[-1]) + 1] = asked.standing.trends(rows)
+    column["age"][:] = np.log1p(asked.standing.age(rows)) / 10
+    column["history"][:] = np.log1p(lengths)[lines]
+    return features
+
+
+def padded(candidates: Candidates, people: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Return features (B, K, F), -inf in the first where there is no candidate, and rows (B, K), 0 there."""
+    _, places = candidates.places(people)
+    most = int(places.max(initial=-1)) + 1
+    features = np.zeros((people, most, len(FEATURES)), dtype=np.float32)
+    features[..., 0] = -np.inf
+    rows = np.zeros((people, most), dtype=np.int64)
+    features[candidates.lines, places] = candidates.features
+    rows[candidates.lines, places] = candidates.rows
+    return torch.from_numpy(features), rows

@@ -1,0 +1,133 @@
+"""The ranking stage: people in, their ranked items out. Candidates of all sources, one ranker over them.
+
+A model without counts (one that was pretrained before there were any) has no ranker: its answers are the encoder's.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.data.histories import Histories
+from lib.data.history import Person
+from lib.model.batches import SequenceBatches
+from lib.model.encoder import BehaviourEncoder
+from lib.ranking.candidates import SOURCES, Asked
+from lib.ranking.features import Candidates, find_candidates
+from lib.ranking.standing import Standing
+from lib.retrieval.index import ItemIndex
+
+
+class RankingStage:
+    """Ranks by one version of an encoder with counts; `follow` moves it on to the next."""
+
+    def __init__(self, encoder: BehaviourEncoder, index: ItemIndex, sources: Sequence[str] = tuple(SOURCES)):
+        assert encoder.counts is not None
+        assert encoder.ranker is not None
+        self.encoder, self.counts, self.ranker = encoder, encoder.counts, encoder.ranker
+        self.repeats = encoder.config.repeats
+        self.index = index
+        self.sources = sources
+        self.standing = Standing(self.counts.arrays())
+        self.popularity = _shares(encoder)
+
+    def follow(self, rows: np.ndarray) -> None:
+        """Take over the encoder's next version, which has changed these rows (R,) of the counts."""
+        self.standing.update(self.counts.arrays(), rows)
+        self.popularity = _shares(self.encoder)
+
+    def candidates(
+        self,
+        people: Sequence[Person],
+        queries: Tensor,
+        count: int,
+        mask: np.ndarray | None = None,
+        repeats: np.ndarray | None = None,
+        weights: np.ndarray | None = None,
+    ) -> Candidates:
+        """Find the candidates of B people.
+
+        Args:
+            people: who asks.
+            queries: (B, C) uT A; zero for who has no history.
+            count: items of the largest answer.
+            mask: (R,) bool, the rows that may be found.
+            repeats: (B,) bool, whether items that the person has seen may be found; default: as the model says.
+            weights: (R,) what ranking rules add to the score of a row.
+        """
+        again = np.full(len(people), self.repeats) if repeats is None else repeats
+        asked = Asked(
+            people=people,
+            repeats=again,
+            queries=queries,
+            count=count,
+            mask=mask,
+            weights=weights,
+            index=self.index,
+            popularity=self.popularity,
+            counts=self.counts.arrays(),
+            standing=self.standing,
+        )
+        return find_candidates(asked, self.sources)
+
+    @torch.inference_mode()
+    def scores(self, found: Candidates) -> np.ndarray:
+        """Return (P,) float32 the scores of candidates."""
+        features, kinds = torch.from_numpy(found.features), torch.from_numpy(found.kinds)
+        return self.ranker.scores(features, kinds).numpy()
+
+    def rank(
+        self,
+        people: Sequence[Person],
+        queries: Tensor,
+        count: int,
+        mask: np.ndarray | None = None,
+        repeats: np.ndarray | None = None,
+        weights: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return scores (B, count) and rows (B, count), the best first; minus infinity and -1 where fewer are found.
+
+        They are ordered by the score and, where there are weights, those on top; the arguments are those of
+        `candidates`.
+        """
+        found = self.candidates(people, queries, count, mask, repeats, weights)
+        scores = self.scores(found)
+        _, places = found.places(len(people))
+        width = max(int(places.max(initial=-1)) + 1, count)
+        table = np.full((len(people), width), -np.inf, dtype=np.float32)
+        rows = np.full((len(people), width), -1, dtype=np.int64)
+        table[found.lines, places] = scores
+        rows[found.lines, places] = found.rows
+        order = table if weights is None else table + weights[rows]
+        if width > 2 * count:
+            best = np.argpartition(-order, count, axis=1)[:, :count]
+            best = np.take_along_axis(best, np.argsort(-np.take_along_axis(order, best, axis=1), axis=1), axis=1)
+        else:
+            best = np.argsort(-order, axis=1, kind="stable")[:, :count]
+        return np.take_along_axis(table, best, axis=1), np.take_along_axis(rows, best, axis=1)
+
+
+def stage_of(encoder: BehaviourEncoder) -> RankingStage | None:
+    """Return the ranking stage of a version, with an index of all its rows; None where it has no ranker."""
+    if encoder.counts is None:
+        return None
+    with torch.inference_mode():
+        return RankingStage(encoder, ItemIndex(encoder.item_vectors().cpu().numpy()))
+
+
+def _shares(encoder: BehaviourEncoder) -> np.ndarray:
+    popularity = encoder.item_popularity.cpu().numpy()
+    return popularity / max(float(popularity.max(initial=0.0)), 1e-9)
+
+
+@torch.no_grad()
+def queries_of(encoder: BehaviourEncoder, liked: Histories) -> Tensor:
+    """Return (B, C) uT A of histories without what was turned down; 0 of empty ones."""
+    encoder.eval()
+    queries = torch.zeros(len(liked), encoder.config.hidden_size, device=encoder.device)
+    for places, part in SequenceBatches(liked, encoder.config).inference():
+        part = part.to(encoder.device)
+        interests = encoder.interests(part.kinds, part.gaps, part.values, part.lengths, part.rows)
+        queries[torch.from_numpy(places)] = encoder.queries(interests)
+    return queries

@@ -1,0 +1,82 @@
+"""Where items stand of late: their trends and ages, kept so that a version costs as much as its changed rows.
+
+All trends of one half-life decay alike, so log(trend) + clock * ln 2 / half_life of a row is the same at any time until
+the row is counted again: the order of rows that are not counted never changes.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from lib.model.item_counts import HALF_LIVES, NEVER
+
+KEPT = 200  # rows of the highest trend of each half-life, and of the newest ones
+MOST_TRENDING = 20  # candidates of each half-life, for an answer of up to half as many
+LEAST_TREND = 0.01  # what a trend below it counts
+DECAY = np.log(2) / HALF_LIVES
+
+
+class Standing:
+    """Trends and ages of the rows of one version; `update` follows the next one."""
+
+    def __init__(self, counts: Mapping[str, np.ndarray]):
+        self.counts = counts
+        rows = len(counts["events"])
+        self._levels = np.full((rows, len(HALF_LIVES)), -np.inf)  # log(trend) + clock * ln 2 / half_life
+        self._top = [np.zeros(0, dtype=np.int64) for _ in HALF_LIVES]
+        self._newest = np.zeros(0, dtype=np.int64)
+        self.update(counts, np.arange(rows))
+
+    def update(self, counts: Mapping[str, np.ndarray], rows: np.ndarray) -> None:
+        """Follow counts of which these rows have changed."""
+        self.counts = counts
+        grown = len(counts["events"]) - len(self._levels)
+        if grown > 0:
+            self._levels = np.concatenate([self._levels, np.full((grown, len(HALF_LIVES)), -np.inf)])
+        with np.errstate(divide="ignore"):
+            trends = np.log(counts["trends"][rows].astype(np.float64))
+        self._levels[rows] = trends + counts["counted_at"][rows][:, None] * DECAY
+        for place, top in enumerate(self._top):
+            candidates = np.union1d(top, rows)
+            self._top[place] = _largest(self._levels[:, place], candidates[candidates > 0], KEPT)
+        candidates = np.union1d(self._newest, rows)
+        candidates = candidates[counts["first_at"][candidates] != NEVER]
+        self._newest = _largest(counts["first_at"], candidates, KEPT)
+
+    def trends(self, rows: np.ndarray) -> np.ndarray:
+        """Return (P, H) float32 the logarithms of the trends of rows as of now."""
+        levels = self._levels[rows] - float(self.counts["clock"][0]) * DECAY
+        return np.maximum(levels, np.log(LEAST_TREND)).astype(np.float32)
+
+    def age(self, rows: np.ndarray) -> np.ndarray:
+        """Return (P,) float32 the events since each item's first one; 0 where it has none."""
+        first = self.counts["first_at"][rows]
+        since = np.where(first == NEVER, 0, self.counts["clock"][0] - first)
+        return np.maximum(since, 0).astype(np.float32)  # a rollback sets the clock back, and later items stay
+
+    def trending(self, mask: np.ndarray | None, count: int) -> np.ndarray:
+        """Return (M,) rows of the highest trends among those of a mask (R,), each once."""
+        count = max(count, MOST_TRENDING)
+        found = []
+        for place, top in enumerate(self._top):
+            kept = top if mask is None else top[mask[top]]
+            if mask is not None and len(kept) < count and len(top) == KEPT:
+                kept = _largest(self._levels[:, place], np.flatnonzero(mask), count)
+            elif count > KEPT:
+                among = np.arange(1, len(self._levels)) if mask is None else np.flatnonzero(mask)
+                kept = _largest(self._levels[:, place], among, count)
+            found.append(kept[:count])
+        return np.unique(np.concatenate(found))
+
+    def newest(self, mask: np.ndarray | None, count: int = MOST_TRENDING) -> np.ndarray:
+        """Return (M,) rows of the newest items among those of a mask (R,)."""
+        kept = self._newest if mask is None else self._newest[mask[self._newest]]
+        return kept[:count]
+
+
+def _largest(values: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
+    """Return the rows of the largest finite values (R,), the largest first."""
+    rows = rows[np.isfinite(values[rows])]
+    if len(rows) > count:
+        rows = rows[np.argpartition(-values[rows], count)[:count]]
+    return rows[np.argsort(-values[rows], kind="stable")]
