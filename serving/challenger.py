@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from ray.exceptions import RayError
 
 from lib.data.events import Event
+from lib.data.ratings import is_dislike
 from lib.errors import InputError
 from lib.experiments.results import CHALLENGER, SHADOW, Impression, Reaction, Records, Shadow, arm_in, tagged
 from lib.ranking.recommender import Question, RankedItem, Recommender
@@ -62,6 +63,7 @@ class Challenger:
         self.prepared = prepared
         self.name = prepared.name
         self.recommender = recommender
+        self.ratings = recommender.encoder.config.ratings  # the scale is the live model's, too
         self.actor = actor
         self.records = Records.none()
         self.waiting: deque[tuple[str, Question, list[str]]] = deque()
@@ -99,10 +101,10 @@ class Challenger:
         return request_id
 
     def react(self, events: Sequence[Event]) -> None:
-        """Count events that were accepted and name an answer of this experiment."""
+        """Count events that were accepted and name an answer of this experiment; what was turned down is no reward."""
         for event in events:
             arm = arm_in(event.request_id, self.name)
-            if arm is not None and event.request_id is not None:
+            if arm is not None and event.request_id is not None and not is_dislike(event, self.ratings):
                 reaction = Reaction(event.user_id, arm, event.request_id, event.event, event.item_id)
                 self.records.reactions.append(reaction)
 

@@ -94,7 +94,8 @@ def prepare_challenger(config: ChallengerConfig, state: str) -> PreparedChalleng
     """Keep a challenger's model, and see that its results can be written; what is there from before goes on.
 
     Raises:
-        InputError: it cannot be loaded, has none of the live model's items, or its results are damaged.
+        InputError: it cannot be loaded, has none of the live model's items or another rating scale, or its results are
+            damaged.
     """
     challenger = check_challenger(config, state)
     if not (challenger.model / MANIFEST).exists():
@@ -104,8 +105,14 @@ def prepare_challenger(config: ChallengerConfig, state: str) -> PreparedChalleng
 
 
 def _keep(challenger: PreparedChallenger, registry: Registry) -> None:
-    model, live = challenger.config.model, registry.load().catalog
+    model, newest = challenger.config.model, registry.load()
+    live, scale = newest.catalog, newest.encoder.config.ratings
     kept = _stored(registry, int(model)) if model.isdecimal() else _pretrained(Path(model))
+    if (own := kept.encoder.config.ratings) != scale:
+        raise InputError(
+            f"challenger: the ratings of {model} are on the scale {own}, and the live model's on {scale}; pretrain it "
+            f"on data that was ingested with --rating-scale {scale}"
+        )
     if not kept.catalog.row_of.keys() & live.row_of.keys():
         raise InputError(f"challenger: {model} has none of the live model's items; pretrain it on the same shop's data")
     described = Catalog(kept.catalog.item_ids[1:], live.attributes, live.removed, kept.catalog.all_splits())

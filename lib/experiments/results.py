@@ -94,7 +94,7 @@ class Impression(NamedTuple):
 
 
 class Reaction(NamedTuple):
-    """One event that names the answer that led to it."""
+    """One event that names the answer that led to it, and turned nothing down."""
 
     user_id: str
     arm: str

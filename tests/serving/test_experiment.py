@@ -367,6 +367,37 @@ def show(challenger: Challenger, users: int, rewarded: Callable[[str, int], bool
     challenger.react([Event("u", "i1", "click", None, NOW, None, "no answer of this experiment")])
 
 
+@pytest.mark.parametrize(("scale", "high"), [("1-5", 2.0), ("1-10", 4.0)])
+def test_what_was_turned_down_is_no_reward(tmp_path, scale, high):
+    registry = started_registry(tmp_path / "live", rating_scale=scale)
+    _, challenger = started(Path(registry.store.root), model="1")
+    user = USERS[0]
+    arm = challenger.arm_of(user)
+    assert arm is not None
+    events = [
+        ("rating", 1.0),
+        ("rating", high),
+        ("skip", None),
+        ("dislike", None),
+        ("rating", None),
+        ("rating", 3 * high),
+    ]
+    for number, (kind, value) in enumerate(events):
+        request_id = challenger.note(f"r{number}", user, Answer(1, [], arm))
+        challenger.react([Event(user, "i1", kind, value, NOW, None, request_id)])
+    assert asyncio.run(challenger.tell())
+    own = status_of(challenger)["arms"][arm]
+    assert (own["answers"], own["rewards"], own["click_through"]["rate"]) == (6, {"rating": 2}, pytest.approx(2 / 6))
+
+
+def test_what_was_turned_down_is_no_choice_of_a_shadow_either(state):
+    _, challenger = started(state, model="2", shadow=True)
+    user = next(user for user in USERS if challenger.arm_of(user) == SHADOW)
+    request_id = challenger.note("r", user, Answer(1, [], SHADOW))
+    challenger.react([Event(user, "i1", "rating", 1.0, NOW, None, request_id)])
+    assert challenger.records.reactions == []
+
+
 def wins(arm: str, number: int) -> bool:
     return number % 10 < (6 if arm == CHALLENGER else 2)
 
@@ -562,6 +593,9 @@ def test_what_cannot_challenge_is_refused(state, model, tmp_path):
     other = load_folder(Path(model))
     save_with_optimizer(Path(model), other.encoder, Catalog(f"film-{n}" for n in range(20)), Manifest(), None)
     refused("it has|.* has none of the live model's items", model)
+    tens = tmp_path / "tens"
+    save_with_optimizer(tens, tiny_encoder(rating_scale="1-10"), Catalog(item_ids(20)), Manifest(), None)
+    refused(r"the ratings of .*tens are on the scale 1-10, and the live model's on 1-5; pretrain it", str(tens))
     (Path(model) / "config.json").write_text("{}")
     refused(r"model: .*config\.json is not the file", model)
 
