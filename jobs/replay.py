@@ -67,13 +67,18 @@ def run_replay(
     """Pretrain on the oldest events unless the folder has that model, and replay the rest for every arm.
 
     Raises:
-        InputError: an unknown arm, too few events, a model in the folder that was made of others, or a service that is
-            not as it must be.
+        InputError: an unknown arm, too few events, none that chose an item, a model in the folder that was made of
+            others, or a service that is not as it must be.
     """
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown or not (arms or through):
         raise InputError(f"arm: {', '.join(unknown) or 'none given'}; there are {', '.join(ARMS)}")
-    stream = split_by_time(read_events(data), settings.share)
+    stream = split_by_time(read_events(data), settings.share, read_rating_scale(data))
+    if not stream.targets.any():
+        raise InputError(
+            f"data: all of the newest {len(stream.newest)} events turn an item down, so nothing can be ranked; choose "
+            f"another share, or ingest the data with the --rating-scale that it has in place of {stream.ratings}"
+        )
     outcomes: dict[str, Outcome] = {}
     if arms:
         with running_ray():
@@ -107,7 +112,7 @@ def _replay_arms(stream: Stream, model: Path, settings: ReplaySettings, arms: Se
         (done,), _ = ray.wait(list(waiting))
         arm = waiting.pop(done)
         outcomes[arm] = ray.get(done)
-        print(f"{arm}: {len(stream.newest):,} events answered", file=sys.stderr, flush=True)
+        print(f"{arm}: {stream.targets.sum():,} events answered", file=sys.stderr, flush=True)
     return {arm: outcomes[arm] for arm in arms}
 
 

@@ -22,6 +22,8 @@ LEARNED_EVERY = 0.2  # seconds between two looks whether everything is learned
 def through_service(url: str, stream: Stream) -> Outcome:
     """Ask, find the item that the person then chose, send the event; in order of time, user by user.
 
+    Nothing is asked before an event that turned an item down: it is no target.
+
     The service must have started from the stream's oldest part: its model, and its users' histories.
 
     Raises:
@@ -46,11 +48,9 @@ async def send_stream(url: str, stream: Stream) -> Outcome:
             by_user: dict[str, list[int]] = {}
             for number in range(start, min(start + AT_ONCE, len(events))):
                 by_user.setdefault(events[number].user_id, []).append(number)
-            await asyncio.gather(
-                *(_one_user(client, events, numbers, ranks, not stream.repeats) for numbers in by_user.values())
-            )
+            await asyncio.gather(*(_one_user(client, stream, events, numbers, ranks) for numbers in by_user.values()))
         facts = await _facts(client)
-    return Outcome(ranks, facts=facts)
+    return Outcome(ranks[stream.targets], facts=facts)
 
 
 async def _check(client: httpx.AsyncClient, stream: Stream) -> None:
@@ -71,16 +71,17 @@ async def _check(client: httpx.AsyncClient, stream: Stream) -> None:
 
 
 async def _one_user(
-    client: httpx.AsyncClient, events: Sequence[Event], numbers: Sequence[int], ranks: np.ndarray, exclude_seen: bool
+    client: httpx.AsyncClient, stream: Stream, events: Sequence[Event], numbers: Sequence[int], ranks: np.ndarray
 ) -> None:
-    """One user's events, each asked for before it is sent."""
+    """Send one user's events; ask before each that is a target."""
     for number in numbers:
         event = events[number]
-        question = {"user_id": event.user_id, "k": DEEPEST, "exclude_seen": exclude_seen}
-        answer = await _post(client, "/v1/recommendations", question)
-        items = [item["item_id"] for item in answer["items"]]
-        if event.item_id in items:
-            ranks[number] = items.index(event.item_id)
+        if stream.targets[number]:
+            question = {"user_id": event.user_id, "k": DEEPEST, "exclude_seen": not stream.repeats}
+            answer = await _post(client, "/v1/recommendations", question)
+            items = [item["item_id"] for item in answer["items"]]
+            if event.item_id in items:
+                ranks[number] = items.index(event.item_id)
         fields = {"user_id": event.user_id, "item_id": event.item_id, "event": event.event}
         sent = fields | {"timestamp": event.timestamp, "event_id": f"replay-{number}"}
         if event.value is not None:

@@ -2,8 +2,9 @@
 
 Test-then-train (Dawid 1984; Gama, Sebastiao & Rodrigues 2013): the oldest events are what a model is pretrained on, the
 rest streams in order of time. An arm answers each event's user from what it knows at that moment, and the rank of the
-item that the person then chose is all that counts. Every event counts: of whom nothing is known is answered with what
-is popular. What differs between arms is how they follow the stream:
+item that the person then chose is all that counts. Every event counts but those that turned an item down: they are
+learned, and are no targets. A user of whom nothing is known is answered with what is popular. What differs between arms
+is how they follow the stream:
 
     batch     nothing moves: weights and histories stay as they were at the split
     history   weights stay, histories grow
@@ -11,19 +12,26 @@ is popular. What differs between arms is how they follow the stream:
     daily     histories grow, and each day of the stream's time ends with a fine-tune on all events so far
 """
 
+# pyarrow.compute makes its functions as it is imported, so a type checker cannot see them.
+# pyright: reportAttributeAccessIssue=false
+
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from lib.data.catalog import Catalog
+from lib.data.events import EVENT_KINDS
 from lib.data.history import History, to_histories
 from lib.data.popularity import DAY, popularity_of
+from lib.data.ratings import STARS, RatingScale
 from lib.data.tables import events_of
 from lib.data.user_histories import UserHistories
 from lib.errors import InputError
@@ -33,7 +41,7 @@ from lib.live.micro_batch import micro_batch
 from lib.live.new_items import Likes, add_rows
 from lib.live.settings import LearnerConfig
 from lib.log.log_file import LoggedEvent
-from lib.model.batches import SequenceBatches
+from lib.model.batches import SequenceBatches, target_weights
 from lib.model.encoder import PADDING_ROW, BehaviourEncoder
 from lib.model.folder import load_model
 from lib.model.trainer import Trainer, TrainingConfig
@@ -53,8 +61,16 @@ class Stream:
 
     oldest: pa.Table  # what the model is pretrained on
     newest: pa.Table  # what streams in
+    ratings: RatingScale = STARS  # their scale
 
-    @property
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """(E,) bool, which of the newest events chose an item; the others turned one down."""
+        kinds = pc.index_in(self.newest["event"], value_set=pa.array(EVENT_KINDS)).to_numpy() + 1
+        values = pc.fill_null(self.newest["value"], float("nan")).to_numpy()
+        return target_weights(kinds, values, EVENT_KINDS, self.ratings) > 0
+
+    @cached_property
     def repeats(self) -> bool:
         """Whether people come back to items: then what they have seen belongs into the answers."""
         both = pa.concat_tables([self.oldest, self.newest])
@@ -62,7 +78,7 @@ class Stream:
         return len(both) - distinct > REPEATED_SHARE * len(both)
 
 
-def split_by_time(events: pa.Table, share: float) -> Stream:
+def split_by_time(events: pa.Table, share: float, ratings: RatingScale = STARS) -> Stream:
     """Split events into the oldest `share` and the rest; events of one time keep their order.
 
     Raises:
@@ -73,7 +89,7 @@ def split_by_time(events: pa.Table, share: float) -> Stream:
     split = int(len(events) * share)
     if split < 2 or split == len(events):
         raise InputError(f"data: a share of {share} of {len(events)} events leaves one part empty; ingest more events")
-    return Stream(events.slice(0, split), events.slice(split))
+    return Stream(events.slice(0, split), events.slice(split), ratings)
 
 
 class Arm(Protocol):
@@ -84,7 +100,7 @@ class Arm(Protocol):
         ...
 
     def learn(self, events: Sequence[LoggedEvent], histories: UserHistories) -> None:
-        """Take events that were answered; the histories have them."""
+        """Take events whose targets were answered; the histories have them."""
         ...
 
     def facts(self) -> dict[str, Any]:
@@ -96,17 +112,17 @@ class Arm(Protocol):
 class Outcome:
     """What an arm made of a stream."""
 
-    ranks: np.ndarray  # (E,)
+    ranks: np.ndarray  # (N,) of the stream's targets
     facts: dict[str, Any] = field(default_factory=dict)  # the arm's, and seconds of CPU for answers and learning
 
 
 def replay(stream: Stream, arm: Arm, batch_events: int = 64, live_histories: bool = True) -> Outcome:
-    """Answer every event of the stream's newest part; what is answered is learned in micro-batches.
+    """Answer every target of the stream's newest part; all of it is learned in micro-batches.
 
     Args:
         stream: what was before, and what streams in.
         arm: who answers.
-        batch_events: events of a micro-batch: the arm learns when so many have been answered.
+        batch_events: events of a micro-batch: the arm learns when so many have come.
         live_histories: whether histories grow with the stream.
     """
     histories = UserHistories(KEEP_EVENTS)
@@ -114,16 +130,19 @@ def replay(stream: Stream, arm: Arm, batch_events: int = 64, live_histories: boo
         histories.append(event)
     ranks: list[np.ndarray] = []
     answer_seconds = learn_seconds = 0.0
-    events = events_of(stream.newest)
+    events, wanted = events_of(stream.newest), stream.targets.tolist()
     for start in range(0, len(events), batch_events):
         part = [LoggedEvent(start + i + 1, e, e.timestamp) for i, e in enumerate(events[start : start + batch_events])]
-        contexts = []
+        contexts, targets = [], []
         for logged in part:
-            contexts.append(histories.get(logged.event.user_id))
+            if wanted[logged.offset - 1]:
+                contexts.append(histories.get(logged.event.user_id))
+                targets.append(logged.event.item_id)
             if live_histories:
                 histories.append(logged.event, logged.offset)
         begin = time.process_time()
-        ranks.append(arm.ranks(contexts, [logged.event.item_id for logged in part]))
+        if targets:
+            ranks.append(arm.ranks(contexts, targets))
         answered = time.process_time()
         arm.learn(part, histories)
         answer_seconds += answered - begin

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from lib.evaluation.comparison import Estimate
@@ -36,9 +37,9 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class ReplayComparison:
-    """All arms on the same events."""
+    """All arms on the same targets: events that chose an item."""
 
-    events: int
+    events: int  # that are targets
     users: int
     groups: dict[str, int]  # events of each
     times: list[int]  # milliseconds, the last event of each part
@@ -71,8 +72,9 @@ def _written(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
 
 def compare_arms(stream: "Stream", outcomes: "Mapping[str, Outcome]", seed: int = 0) -> ReplayComparison:
     """Every number with the interval that holds it in 95% of resamples of the users, whose events go together."""
-    groups = dict(_groups(stream))
-    _, users = np.unique(stream.newest["user_id"].to_numpy(zero_copy_only=False), return_inverse=True)
+    targets = stream.newest.filter(pa.array(stream.targets))
+    groups = dict(_groups(stream.oldest, targets))
+    _, users = np.unique(targets["user_id"].to_numpy(zero_copy_only=False), return_inverse=True)
     columns = [
         np.where(members, metric, 0.0)
         for outcome in outcomes.values()
@@ -85,7 +87,7 @@ def compare_arms(stream: "Stream", outcomes: "Mapping[str, Outcome]", seed: int 
     shape = (len(outcomes), len(groups), len(METRICS))
     values = (sums.sum(axis=0) / np.maximum(counts.sum(axis=0), 1)).reshape(shape)
     resampled = bootstrap_means(sums, counts, RESAMPLES, seed).reshape(-1, *shape)
-    parts = np.array_split(np.arange(len(stream.newest)), min(PARTS, len(stream.newest)))
+    parts = np.array_split(np.arange(len(targets)), min(PARTS, len(targets)))
     base = list(outcomes).index(BASE) if BASE in outcomes else None
     arms = []
     for place, (name, outcome) in enumerate(outcomes.items()):
@@ -101,9 +103,9 @@ def compare_arms(stream: "Stream", outcomes: "Mapping[str, Outcome]", seed: int 
             for metric, values in zip(METRICS, _metrics(outcome.ranks), strict=True)
         }
         arms.append(ArmResult(name, metrics, lift, over_time, outcome.facts))
-    times = stream.newest["timestamp"].to_numpy()
+    times = targets["timestamp"].to_numpy()
     return ReplayComparison(
-        len(stream.newest),
+        len(targets),
         len(sums),
         {name: int(members.sum()) for name, members in groups.items()},
         [int(times[part[-1]]) for part in parts],
@@ -111,16 +113,16 @@ def compare_arms(stream: "Stream", outcomes: "Mapping[str, Outcome]", seed: int 
     )
 
 
-def _groups(stream: "Stream") -> Iterator[tuple[str, np.ndarray]]:
-    """(E,) which events belong to each group."""
-    yield "all", np.ones(len(stream.newest), dtype=bool)
+def _groups(oldest: pa.Table, targets: pa.Table) -> Iterator[tuple[str, np.ndarray]]:
+    """(N,) which targets belong to each group."""
+    yield "all", np.ones(len(targets), dtype=bool)
     for name, column in (("new users", "user_id"), ("new items", "item_id")):
-        known = pc.is_in(stream.newest[column], value_set=stream.oldest[column].unique())
+        known = pc.is_in(targets[column], value_set=oldest[column].unique())
         yield name, ~known.to_numpy(zero_copy_only=False)
 
 
 def _metrics(ranks: np.ndarray) -> Iterator[np.ndarray]:
-    """(E,) each of METRICS."""
+    """(N,) each of METRICS."""
     yield recall_at(ranks, K)
     yield ndcg_at(ranks, K)
     yield np.where(ranks < DEEPEST, reciprocal_rank(ranks), 0.0)

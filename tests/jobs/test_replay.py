@@ -5,13 +5,15 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from jobs.command_line import BAD_INPUT, run_command
 from jobs.replay import ReplaySettings, replay_command, run_replay
 from jobs.replay_service import send_stream, through_service
-from lib.data.dataset import read_events
+from lib.data.dataset import read_events, write_dataset
+from lib.data.events import EVENT_SCHEMA
 from lib.errors import InputError
 from lib.live.prequential import MISSED, Stream, split_by_time
 from tests.helpers.service import LiveService, RaySession
@@ -93,6 +95,37 @@ def test_the_stream_goes_through_a_service(service: LiveService) -> None:
     assert (ranks[:, 0] < 20).mean() > 0.9  # of whom nothing is known: what is popular comes first
     exported = service.export("replayed-3")
     assert [event["item_id"] for event in exported] == [known[3], known[4], "unheard of 3"]
+
+
+def test_nothing_is_asked_of_a_service_for_what_people_turn_down(service: LiveService) -> None:
+    known, kinds = service.items()[:4], ("click", "dislike", "skip", "click")
+    rows = [
+        {
+            "user_id": "picky",
+            "item_id": item,
+            "event": kind,
+            "value": None,
+            "timestamp": 1_700_000_000_000 + 1000 * place,
+        }
+        for place, (item, kind) in enumerate(zip(known, kinds, strict=True))
+    ]
+    events = read_events(service.arguments.data or "")
+    absent = dict.fromkeys(set(events.schema.names) - rows[0].keys())
+    newest = events.slice(0, 0).from_pylist([row | absent for row in rows], events.schema)
+    outcome = asyncio.run(send_stream(service.url, Stream(events, newest)))
+    service.wait_until_learned()
+    assert len(outcome.ranks) == 2
+    assert outcome.ranks[0] < 100
+    assert [event["event"] for event in service.export("picky")] == list(kinds)
+
+
+def test_a_stream_that_only_turns_down_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"user_id": "ann", "event": "rating", "value": 1.0}
+    rows = [row | {"item_id": f"i{at}", "timestamp": 1_700_000_000_000 + 1000 * at} for at in range(10)]
+    write_dataset(tmp_path / "data", pa.Table.from_pylist(rows, EVENT_SCHEMA), None)
+    assert run("--data", str(tmp_path / "data")) == BAD_INPUT
+    refused = "data: all of the newest 4 events turn an item down, so nothing can be ranked; choose another share"
+    assert refused in capsys.readouterr().err
 
 
 def test_a_service_with_another_past_is_refused(service: LiveService, shop_dataset: Path) -> None:

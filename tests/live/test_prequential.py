@@ -12,6 +12,7 @@ from lib.data.catalog import Catalog
 from lib.data.events import EVENT_SCHEMA
 from lib.data.history import History
 from lib.data.popularity import DAY
+from lib.data.ratings import RatingScale
 from lib.data.user_histories import UserHistories
 from lib.errors import InputError
 from lib.live.gate import GateConfig
@@ -86,6 +87,34 @@ def test_every_event_is_answered_from_what_came_before_it_and_learned_after():
     assert witness.learned_before == [0, 0, 2, 2]
     assert outcome.ranks.tolist() == [0, 1, 0, 1]
     assert outcome.facts["seen"] == 4
+
+
+def test_what_people_turn_down_is_learned_and_is_no_target():
+    rows = [
+        ("a", "i2", "rating", 4.0),
+        ("a", "i3", "rating", 5.0),
+        ("b", "i4", "skip", None),
+        ("a", "i5", "dislike", None),
+    ]
+    rows += [("b", "i6", "click", None), ("a", "new", "rating", 1.0), ("a", "i7", "rating", None)]
+    newest = table([(user, item, at) for at, (user, item, *_) in enumerate(rows, start=1)])
+    for place, name in ((2, "event"), (3, "value")):
+        column = pa.array([row[place] for row in rows], EVENT_SCHEMA.field(name).type)
+        newest = newest.set_column(newest.schema.get_field_index(name), EVENT_SCHEMA.field(name), column)
+    stream, witness = Stream(table([("a", "i1", 0)]), newest, RatingScale(1, 10)), Witness()
+    assert stream.targets.tolist() == [False, True, False, False, True, False, True]  # 4 is low on this scale
+    outcome = replay(stream, witness, batch_events=1)
+    assert [target for _, target in witness.contexts] == ["i3", "i6", "i7"]
+    assert witness.contexts[-1][0] == ["i1", "i2", "i3", "i5", "new"]
+    assert witness.learned == ["i2", "i3", "i4", "i5", "i6", "new", "i7"]
+    assert outcome.ranks.tolist() == [0, 0, 0]
+    comparison = compare_arms(stream, {"live": outcome})
+    assert (comparison.events, comparison.users) == (3, 2)
+    assert comparison.groups == {"all": 3, "new users": 1, "new items": 3}
+    assert comparison.times == [NOW + at * SECOND for at in (2, 5, 7)]
+    assert comparison.arms[0].metrics["all"]["hr@10"].value == 1.0
+    assert stream.repeats is False
+    assert Stream(stream.oldest, newest).targets.tolist() == [True, True, False, False, True, False, True]
 
 
 def test_frozen_histories_stay_as_they_were_at_the_split():
