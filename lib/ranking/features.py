@@ -4,7 +4,7 @@ The candidates of all sources are united: what several found is one candidate, w
 not depend on the source (interest, trends, age) is looked up for the united ones. Nothing loops over items.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -44,13 +44,11 @@ def find_candidates(asked: Asked, sources: Sequence[str] = tuple(SOURCES)) -> Ca
     found = [SOURCES[name](asked) for name in sources]
     width = len(asked.counts["events"])
     keys = np.concatenate([each.lines * width + each.rows for each in found])
-    summed = {
-        name: np.concatenate([each.values.get(name, np.zeros(len(each.lines), dtype=np.float32)) for each in found])
-        for name in SUMMED
-        if any(name in each.values for each in found)
-    }
+    stops = np.cumsum([len(each.lines) for each in found])
+    parts = [slice(stop - len(each.lines), stop) for each, stop in zip(found, stops, strict=True)]
+    values = {name: (part, own) for each, part in zip(found, parts, strict=True) for name, own in each.values.items()}
     excluded = [line * width + rows.astype(np.int64) for line, rows in enumerate(asked.excluded)]
-    keys, sums = _united(keys, summed, np.concatenate(excluded), len(asked.people) * width)
+    keys, sums = _united(keys, values, np.concatenate(excluded), len(asked.people) * width)
     lines, rows = np.divmod(keys, width)
     if asked.mask is not None:
         kept = asked.mask[rows]
@@ -60,18 +58,25 @@ def find_candidates(asked: Asked, sources: Sequence[str] = tuple(SOURCES)) -> Ca
 
 
 def _united(
-    keys: np.ndarray, values: dict[str, np.ndarray], excluded: np.ndarray, size: int
+    keys: np.ndarray, values: Mapping[str, tuple[slice, np.ndarray]], excluded: np.ndarray, size: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return the distinct keys that are not excluded, ascending, and the sum of each value over equal keys."""
+    """Return the distinct keys that are not excluded, ascending, and the sum of each value over equal keys.
+
+    Args:
+        keys: (E,) int64 below `size`.
+        values: by name, which part of the keys each belongs to.
+        excluded: keys.
+        size: of the space of keys.
+    """
     if size <= SCRATCH:
         there = np.zeros(size, dtype=bool)
         there[keys] = True
         there[excluded] = False
         found = np.flatnonzero(there)
-        return found, {name: np.bincount(keys, own, size)[found] for name, own in values.items()}
+        return found, {name: np.bincount(keys[part], own, size)[found] for name, (part, own) in values.items()}
     found, places = np.unique(keys, return_inverse=True)
     kept = np.isin(found, excluded, assume_unique=True, invert=True)
-    sums = {name: np.bincount(places, own, len(found))[kept] for name, own in values.items()}
+    sums = {name: np.bincount(places[part], own, len(found))[kept] for name, (part, own) in values.items()}
     return found[kept], sums
 
 

@@ -12,6 +12,7 @@ from lib.model.item_counts import HALF_LIVES, NEVER
 
 KEPT = 200  # rows of the highest trend of each half-life, and of the newest ones
 MOST_TRENDING = 20  # candidates of each half-life, for an answer of up to half as many
+TABLE_ROWS = 20_000  # up to which the trends of all rows are worked out once a version
 LEAST_TREND = 0.01  # what a trend below it counts
 DECAY = np.log(2) / HALF_LIVES
 
@@ -42,11 +43,19 @@ class Standing:
         candidates = np.union1d(self._newest, rows)
         candidates = candidates[counts["first_at"][candidates] != NEVER]
         self._newest = _largest(counts["first_at"], candidates, KEPT)
+        self._trends: np.ndarray | None = None  # of all rows as of now, where a table of them is cheap
 
     def trends(self, rows: np.ndarray) -> np.ndarray:
         """Return (P, H) float32 the logarithms of the trends of rows as of now."""
-        levels = self._levels[rows] - float(self.counts["clock"][0]) * DECAY
-        return np.maximum(levels, np.log(LEAST_TREND)).astype(np.float32)
+        if len(self._levels) > TABLE_ROWS:
+            return self._trends_of(self._levels[rows])
+        if self._trends is None:
+            self._trends = self._trends_of(self._levels)
+        return self._trends[rows]
+
+    def _trends_of(self, levels: np.ndarray) -> np.ndarray:
+        now = levels - float(self.counts["clock"][0]) * DECAY
+        return np.maximum(now, np.log(LEAST_TREND)).astype(np.float32)
 
     def age(self, rows: np.ndarray) -> np.ndarray:
         """Return (P,) float32 the events since each item's first one; 0 where it has none."""
