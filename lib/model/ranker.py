@@ -9,6 +9,8 @@ Adam, whose state is part of them. As dense tensors of the weights they are push
 others.
 """
 
+from typing import Any, Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,6 +42,10 @@ class Ranker(nn.Module):
             self.register_buffer(name, torch.zeros(sum(parts)))
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
         self.weights[0] = 1 / TEMPERATURE  # not fitted yet: the encoder's order
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Stay on the CPU, where the features are, wherever the encoder goes."""
+        return self
 
     @torch.no_grad()
     def start(self, mean: Tensor, deviation: Tensor, line: Tensor, seed: int) -> None:
