@@ -15,11 +15,13 @@ from lib.model.delta import (
     apply_delta,
     difference,
     grow_items,
+    no_rows,
     state_of,
 )
 from lib.model.encoder import BehaviourEncoder
 from lib.model.facts import NewcomerShare, RejectedSpan, VersionFacts
 from lib.model.fingerprint import Fingerprint, fingerprint
+from lib.model.item_counts import COUNT_TENSORS
 from lib.model.version_format import FORMAT, OLDEST_FORMAT, OtherFormat
 from tests.helpers.tiny import assert_same_state, copied_state, tiny_encoder
 
@@ -213,6 +215,96 @@ def test_a_followed_fingerprint_is_the_one_made_from_scratch(rows, dense, item_r
         assert found == followed.checksum == fingerprint(encoder)
     assert len(found) == 16
     int(found, 16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counts, whose rows change apart from those of the weights
+
+
+def counting_encoder() -> BehaviourEncoder:
+    encoder = tiny_encoder()
+    encoder.add_ranker(neighbours=3, features=4)
+    return encoder
+
+
+def counted(encoder: BehaviourEncoder, item: int, before: int, item_rows: int = 25) -> Delta:
+    """Count an event of an item after another, move the ranker, and say what has changed."""
+    assert encoder.counts is not None
+    assert encoder.ranker is not None
+    grow_items(encoder, item_rows)
+    context = np.array([[before]])
+    time = int(encoder.counts.clock) + 1
+    encoder.counts.count(context, np.array([item]), np.ones(1), np.array([time]))
+    encoder.ranker.weights += 0.25
+    state, rows = state_of(encoder), encoder.counts.rows_of(context, np.array([item]))
+    tensors = {name: state[name].numpy()[rows] for name in COUNT_TENSORS}
+    tensors |= {name: state[name].numpy().copy() for name in ("counts.clock", "ranker.weights")}
+    return Delta(time + 1, time, fingerprint(encoder), 7, item_rows, no_rows(), tensors, count_rows=rows)
+
+
+def test_deltas_of_counts_give_the_final_state_to_the_bit():
+    leader, follower = counting_encoder(), counting_encoder()
+    followed = Fingerprint(follower)
+    for item, before, item_rows in [(3, 5, 25), (5, 3, 25), (27, 3, 30), (1, 27, 30)]:
+        read = Delta.from_bytes(counted(leader, item, before, item_rows).to_bytes())
+        assert read.count_rows.tolist() == sorted([item, before])
+        assert not len(read.rows)
+        apply_delta(follower, read)
+        assert_same_state(copied_state(leader), copied_state(follower))
+        found = followed.update(state_of(follower), read.rows, set(read.tensors), read.count_rows)
+        assert found == read.checksum == fingerprint(follower)
+    assert int(state_of(follower)["counts.clock"]) == 4
+    assert state_of(follower)["counts.next_rows"].any()
+
+
+def test_the_fingerprint_follows_counts_only_at_the_rows_that_are_named():
+    encoder = counting_encoder()
+    followed = Fingerprint(encoder)
+    delta = counted(encoder, 3, 5)
+    unnamed = followed.update(state_of(encoder), delta.rows, set(delta.tensors))
+    assert unnamed != delta.checksum
+    assert followed.update(state_of(encoder), delta.rows, set(delta.tensors), delta.count_rows) == delta.checksum
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda delta: delta.count_rows.__setitem__(1, 30),
+        lambda delta: delta.count_rows.__setitem__(0, -1),
+        lambda delta: setattr(delta, "count_rows", delta.count_rows[:1]),
+        lambda delta: setattr(delta, "count_rows", delta.count_rows.astype(np.int32)),
+        lambda delta: setattr(delta, "count_rows", delta.count_rows[None]),
+        lambda delta: delta.tensors.update({"counts.next_rows": np.zeros((2, 4), np.int32)}),
+        lambda delta: delta.tensors.update({"counts.next_rows": np.zeros((2, 3), np.int64)}),
+        lambda delta: delta.tensors.update({"ranker.weights": np.zeros(5, np.float32)}),
+    ],
+    ids=["beyond the table", "before it", "too few", "type", "shape", "neighbours", "type of a count", "ranker"],
+)
+def test_counts_that_do_not_fit_change_nothing(spoil):
+    delta, follower = counted(counting_encoder(), 27, 3, item_rows=30), counting_encoder()
+    spoil(delta)
+    before = copied_state(follower)
+    with pytest.raises(DeltaMismatch, match=r"^delta 2"):
+        apply_delta(follower, delta)
+    assert_same_state(before, copied_state(follower))
+    assert follower.config.item_rows == 25
+
+
+def test_a_model_without_counts_refuses_them():
+    with pytest.raises(DeltaMismatch, match=r"^delta 2 has a tensor counts\.\w+, and the model has none of this name"):
+        apply_delta(tiny_encoder(), counted(counting_encoder(), 3, 5))
+
+
+def test_the_fingerprint_changes_with_any_bit_of_the_counts():
+    encoder = counting_encoder()
+    counted(encoder, 3, 5)
+    original = fingerprint(encoder)
+    for name, words in bits_of(encoder):
+        if name.startswith(("counts.", "ranker.")):
+            for place in (0, len(words) - 1):
+                words[place] ^= np.uint32(1)
+                assert fingerprint(encoder) != original, f"word {place} of {name}"
+                words[place] ^= np.uint32(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
