@@ -102,7 +102,7 @@ def _features(asked: Asked, lines: np.ndarray, rows: np.ndarray, sums: dict[str,
 def padded(candidates: Candidates, people: int) -> tuple[torch.Tensor, np.ndarray]:
     """Return features (B, K, F), -inf in the first where there is no candidate, and rows (B, K), 0 there."""
     _, places = candidates.places(people)
-    most = int(places.max(initial=-1)) + 1
+    most = int(places.max(initial=0)) + 1  # where nobody has any, one place that is empty
     features = np.zeros((people, most, len(FEATURES)), dtype=np.float32)
     features[..., 0] = -np.inf
     rows = np.zeros((people, most), dtype=np.int64)

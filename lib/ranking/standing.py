@@ -24,6 +24,7 @@ class Standing:
         self.counts = counts
         rows = len(counts["events"])
         self._levels = np.full((rows, len(HALF_LIVES)), -np.inf)  # log(trend) + clock * ln 2 / half_life
+        self._firsts = np.full(rows, -np.inf)  # the clock at each row's first event
         self._top = [np.zeros(0, dtype=np.int64) for _ in HALF_LIVES]
         self._newest = np.zeros(0, dtype=np.int64)
         self.update(counts, np.arange(rows))
@@ -34,15 +35,14 @@ class Standing:
         grown = len(counts["events"]) - len(self._levels)
         if grown > 0:
             self._levels = np.concatenate([self._levels, np.full((grown, len(HALF_LIVES)), -np.inf)])
+            self._firsts = np.concatenate([self._firsts, np.full(grown, -np.inf)])
         with np.errstate(divide="ignore"):
             trends = np.log(counts["trends"][rows].astype(np.float64))
-        self._levels[rows] = trends + counts["counted_at"][rows][:, None] * DECAY
+        levels = trends + counts["counted_at"][rows][:, None] * DECAY
         for place, top in enumerate(self._top):
-            candidates = np.union1d(top, rows)
-            self._top[place] = _largest(self._levels[:, place], candidates[candidates > 0], KEPT)
-        candidates = np.union1d(self._newest, rows)
-        candidates = candidates[counts["first_at"][candidates] != NEVER]
-        self._newest = _largest(counts["first_at"], candidates, KEPT)
+            self._top[place] = _follow(self._levels[:, place], top, rows, levels[:, place])
+        first = counts["first_at"][rows]
+        self._newest = _follow(self._firsts, self._newest, rows, np.where(first == NEVER, -np.inf, first))
         self._trends: np.ndarray | None = None  # of all rows as of now, where a table of them is cheap
 
     def trends(self, rows: np.ndarray) -> np.ndarray:
@@ -80,7 +80,20 @@ class Standing:
     def newest(self, mask: np.ndarray | None, count: int = MOST_TRENDING) -> np.ndarray:
         """Return (M,) rows of the newest items among those of a mask (R,)."""
         kept = self._newest if mask is None else self._newest[mask[self._newest]]
+        if mask is not None and len(kept) < count and len(self._newest) == KEPT:
+            kept = _largest(self._firsts, np.flatnonzero(mask), count)
         return kept[:count]
+
+
+def _follow(values: np.ndarray, top: np.ndarray, rows: np.ndarray, changed: np.ndarray) -> np.ndarray:
+    """Write changed values (M,) of rows into those of all (R,); return the rows of the KEPT largest of all.
+
+    Where one of the largest falls, as at a rollback, others that were not kept may take its place.
+    """
+    fell = len(top) == KEPT and bool((changed < values[rows])[np.isin(rows, top)].any())
+    values[rows] = changed
+    among = np.arange(len(values)) if fell else np.union1d(top, rows)
+    return _largest(values, among[among > 0], KEPT)
 
 
 def _largest(values: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
