@@ -14,11 +14,13 @@ from lib.errors import InputError
 from lib.live.gate import GateConfig
 from lib.live.learner import NearlineLearner
 from lib.live.settings import LearnerConfig
-from lib.model.delta import Delta, DeltaMismatch
+from lib.model.delta import ROW_TENSORS, Delta, DeltaMismatch, state_of
 from lib.model.encoder import BehaviourEncoder
 from lib.model.fingerprint import fingerprint
 from lib.model.folder import Manifest, save_model
 from lib.model.inference import InferenceEncoder
+from lib.model.item_counts import COUNT_TENSORS
+from lib.ranking.features import FEATURES
 from lib.ranking.filters import ItemFilter
 from lib.ranking.recommender import Question, RankedItem, Recommender
 from lib.ranking.rules import RankingRules
@@ -557,3 +559,112 @@ def test_a_dislike_is_no_reason():
     (items,) = recommender.recommend([Question(History.of(events), 20, explain=True)])
     assert all("dislike" not in (item.reason or "") for item in items)
     assert any(item.reason for item in items)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With counts and a ranker
+
+
+def counting_encoder() -> BehaviourEncoder:
+    """Return an encoder with counts of some histories and a ranker whose every weight matters."""
+    encoder = tiny_encoder(ITEMS)
+    encoder.item_popularity[1:] = torch.arange(ITEMS, dtype=torch.float32)
+    encoder.add_ranker(4, len(FEATURES))
+    assert encoder.ranker is not None
+    encoder.ranker.weights += torch.randn(len(encoder.ranker.weights), generator=torch.Generator().manual_seed(0))
+    count(encoder, *[(1 + number % ITEMS, 1 + (number * 7) % ITEMS) for number in range(60)])
+    return encoder
+
+
+def count(encoder: BehaviourEncoder, *pairs: tuple[int, int]) -> np.ndarray:
+    """Count an event of the second item of each pair after the first; return the changed rows."""
+    assert encoder.counts is not None
+    contexts, items = np.array([[before] for before, _ in pairs]), np.array([item for _, item in pairs])
+    times = int(encoder.counts.clock) + 1 + np.arange(len(pairs))
+    encoder.counts.count(contexts, items, np.ones(len(pairs)), times)
+    return encoder.counts.rows_of(contexts, items)
+
+
+def counted_delta(encoder: BehaviourEncoder, version: int, *pairs: tuple[int, int]) -> Delta:
+    """Count, move the ranker and a row of the items, and say what has changed."""
+    assert encoder.ranker is not None
+    rows = count(encoder, *pairs)
+    encoder.ranker.weights += 0.1 * torch.randn(len(encoder.ranker.weights))
+    with torch.no_grad():
+        encoder.item_embeddings.weight[5] += 0.5
+        encoder.item_popularity[5] += 40
+    state, changed = state_of(encoder), np.array([5])
+    tensors = {name: state[name].numpy()[changed] for name in ROW_TENSORS}
+    tensors |= {name: state[name].numpy()[rows] for name in COUNT_TENSORS}
+    tensors |= {name: state[name].numpy().copy() for name in ("counts.clock", "ranker.weights")}
+    return Delta(version, version - 1, fingerprint(encoder), 9, ITEMS + 1, changed, tensors, count_rows=rows)
+
+
+def assert_same_answer(one: list[RankedItem], other: list[RankedItem]) -> None:
+    """Equal items, and scores but for the last bits, which depend on where in memory the weights lie."""
+    assert ids(one) == ids(other)
+    assert [item.score for item in one] == pytest.approx([item.score for item in other], abs=1e-5)
+
+
+def test_counts_change_who_gets_what_and_the_right_number_comes():
+    recommender = Recommender(counting_encoder(), described_catalog(), version=1)
+    plain = Recommender(tiny_encoder(ITEMS), described_catalog(), version=1)
+    assert ids(ask(recommender, 3, 9, k=10)) != ids(ask(plain, 3, 9, k=10))
+    for k in (1, 5, 22, 100):
+        found = ask(recommender, 3, 9, k=k)
+        assert len(found) == len(set(ids(found))) == min(k, ITEMS - 2)
+        assert [item.score for item in found] == sorted((item.score for item in found), reverse=True)
+    even = ids(ask(recommender, 2, 3, k=30, filter=filter_of(parity="even")))
+    assert sorted(int(name[1:]) for name in even) == [row for row in range(4, ITEMS + 1, 2)]
+    assert {item.reason for item in recommender.popular(3)} == {"popular"}
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_seen_items_compete_where_people_come_back_unless_the_question_says_otherwise(repeats):
+    encoder = counting_encoder()
+    encoder.config.repeats = repeats
+    recommender = Recommender(encoder, described_catalog(), version=1)
+    answers = {
+        exclude: set(ids(ask(recommender, 3, 9, k=ITEMS, exclude_seen=exclude))) for exclude in (None, True, False)
+    }
+    assert not {"i3", "i9"} & answers[True]
+    assert {"i3", "i9"} <= answers[False]
+    assert answers[None] == answers[not repeats]
+    together = recommender.recommend(
+        [Question(history([3, 9]), ITEMS, exclude_seen=own) for own in (None, True, False)]
+    )
+    assert [set(ids(items)) for items in together] == list(answers.values())
+
+
+def test_a_delta_with_counts_gives_the_recommender_that_a_fresh_start_gives():
+    leader, follower = counting_encoder(), Recommender(counting_encoder(), described_catalog(), version=1)
+    before = ask(follower, 3, 9, k=10)
+    for version, pairs in [(2, [(3, 14), (9, 14)]), (3, [(14, 21)] * 3)]:
+        follower.apply(Delta.from_bytes(counted_delta(leader, version, *pairs).to_bytes()))
+    leading = tiny_encoder(ITEMS)
+    leading.add_ranker(4, len(FEATURES))
+    leading.load_state_dict(copied_state(leader))
+    fresh = Recommender(leading, described_catalog(), version=3)
+    assert follower.checksum == fresh.checksum
+    questions = [Question(history(items), 10) for items in ([3, 9], [14], [], [1, 2, 3, 14, 5])]
+    for one, other in zip(follower.recommend(questions), fresh.recommend(questions), strict=True):
+        assert_same_answer(one, other)
+    assert ids(ask(follower, 3, 9, k=10)) != ids(before)
+
+
+def test_counts_at_other_rows_than_a_delta_says_are_noticed():
+    leader, follower = counting_encoder(), Recommender(counting_encoder(), described_catalog(), version=1)
+    delta = counted_delta(leader, 2, (3, 14))
+    delta.count_rows = delta.count_rows + 1
+    with pytest.raises(DeltaMismatch, match=r"^version 2 came out as"):
+        follower.apply(delta)
+
+
+def test_a_model_folder_keeps_counts_and_ranker(tmp_path):
+    encoder = counting_encoder()
+    encoder.config.repeats = True
+    save_model(tmp_path / "model", encoder, described_catalog(), Manifest(version=1))
+    loaded = Recommender.load(tmp_path / "model")
+    assert loaded.checksum == fingerprint(encoder)
+    assert loaded.encoder.config.repeats
+    assert_same_answer(ask(loaded, 3, 9), ask(Recommender(encoder, described_catalog(), version=1), 3, 9))
