@@ -24,11 +24,11 @@ from lib.ranking.features import FEATURES, padded
 from lib.ranking.stage import RankingStage, queries_of
 from lib.retrieval.index import ItemIndex
 
-MOST_EVENTS = 10_000  # that the ranker is fitted on
+MOST_EVENTS = 6_000  # that the ranker is fitted on
 NEWEST_SHARE = 0.15  # of the events in the order of time, from which they are kept back where they come as a stream
 REPEATED_SHARE = 0.01  # of the events, with an item that its user had before: above it people come back to items
 FORGOTTEN_SHARE = 0.05  # of the examples, which are seen without their history: the ranker meets newcomers, too
-EPOCHS, LEAST_STEPS, EXAMPLES_PER_STEP, LEARNING_RATE = 10, 100, 128, 0.02
+EPOCHS, LEAST_STEPS, EXAMPLES_PER_STEP, LEARNING_RATE = 6, 100, 128, 0.02
 EVENTS_AT_ONCE = 256
 LEAST_EVENTS = 200  # kept back: with fewer there is no ranker, and answers are the encoder's
 # what a deviation of a feature weighs before anything is learned: about what it comes to on films, shops and music
