@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -60,6 +61,17 @@ class Histories:
             self.values[keep],
             self.timestamps[keep],
         )
+
+
+class Person(NamedTuple):
+    """What the ranker reads of a history (lib/ranking/features.py); S distinct items."""
+
+    recent: np.ndarray  # (W,) int64 rows of the newest distinct items that were not turned down, the newest first, or 0
+    seen: np.ndarray  # (S,) int32 rows of all events, ascending
+    times: np.ndarray  # (S,) float32 events of each
+    ago: np.ndarray  # (S,) float32 events since its newest one; 0 is the newest of all
+    length: int  # events that were not turned down
+    kind: int  # code of the newest event's kind; 0: there is none
 
 
 def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 from lib.data.catalog import Catalog
 from lib.data.events import Event
 from lib.data.guard import LATENESS_MS
-from lib.data.histories import Histories
+from lib.data.histories import Histories, Person
 
 
 class Opinions(NamedTuple):
@@ -24,17 +24,6 @@ class Opinions(NamedTuple):
 
     rows: np.ndarray  # (T,) int32, oldest first
     weights: np.ndarray  # (T,) float32, by recency; below 0 for a dislike, 0 for what was turned down later
-
-
-class Person(NamedTuple):
-    """What the ranker reads of a history (lib/ranking/features.py); S distinct items."""
-
-    recent: np.ndarray  # (W,) int64 rows of the newest distinct items that were not turned down, the newest first, or 0
-    seen: np.ndarray  # (S,) int32 rows of all events, ascending
-    times: np.ndarray  # (S,) float32 events of each
-    ago: np.ndarray  # (S,) float32 events since its newest one; 0 is the newest of all
-    length: int  # events that were not turned down
-    kind: int  # code of the newest event's kind; 0: there is none
 
 
 @dataclass(frozen=True, slots=True)

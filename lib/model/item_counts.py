@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lib.data.histories import Histories
-from lib.data.history import Person
+from lib.data.histories import Histories, Person
 
 WINDOW = 20  # newest distinct items of a user that an event is counted with
 HALF_LIVES = np.array([100.0, 1_000.0, 10_000.0, 1e9], dtype=np.float64)  # events, of the trends; the last is none

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.data.histories import Histories
-from lib.data.history import Person
+from lib.data.histories import Histories, Person
 from lib.data.holdout import LEAVE_ONE_OUT
 from lib.model.batches import target_weights
 from lib.model.dislikes import without_dislikes

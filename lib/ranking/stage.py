@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.data.histories import Histories
-from lib.data.history import Person
+from lib.data.histories import Histories, Person
 from lib.model.batches import SequenceBatches
 from lib.model.encoder import BehaviourEncoder
 from lib.ranking.candidates import SOURCES, Asked

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib.data.history import Person
+from lib.data.histories import Person
 from lib.model.encoder import BehaviourEncoder
 from lib.model.item_counts import WINDOW, ItemCounts
 from lib.ranking import features as features_module

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from lib.data.history import Person
+from lib.data.histories import Person
 from lib.ranking.standing import Standing
 from lib.retrieval.index import ItemIndex
 
