@@ -188,9 +188,8 @@ def test_the_smallest_entry_of_a_full_list_gives_way_to_what_outweighs_it():
 def test_counts_are_never_above_the_true_ones_and_what_is_frequent_stays():
     generator = np.random.default_rng(1)
     shares = 1 / np.arange(1, 60) ** 1.3
-    lengths = np.full(60, 40)
     drawn = generator.choice(np.arange(1, 60), 2400, p=shares / shares.sum())
-    histories = histories_of(*np.split(drawn, np.cumsum(lengths)[:-1]))
+    histories = histories_of(*drawn.reshape(60, 40).tolist())
     exact, bounded = ItemCounts(60, 60), ItemCounts(60, 8)
     for counts in (exact, bounded):
         counts.count_histories(histories, np.ones(2400), np.arange(1, 2401))

@@ -107,7 +107,7 @@ class FixedChance(np.random.Generator):
     def __init__(self):
         super().__init__(np.random.PCG64(0))
 
-    def random(self, size=None, *_args, **_keywords):
+    def random(self, size: int) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         return np.ones(size)
 
 
