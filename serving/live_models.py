@@ -18,7 +18,7 @@ from lib.log.items import ItemChange
 from lib.model.delta import Delta, DeltaMismatch
 from lib.model.version_format import OtherFormat
 from lib.ranking.filters import ItemFilter
-from lib.ranking.recommender import Question, Recommender
+from lib.ranking.recommender import Question, Recommender, Relation
 from lib.ranking.rules import RankingRules
 from lib.versions.registry import Registry
 from serving.challenger import Answer, Challenger
@@ -92,14 +92,15 @@ class LiveModels:
             version = live.version
             return [Answer(version, items) for items in live.recommend(questions)]
 
-    async def similar(self, item_id: str, k: int) -> Answer:
-        """Return the items nearest to an item.
+    async def similar(self, item_id: str, k: int, relation: Relation) -> Answer:
+        """Return the items that are similar to an item, or are taken together with it.
 
         Raises:
             KeyError: the catalog does not have the item.
+            InputError: the model does not know what is taken together.
         """
         async with self._answering() as live:
-            return Answer(live.version, live.similar(item_id, k))
+            return Answer(live.version, live.similar(item_id, k, relation=relation))
 
     async def check_filter(self, filter: ItemFilter) -> list[str]:
         """Refuse a filter that does not go with the catalog: it is the asker's error, not the batch's.

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from lib.retrieval.index import ItemIndex
 EVENTS_PER_BATCH = 8192  # padding counted; bounds the memory of one pass of the encoder
 MASK_BYTES = 64 * 2**20  # of the masks of filters that were asked for lately, a byte an item each
 NUMBERS = itertools.count()
+Relation = Literal["similar", "together"]
 NOTHING_SEEN = np.zeros(0, dtype=np.int32)
 
 
@@ -392,15 +393,32 @@ class Recommender:
         """Return the answer for people of whom nothing is known."""
         return self.recommend([Question(History(), k, filter)])[0]
 
-    def similar(self, item_id: str, k: int, filter: ItemFilter | None = None) -> list[RankedItem]:
-        """Return the items whose vectors are nearest to an item's, itself left out.
+    def similar(
+        self, item_id: str, k: int, filter: ItemFilter | None = None, relation: Relation = "similar"
+    ) -> list[RankedItem]:
+        """Return the items that have a relation to an item, itself left out.
+
+        Args:
+            item_id: of the item.
+            k: how many, at most.
+            filter: which of them.
+            relation: "similar" for what may take its place, the items of the nearest vectors; "together" for what is
+                taken with it, by the counts of what people took together.
 
         Raises:
             KeyError: the item is not in the catalog.
+            InputError: the model has no such counts.
         """
         if item_id in self.catalog.removed:
             raise KeyError(item_id)
         row = self.catalog.row_of[item_id]
+        if relation == "together":
+            if self.stage is None:
+                raise InputError(
+                    'relation: "together" needs counts, and this model was pretrained without them, by an earlier'
+                    ' release or on too few events; pretrain it again, or ask for "similar"'
+                )
+            return self._items(*self.stage.together(row, k, self.mask(filter)))
         scores, rows = self.index.search(self.index.vectors[[row]], k, self.mask(filter), [np.array([row])])
         return self._items(scores[0][rows[0] >= 0], rows[0][rows[0] >= 0])
 

@@ -17,6 +17,8 @@ from lib.ranking.features import Candidates, find_candidates
 from lib.ranking.standing import Standing
 from lib.retrieval.index import ItemIndex
 
+CHANCE_PAIRS = 5.0  # that two items were met together by chance, as it were, before any that are counted
+
 
 class RankingStage:
     """Ranks by one version of an encoder with counts; `follow` moves it on to the next."""
@@ -105,6 +107,26 @@ class RankingStage:
         else:
             best = np.argsort(-order, axis=1, kind="stable")[:, :count]
         return np.take_along_axis(table, best, axis=1), np.take_along_axis(rows, best, axis=1)
+
+    def together(self, row: int, count: int, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return scores and rows, `count` at most, of what goes together with an item most, the best first.
+
+        The score is the cosine n_ij / sqrt(n_i n_j), shrunk by n_ij / (n_ij + CHANCE_PAIRS): two items that were met
+        once, together, have a cosine of 1 by chance.
+
+        Args:
+            row: of the item.
+            count: how many are wanted.
+            mask: (R,) bool, the rows that may be found.
+        """
+        own = self.counts.arrays()
+        rows, pairs = own["together_rows"][row].astype(np.int64), own["together_counts"][row]
+        kept = mask[rows] & (pairs > 0)
+        rows, pairs = rows[kept], pairs[kept]
+        cosines = pairs / np.sqrt(np.maximum(own["events"][row] * own["events"][rows], 1))
+        scores = cosines * pairs / (pairs + CHANCE_PAIRS)
+        best = np.argsort(-scores, kind="stable")[:count]
+        return scores[best], rows[best]
 
 
 def stage_of(encoder: BehaviourEncoder) -> RankingStage | None:

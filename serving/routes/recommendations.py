@@ -2,15 +2,15 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Response
+from fastapi import APIRouter, HTTPException, Query, Response
 
 from lib.data.events import validate_event
 from lib.data.history import History
 from lib.errors import EventRejected, InputError
 from lib.ranking.filters import ItemFilter
-from lib.ranking.recommender import Question
+from lib.ranking.recommender import Question, Relation
 from serving.challenger import Answer
 from serving.recommendations import Recommendations
 from serving.request_id import new_request_id
@@ -18,6 +18,9 @@ from serving.routes.dependencies import Deadline, K, Replica, json_response
 from serving.schemas import ItemId, RecommendationRequest, RecommendationResponse, UserId
 
 router = APIRouter()
+ItemRelation = Annotated[
+    Relation, Query(description="similar: what may take the item's place; together: what is taken with it")
+]
 
 
 @router.post("/v1/recommendations", response_model=RecommendationResponse)
@@ -33,11 +36,11 @@ async def get_recommendations(replica: Replica, user_id: UserId, deadline: Deadl
 
 
 @router.get("/v1/items/{item_id:id}/similar", response_model=RecommendationResponse)
-async def get_similar(replica: Replica, item_id: ItemId, k: K = 10) -> Response:
-    """Return the items nearest to an item."""
+async def get_similar(replica: Replica, item_id: ItemId, k: K = 10, relation: ItemRelation = "similar") -> Response:
+    """Return the items that are similar to an item, or are taken together with it."""
     models = await replica.current_models()
     try:
-        answer = await models.similar(item_id, k)
+        answer = await models.similar(item_id, k, relation)
     except KeyError:
         raise HTTPException(404, f"item_id: the catalog has no item {item_id!r}") from None
     return json_response(_content(replica, new_request_id(), answer))

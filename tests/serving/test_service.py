@@ -102,6 +102,21 @@ def test_an_item_named_for_the_first_time_can_be_asked_for(service: LiveService)
     assert "arrived now" not in ids(answer)
 
 
+def test_what_is_taken_together_is_asked_for_by_the_relation(service: LiveService, items: list[str]) -> None:
+    first, second = items[-1], items[-2]
+    for number in range(30):
+        service.send(click(f"pair-{number}", first), click(f"pair-{number}", second))
+    service.wait_until_learned()
+    for item, other in ((first, second), (second, first)):
+        answer = service.client.get(f"/v1/items/{item}/similar?k=3&relation=together").raise_for_status().json()
+        assert other in ids(answer)
+        assert item not in ids(answer)
+    nearest = service.client.get(f"/v1/items/{first}/similar?k=150").raise_for_status().json()
+    assert nearest["items"] == service.client.get(
+        f"/v1/items/{first}/similar?k=150&relation=similar"
+    ).raise_for_status().json()["items"]
+
+
 def test_values_come_back_as_they_were_given(service: LiveService, items: list[str]) -> None:
     values = [71.95, 0.1, 5, 1234567.89, 1e-7]
     service.send(*(click("spender", item, value=value) for item, value in zip(items, values, strict=False)))
@@ -345,6 +360,7 @@ def test_a_bad_body_is_refused_with_its_field(
         ("GET", "/v1/users/u/recommendations?k=5&explain=true", 422, ("explain: no such", "k")),
         ("GET", "/v1/users/u/export?limit=5", 422, ("limit: no such query parameter; this request has none",)),
         ("GET", "/v1/items/no-such-item/similar?K=5", 422, ("K: no such", "k")),
+        ("GET", "/v1/items/no-such-item/similar?relation=alike", 422, ("relation: ", "'similar'", "'together'")),
         ("GET", "/v1/users?k=5", 422, ("k: no such", "limit")),
         ("GET", "/v1/status?verbose=1", 422, ("verbose",)),
         ("POST", "/v1/events?dry_run=1", 422, ("dry_run",)),
