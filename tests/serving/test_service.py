@@ -112,9 +112,10 @@ def test_what_is_taken_together_is_asked_for_by_the_relation(service: LiveServic
         assert other in ids(answer)
         assert item not in ids(answer)
     nearest = service.client.get(f"/v1/items/{first}/similar?k=150").raise_for_status().json()
-    assert nearest["items"] == service.client.get(
-        f"/v1/items/{first}/similar?k=150&relation=similar"
-    ).raise_for_status().json()["items"]
+    assert (
+        nearest["items"]
+        == service.client.get(f"/v1/items/{first}/similar?k=150&relation=similar").raise_for_status().json()["items"]
+    )
 
 
 def test_values_come_back_as_they_were_given(service: LiveService, items: list[str]) -> None:
