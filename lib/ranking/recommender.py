@@ -21,7 +21,7 @@ from lib.model.folder import load_model
 from lib.model.inference import InferenceEncoder
 from lib.model.item_counts import people_of
 from lib.ranking.cold_start import most_popular
-from lib.ranking.explain import reasons
+from lib.ranking.explain import ranker_reasons, reasons, strongest_events
 from lib.ranking.filters import ItemFilter
 from lib.ranking.rerank import rerank
 from lib.ranking.rules import BoundRules, RankingRules
@@ -172,7 +172,7 @@ class Recommender:
             places = [place for place, question in enumerate(questions) if question.filter == filter]
             ranked = self._rank([asking[place] for place in places], filter)
             for place, items in zip(places, ranked, strict=True):
-                answers[place] = self._explain(questions[place], histories[place], items)
+                answers[place] = self._explain(questions[place], asking[place], items)
         return answers
 
     def _again(self, question: Question) -> bool:
@@ -323,19 +323,24 @@ class Recommender:
         rules = self._bound_rules()
         return [*rules.faults, *rules.idle]
 
-    def _explain(self, question: Question, history: EncodedHistory, items: list[RankedItem]) -> list[RankedItem]:
-        """Give items the events that raised their scores most as reasons, if that was asked for."""
-        if not question.explain or not items or not history.codes.size:
+    def _explain(self, question: Question, person: Asking, items: list[RankedItem]) -> list[RankedItem]:
+        """Give items what raised their scores most as reasons, if that was asked for."""
+        known = person.history.codes.size > 0
+        if not question.explain or not items or not (known or self.stage):
             return items
-        vectors = self.index.vectors[self.catalog.rows(item.item_id for item in items)]
-        named = reasons(
-            question.history,
-            self.catalog,
-            self.encoder.config,
-            lambda codes: self._queries(codes).cpu().numpy(),
-            vectors,
-        )
-        return [item._replace(reason=reason) for item, reason in zip(items, named, strict=True)]
+        rows = np.array(self.catalog.rows(item.item_id for item in items), dtype=np.int64)
+
+        def queries(codes: Sequence[np.ndarray]) -> np.ndarray:
+            return self._queries(codes).cpu().numpy()
+
+        told = question.history, self.catalog, self.encoder.config, queries, self.index.vectors[rows]
+        if self.stage is None:
+            named = reasons(*told)
+        else:
+            events = [next(iter(own), None) for own in strongest_events(*told)] if known else [None] * len(rows)
+            own = person.history.person
+            named = ranker_reasons(self.stage, self.catalog, own, person.query, person.again, rows, events)
+        return [item._replace(reason=reason or item.reason) for item, reason in zip(items, named, strict=True)]
 
     def is_checked(self, filter: ItemFilter) -> bool:
         """Return whether the mask of a filter is known."""

@@ -1,15 +1,24 @@
 """An explanation names the events whose absence costs the item most."""
 
+import re
+
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
+from lib.data.attributes import attribute_codes
 from lib.data.catalog import Catalog
+from lib.data.events import EVENT_KINDS, Event
+from lib.data.histories import Histories
 from lib.data.history import History, to_histories
 from lib.model.batches import SequenceBatches
 from lib.model.encoder import BehaviourEncoder
-from lib.ranking.explain import Influence, influences, most_influential, occluded
-from tests.helpers.tiny import NOW, SECOND, item_ids, tiny_encoder
+from lib.ranking.explain import GROUPS, Influence, influences, most_influential, occluded, shares
+from lib.ranking.features import FEATURES
+from lib.ranking.fit import count_all
+from lib.ranking.recommender import Question, Recommender
+from tests.helpers.tiny import NOW, SECOND, history, item_ids, tiny_encoder
 
 ITEMS = 24
 
@@ -122,3 +131,110 @@ def test_the_strongest_events_that_raised_the_score_are_named():
     ]
     assert most_influential(influence, 1) == [[Influence(1, 0.3)], [Influence(4, 0.4)]]
     assert most_influential(-np.ones((2, 1))) == [[]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the ranker goes by
+
+
+def histories_of(*users: list[int]) -> Histories:
+    """Clicks, in the order of the users."""
+    count = sum(map(len, users))
+    return Histories(
+        [f"u{number}" for number in range(len(users))],
+        np.cumsum([0, *map(len, users)]),
+        np.array([item for own in users for item in own], dtype=np.int32),
+        np.full(count, EVENT_KINDS.index("click") + 1, dtype=np.int8),
+        np.full(count, np.nan, dtype=np.float32),
+        NOW + np.arange(count) * SECOND,
+    )
+
+
+def ranking(line: dict[str, float], repeats: bool = False) -> Recommender:
+    """A model whose ranker has this line alone, and whose items 5 and 6 came last, one of them for a new genre."""
+    described = {"item_id": item_ids(ITEMS), "title": [f"Film {row}" for row in range(1, ITEMS + 1)]}
+    genres = [["Comedy", "War"] if row == 6 else ["War"] for row in range(1, ITEMS + 1)]
+    catalog = Catalog(item_ids(ITEMS), pa.table(described | {"genres": genres}))
+    values = ["genres=War", "genres=Comedy"]
+    made = tiny_encoder(ITEMS, attribute_values=values, attributes_per_item=2, repeats=repeats)
+    made.item_attributes.copy_(torch.from_numpy(attribute_codes(catalog, values, 2)))
+    made.add_ranker(32, len(FEATURES))
+    count_all(made, histories_of(*[[1, 2]] * 20, *[[3, 4]] * 3, [1, 7], [5], [6]))
+    assert made.ranker is not None
+    line_of = torch.tensor([line.get(name, 0.0) for name in FEATURES])
+    made.ranker.start(torch.zeros(len(FEATURES)), torch.ones(len(FEATURES)), line_of, seed=0)
+    made.ranker.weights.split(made.ranker.parts)[-1].zero_()  # no hidden layer: what a feature adds is known
+    return Recommender(made, catalog, version=1)
+
+
+def why(recommender: Recommender, *items: int, **question) -> dict[str, str | None]:
+    answer = recommender.recommend([Question(history(items), ITEMS, explain=True, **question)])[0]
+    return {item.item_id: item.reason for item in answer}
+
+
+@pytest.mark.parametrize(
+    ("line", "item", "reason"),
+    [
+        ({"together": 1.0}, "i2", "often taken together with Film 1 (100%)"),
+        ({"together_long": 1.0}, "i4", "often taken together with Film 3 (100%)"),
+        ({"follows": 1.0}, "i2", "comes after Film 1 (100%)"),
+        ({"trend_100": 1.0}, "i2", "trending now (100%)"),
+        ({"popularity": 1.0}, "i2", "popular of late (100%)"),
+        ({"age": -1.0}, "i9", None),  # nobody has met it: it is not new, and no older than what is
+    ],
+)
+def test_a_reason_says_what_the_ranker_goes_by(line, item, reason):
+    assert why(ranking(line), 3, 1)[item] == reason
+
+
+def test_what_is_new_names_the_value_that_was_liked_before():
+    recommender = ranking({"age": 1.0})
+    recommender.encoder.counts.first_at[6] = recommender.encoder.counts.clock[0] - 1  # as old as not to be 0
+    recommender.encoder.counts.clock += 5
+    assert why(recommender, 5)["i6"] == "new in War (100%)"
+    recommender.encoder.item_attributes[5] = torch.tensor([2, 0])
+    assert why(recommender, 5)["i6"] == "new in Comedy (100%)"
+
+
+def test_what_was_seen_is_said_where_people_come_back():
+    assert why(ranking({"seen": 1.0}, repeats=True), 3, 1)["i1"] == "you had it before (100%)"
+    assert "i1" not in why(ranking({"seen": 1.0}), 3, 1)
+
+
+def test_the_interest_names_what_was_done_with_the_event_of_most_influence():
+    recommender = ranking({"interest": 1.0})
+    reasons = why(recommender, 3)
+    assert {reason for reason in reasons.values() if reason} == {"because you clicked Film 3 (100%)"}
+    mixed = history([3])
+    mixed.add(Event("u", "i4", "purchase", None, NOW + 60_000))
+    [answer] = recommender.recommend([Question(mixed, ITEMS, explain=True)])
+    said = {item.reason for item in answer}
+    assert said <= {"because you clicked Film 3 (100%)", "because you bought Film 4 (100%)", None}
+    assert len(said) > 1
+    assert {reason for reason in why(recommender).values() if reason != "popular"} <= {"popular with newcomers (100%)"}
+
+
+def test_shares_are_of_all_that_raised_the_score_and_the_strongest_come_first():
+    recommender = ranking({"together": 3.0, "follows": 1.0, "popularity": 0.01, "trend_100": -5.0})
+    reason = why(recommender, 3, 1)["i2"]
+    assert reason is not None
+    found = re.findall(r"(.+?) \((\d+)%\)(?:; |$)", reason)
+    assert [words for words, _ in found] == ["often taken together with Film 1", "comes after Film 1"]
+    assert sum(int(share) for _, share in found) in (99, 100, 101)
+    assert recommender.stage is not None
+    features = torch.zeros(1, len(FEATURES))
+    features[0, [FEATURES.index("together"), FEATURES.index("follows")]] = torch.tensor([2.0, 4.0])
+    parts = dict(zip(GROUPS, shares(recommender.stage.ranker, features, torch.tensor([1]))[:, 0].tolist(), strict=True))
+    assert parts["together"] == pytest.approx(0.6)
+    assert parts["follows"] == pytest.approx(0.4)
+    assert sum(parts.values()) == pytest.approx(1)
+
+
+def test_many_explanations_are_those_of_each_question_alone():
+    recommender = ranking({"interest": 1.0, "together": 1.0, "popularity": 0.2})
+    questions = [Question(history(items), 10, explain=True) for items in ([3, 1], [], [2], ["unknown"], [3, 4, 9])]
+    together = recommender.recommend(questions)
+    for question, answer in zip(questions, together, strict=True):
+        alone = recommender.recommend([question])[0]
+        assert [(item.item_id, item.reason) for item in answer] == [(item.item_id, item.reason) for item in alone]
+    assert all(item.reason for item in together[0])
