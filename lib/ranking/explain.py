@@ -278,7 +278,7 @@ def strongest_recent(
 def _new(stage: RankingStage, catalog: Catalog, person: Person, rows: np.ndarray) -> list[str | None]:
     """Say of those among the newest that they are, and in what: the value that most of the recent items have, too."""
     newest = set(stage.standing.newest(None, -(-len(catalog) // NEW_SHARE)).tolist())
-    values, kinds = stage.encoder.config.attribute_values, catalog.table.kinds
+    values, kinds = stage.encoder.config.attribute_values or [], catalog.table.kinds
     attributes = stage.encoder.item_attributes
     recent = attributes[torch.from_numpy(person.recent)].cpu().numpy()
     words: list[str | None] = []

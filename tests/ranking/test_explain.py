@@ -189,8 +189,9 @@ def test_a_reason_says_what_the_ranker_goes_by(line, item, reason):
 
 def test_what_is_new_names_the_value_that_was_liked_before():
     recommender = ranking({"age": 1.0})
-    recommender.encoder.counts.first_at[6] = recommender.encoder.counts.clock[0] - 1  # as old as not to be 0
-    recommender.encoder.counts.clock += 5
+    counts = recommender.encoder.counts
+    assert counts is not None
+    counts.clock += 5  # so that its age is not 0, which is the mean
     assert why(recommender, 5)["i6"] == "new in War (100%)"
     recommender.encoder.item_attributes[5] = torch.tensor([2, 0])
     assert why(recommender, 5)["i6"] == "new in Comedy (100%)"
