@@ -1,4 +1,4 @@
-"""The route of similar items with a model that has counts, which is too much to pretrain for the service of the tests."""
+"""The route of similar items, with a model that has counts: that of the running service has too few events for them."""
 
 from types import SimpleNamespace
 
