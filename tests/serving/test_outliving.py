@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -12,8 +12,10 @@ import pytest
 import ray
 
 from lib.live.micro_batch import MicroBatch
+from lib.log.items import ItemChange
 from lib.log.layout import RECORD
 from lib.log.reader import FeedbackLogReader
+from lib.model.delta import Delta
 from lib.versions.accounts import Accounts
 from lib.versions.attempts import ATTEMPT_FILE
 from lib.versions.ledger import check
@@ -24,7 +26,7 @@ from serving.rollout import LEARNER, learner_handle
 from serving.supervision import supervised
 from tests.helpers.service import PATIENCE, LiveService, assert_refused, click, learner_config, metrics
 
-POISON, SPELL = "poison", "spell"
+POISON, SPELL = "poison", "spell"  # also the names of a changed item, and of an offered model
 
 
 class PoisonedLearner(Learner):
@@ -32,7 +34,7 @@ class PoisonedLearner(Learner):
 
     def _open(self) -> None:
         super()._open()
-        learn = self.workers.learn
+        learn, change_items, take_over = self.workers.learn, self.workers.change_items, self.workers.take_over
 
         def poisoned(batch: MicroBatch) -> Any:
             if POISON in batch.new_item_ids():
@@ -41,7 +43,17 @@ class PoisonedLearner(Learner):
                 time.sleep(3600)
             return learn(batch)
 
-        self.workers.learn = poisoned
+        def poisoned_items(changes: Sequence[ItemChange]) -> Delta | None:
+            if POISON in {change.item_id for change in changes}:
+                raise KeyError(POISON)
+            return change_items(changes)
+
+        def poisoned_offer(name: str) -> None:
+            if name == POISON:
+                raise KeyError(POISON)
+            take_over(name)
+
+        self.workers.learn, self.workers.change_items, self.workers.take_over = poisoned, poisoned_items, poisoned_offer
 
 
 @pytest.fixture
@@ -109,6 +121,32 @@ def test_events_at_which_learning_stalls_are_set_aside_and_the_next_are_learned(
     assert "in poisoned" in aside["traceback"]
     assert aside["reason"] == "learning raised each time that it was tried: no progress for 5 s"
     assert after["learner"]["events_trained"] == before["events_trained"] + 1
+
+
+def test_a_changed_item_and_a_model_at_which_learning_raises_are_set_aside_and_all_else_goes_on(
+    mortal_service: LiveService, poisoned_learner: None
+) -> None:
+    before = mortal_service.wait_until_learned()["learner"]
+    items = [{"item_id": item, "category": "fresh"} for item in ("fresh-1", "fresh-2", POISON, "fresh-3", "fresh-4")]
+    mortal_service.client.put("/v1/items", json={"items": items}).raise_for_status()
+    registry = Registry(mortal_service.state)
+    registry.offers.add(POISON, mortal_service.state / "snapshots" / f"{registry.snapshots()[-1]:010d}")
+    aside = mortal_service.wait_until(
+        "both are set aside",
+        lambda status: status["learner"].get("set_aside_updates", 0) == before["set_aside_updates"] + 2 and status,
+        patience=5 * PATIENCE,  # each halving of the items is a start of the learner
+    )["learner"]["set_aside"][-2:]
+    of_item, of_offer = sorted(aside, key=lambda each: each["item_revision"] or 1 << 60)
+    said = f"learning raised each time that the changed item '{POISON}' was tried: KeyError: '{POISON}'"
+    assert of_item["reason"] == said
+    assert "in poisoned_items" in of_item["traceback"]
+    assert of_offer["reason"].startswith(f"learning raised each time that the offered model {POISON} was tried")
+    assert registry.offers.names() == []
+    mortal_service.send(click("ann", "item-0005"))
+    after = mortal_service.wait_until_learned()["learner"]
+    assert after["events_trained"] == before["events_trained"] + 1
+    known = registry.load().catalog.row_of
+    assert {item["item_id"] for item in items} - known.keys() == {POISON}
 
 
 def test_a_learner_answers_however_many_rollbacks_wait(ray_session: object, tmp_path: Path) -> None:
