@@ -216,7 +216,9 @@ class TrainingWorker:
         assert isinstance(self.data, TrainingData)
         assert self.held is not None
         device, settings = self.device, self.run.settings
-        fit_ranker(encoder.cpu(), self.data.histories, self.held, settings.holdout, settings.seed)
+        learned = replace(self.data, histories=self.data.histories.select(~self.held))
+        count_popularity(encoder.cpu(), learned, settings.popularity_half_life_days * DAY)  # what newcomers are shown
+        fit_ranker(encoder, self.data.histories, self.held, settings.holdout, settings.seed)
         encoder.to(device)  # pyright: ignore[reportArgumentType]
         own, fitted = self.trainer.encoder.ranker, encoder.ranker
         if own is not None and fitted is not None and own is not fitted:
