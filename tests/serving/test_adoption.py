@@ -17,6 +17,7 @@ from lib.live.settings import LearnerConfig
 from lib.model.delta import Delta
 from lib.model.facts import VersionFacts
 from lib.model.folder import Manifest
+from lib.versions.attempts import ITEM_ATTEMPT_FILE, Attempts
 from lib.versions.folder import LoadedVersion, load_folder, save_with_optimizer
 from lib.versions.registry import Registry
 from serving.learner import OFFER_SECONDS, Learner, Progress
@@ -225,6 +226,8 @@ def started(registry: Registry) -> Learner:
     actor = object.__new__(Learner)
     actor.workers, actor.progress = LearnerWorkers(registry.store.root, CONFIG), Progress()
     actor.learner = actor.workers.first
+    actor.attempts = Attempts(registry.store)
+    actor.item_attempts = Attempts(registry.store, ITEM_ATTEMPT_FILE)
     actor.rollout = Nobody()  # pyright: ignore[reportAttributeAccessIssue]
     actor.looked_for_offers, actor.stored_whole, actor.stopping = -OFFER_SECONDS, 0, threading.Event()
     actor.incomplete_since, actor.watchdog = None, Watchdog(inf)
