@@ -233,7 +233,7 @@ def test_the_demo_prints_nothing_of_rays_own(run):
     demo.wait_until_it_prints(" | pushes ")
     status, out, err = demo.press_ctrl_c()
     assert [line for line in out if not any(re.fullmatch(pattern, line) for pattern in OURS)] == []
-    assert [line for line in err if not re.fullmatch(r"epoch \d/8  loss \d\.\d{3}  \d+ s", line)] == []
+    assert [line for line in err if not re.fullmatch(r"epoch \d+/10  loss \d\.\d{3}  \d+ s", line)] == []
     assert out[-1].startswith("failed requests")
     assert status == 130
     assert demo.leaves_nothing(), demo.processes()
@@ -242,10 +242,10 @@ def test_the_demo_prints_nothing_of_rays_own(run):
 def test_sigterm_stops_the_demo_while_it_trains(run):
     demo = run("demo", "--replicas", 1)
     deadline = time.monotonic() + PATIENCE
-    while "epoch 1/8" not in demo.err.read_text():
+    while "epoch 1/10" not in demo.err.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.1)
     status, out, err = demo.terminate()
     assert (status, out) == (143, ["making the world", "pretraining on 60,000 events"])
-    assert [line for line in err if not re.fullmatch(r"epoch \d/8  loss \d\.\d{3}  \d+ s", line)] == []
+    assert [line for line in err if not re.fullmatch(r"epoch \d+/10  loss \d\.\d{3}  \d+ s", line)] == []
     assert demo.leaves_no_process(), demo.processes()
