@@ -146,7 +146,9 @@ class TrainingWorker:
             self.held = held_back(self.data.histories, config, run.settings.holdout, run.settings.seed)
             self.epochs += math.ceil(EXTRA_EPOCHS * self.preset.epochs)
             self.batches = SequenceBatches(self.data.histories.select(~self.held), config)
-        self.steps_per_epoch = [self._steps(batches) for batches in (self.batches, self.every)]
+        self.steps_per_epoch = [self._steps(self.batches)]
+        if self.held is not None:
+            self.steps_per_epoch.append(self._steps(self.every))
         self.first_step = self.trainer.steps  # a fine-tune counts on from its origin's
         self.writer: SummaryWriter | None = None
 

@@ -43,6 +43,10 @@ class Histories:
             self.timestamps[events],
         )
 
+    def owners(self, events: np.ndarray) -> np.ndarray:
+        """Return (E,) the place of the user of each event, given by its place in the columns."""
+        return np.searchsorted(self.offsets, events, side="right") - 1
+
     def without_newest(self) -> "Histories":
         """Return the same users, each without the newest event."""
         keep = np.ones(len(self.rows), dtype=bool)

@@ -16,12 +16,9 @@ from lib.live.learning_model import LearningModel
 from lib.live.micro_batch import MicroBatch
 from lib.live.training_batch import offsets_and_new
 from lib.live.undo import UndoJournal
-from lib.model.batches import target_weights
-from lib.model.dislikes import without_dislikes
 from lib.model.distributed import broadcast_from_rank_0
-from lib.model.item_counts import newest_distinct, people_of
-from lib.ranking.fit import examples_of
-from lib.ranking.stage import queries_of
+from lib.model.item_counts import contexts_of
+from lib.ranking.fit import examples_at, likes
 
 LEARNING_RATE = 1e-3  # of the ranker, where new events count in full
 
@@ -32,7 +29,7 @@ class NewEvents:
 
     histories: Histories  # that they are in
     places: np.ndarray  # (E,) int64, of the events in these
-    likes: np.ndarray  # (N,) bool, of all events of the histories
+    liked: np.ndarray  # (N,) bool, of all events of the histories
     weights: np.ndarray  # (E,) what is left of each within the limits of influence
 
 
@@ -40,9 +37,8 @@ def new_events(batch: MicroBatch, model: LearningModel, influence: Influence) ->
     """Return the new events of a micro-batch; those in quarantine are left out."""
     histories = to_histories(batch.histories, model.catalog, model.kind_codes)
     offsets, new = offsets_and_new(batch.histories, [set(places) for places in batch.new], model)
-    config = model.encoder.config
-    likes = target_weights(histories.kinds, histories.values, config.event_kinds or (), config.ratings) > 0
-    counted = new & likes & ~np.isin(offsets, list(batch.quarantined))
+    liked = likes(histories, model.encoder.config) > 0
+    counted = new & liked & ~np.isin(offsets, list(batch.quarantined))
     targets = Targets(
         weights=counted.astype(np.float32),
         owners=np.repeat(np.arange(len(histories)), histories.lengths),
@@ -53,7 +49,7 @@ def new_events(batch: MicroBatch, model: LearningModel, influence: Influence) ->
     left = influence.left(targets, model.encoder.item_popularity.numpy())
     places = np.flatnonzero(counted)
     places = places[np.argsort(offsets[places], kind="stable")]
-    return NewEvents(histories, places, likes, left[places])
+    return NewEvents(histories, places, liked, left[places])
 
 
 def learn_ranking(events: NewEvents, model: LearningModel) -> None:
@@ -71,15 +67,11 @@ def learn_ranking(events: NewEvents, model: LearningModel) -> None:
 
 
 def _step(events: NewEvents, model: LearningModel) -> None:
-    stage, histories = model.stage, events.histories
+    stage = model.stage
     assert stage is not None
     if not len(events.places):
         return
-    users = np.searchsorted(histories.offsets, events.places, side="right") - 1
-    contexts = histories.oldest(users, events.places - histories.offsets[users])
-    liked, _ = without_dislikes(contexts, model.encoder.config)
-    targets = histories.rows[events.places].astype(np.int64)
-    examples = examples_of(stage, people_of(contexts, liked), queries_of(model.encoder, liked), targets)
+    examples = examples_at(stage, events.histories, events.places)
     weights = torch.from_numpy(events.weights[examples.found])
     if float(weights.sum()) > 0:
         rate = LEARNING_RATE * min(float(events.weights.mean()), 1.0)
@@ -90,10 +82,9 @@ def count_events(events: NewEvents, model: LearningModel, journal: UndoJournal) 
     """Count the events; the journal can take it back."""
     counts = model.encoder.counts
     assert counts is not None
-    liked = events.histories.select(events.likes)
-    places = (np.cumsum(events.likes) - 1)[events.places]
-    starts = liked.offsets[np.searchsorted(liked.offsets, places, side="right") - 1]
-    contexts, items = newest_distinct(liked.rows, starts, places), liked.rows[places].astype(np.int64)
+    liked = events.histories.select(events.liked)
+    places = (np.cumsum(events.liked) - 1)[events.places]
+    contexts, items = contexts_of(liked, places), liked.rows[places].astype(np.int64)
     journal.record_counts(torch.from_numpy(counts.rows_of(contexts, items)))
     times = int(counts.clock) + 1 + np.arange(len(items))
     counts.count(contexts, items, events.weights.astype(np.float64), times)

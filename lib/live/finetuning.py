@@ -32,7 +32,7 @@ from lib.evaluation.protocols import Cases, rank
 from lib.experiments.split import place_of
 from lib.log.log_file import LoggedEvent
 from lib.log.reader import LogReader
-from lib.model.batches import SequenceBatches, target_weights
+from lib.model.batches import SequenceBatches
 from lib.model.buckets import histories_in, table_of
 from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
 from lib.ranking.contender import answer_contender
@@ -289,13 +289,12 @@ def judge(
         TooFewEvents: there are none that follow another event of their user.
     """
     encoder, catalog = result
-    histories, kinds = held_out.histories, encoder.config.event_kinds
-    assert kinds is not None
-    aimed_at = target_weights(histories.kinds, histories.values, kinds, encoder.config.ratings) > 0
+    histories = held_out.histories
+    aimed_at = likes(histories, encoder.config) > 0
     tested = np.flatnonzero(held_out.targets & aimed_at)
     if len(tested) == 0:
         raise TooFewEvents("since: no held-out event follows another one of its user; wait for more feedback")
-    users = np.searchsorted(histories.offsets, tested, side="right") - 1
+    users = histories.owners(tested)
     cases = Cases(histories, users, tested - histories.offsets[users])
     contenders = [answer_contender("live", *rival, catalog), answer_contender("base", *result, catalog)]
     rankings = [(contender.name, rank(contender, cases)) for contender in contenders]

@@ -13,9 +13,9 @@ from lib.live.new_items import Likes, add_rows
 from lib.live.settings import LearnerConfig
 from lib.live.undo import UndoJournal
 from lib.log.items import ItemChange
-from lib.model.delta import ROW_TENSORS, difference, grow_items, state_of
+from lib.model.delta import NO_ROWS, ROW_TENSORS, difference, grow_items, state_of
 from lib.model.encoder import BehaviourEncoder
-from lib.model.fingerprint import NO_ROWS, Fingerprint
+from lib.model.fingerprint import Fingerprint
 from lib.model.item_counts import COUNT_TENSORS
 from lib.model.trainer import Trainer, TrainingConfig, train_top_layers
 from lib.ranking.stage import stage_of

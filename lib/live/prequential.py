@@ -46,12 +46,11 @@ from lib.model.encoder import PADDING_ROW, BehaviourEncoder
 from lib.model.folder import load_model
 from lib.model.trainer import Trainer, TrainingConfig
 from lib.ranking.contender import answer_scores
-from lib.ranking.fit import count_all
+from lib.ranking.fit import REPEATED_SHARE, count_all
 from lib.ranking.stage import RankingStage, stage_of
 from lib.versions.registry import Registry
 
 KEEP_EVENTS = 1000  # of each user's history, as the aggregator keeps them
-REPEATED_SHARE = 0.01  # of events with an item that the user had before: above it people come back to items
 MISSED = np.iinfo(np.int64).max  # rank of a target that is not in an answer
 
 

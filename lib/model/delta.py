@@ -23,6 +23,7 @@ from lib.model.version_format import FORMAT, OtherFormat, check_format
 ROW_TENSORS = ("item_embeddings.weight", "item_popularity", "item_attributes")
 ATTRIBUTE_TABLE = "attribute_embeddings.weight"
 OPTIMIZER_PREFIX = "optimizer."
+NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
 class DeltaMismatch(ValueError):
@@ -41,11 +42,6 @@ def dense_state(encoder: BehaviourEncoder) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state_of(encoder).items() if name not in frozen | rows}
 
 
-def no_rows() -> np.ndarray:
-    """Return (0,) int64."""
-    return np.zeros(0, dtype=np.int64)
-
-
 @dataclass
 class Delta:
     """What changed from version `parent` to `version`."""
@@ -60,7 +56,7 @@ class Delta:
     new_items: list[str] = field(default_factory=list)  # items that got the next rows of the catalog
     popularity_scale: float = 1.0  # what the popularity of every item is multiplied with, before its rows change
     facts: VersionFacts = field(default_factory=VersionFacts)
-    count_rows: np.ndarray = field(default_factory=no_rows)  # (S,) int64 changed rows of the counts, ascending
+    count_rows: np.ndarray = field(default_factory=lambda: NO_ROWS)  # (S,) int64 changed rows of the counts, ascending
 
     def rows_of(self, name: str) -> np.ndarray | None:
         """Return the changed rows of a row tensor; None for any other tensor."""
@@ -96,7 +92,7 @@ class Delta:
             check_format(f"delta {said['version']}", said)
             facts = VersionFacts.model_validate(said.pop("facts"))
             said.pop("format", None)
-            rows, count_rows = tensors.pop("rows"), tensors.pop("count_rows", no_rows())
+            rows, count_rows = tensors.pop("rows"), tensors.pop("count_rows", NO_ROWS)
             return cls(rows=rows, count_rows=count_rows, tensors=tensors, facts=facts, **said)
         except OtherFormat:
             raise

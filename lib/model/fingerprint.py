@@ -8,11 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.model.delta import ROW_TENSORS, state_of
+from lib.model.delta import NO_ROWS, ROW_TENSORS, state_of
 from lib.model.encoder import BehaviourEncoder
 from lib.model.item_counts import COUNT_TENSORS
-
-NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
 class Fingerprint:

@@ -138,12 +138,6 @@ class ItemCounts(nn.Module):
         known = own["first_at"][rows]
         own["first_at"][rows] = np.where(known == NEVER, first, np.minimum(known, first))
 
-    def trends_now(self, rows: np.ndarray) -> np.ndarray:
-        """Return (..., H) float32 the trends of rows as of the clock."""
-        own = self.arrays()
-        ago = own["counted_at"][rows] - own["clock"][0]
-        return (own["trends"][rows] * np.exp2(ago[..., None] / HALF_LIVES)).astype(np.float32)
-
     def count_histories(self, histories: Histories, weights: np.ndarray, times: np.ndarray) -> None:
         """Count all events of whole histories; weights (E,) and times (E,) as in `count`.
 
@@ -167,9 +161,7 @@ class ItemCounts(nn.Module):
             weights: (E,) as in `count`.
             times: (E,) as in `count`.
         """
-        starts = histories.offsets[np.searchsorted(histories.offsets, events, side="right") - 1]
-        contexts = newest_distinct(histories.rows, starts, events)
-        items = histories.rows[events].astype(np.int64)
+        contexts, items = contexts_of(histories, events), histories.rows[events].astype(np.int64)
         self.count(contexts, items, weights, times)
         counted = weights > 0
         return self.rows_of(contexts[counted], items[counted])
@@ -181,6 +173,11 @@ class ItemCounts(nn.Module):
                 tensor[rows] = NEVER if name == "first_at" else 0
             elif rows == slice(None):
                 tensor.zero_()
+
+
+def contexts_of(histories: Histories, events: np.ndarray) -> np.ndarray:
+    """Return (E, WINDOW) int64 of the newest distinct rows before each event, by `newest_distinct`."""
+    return newest_distinct(histories.rows, histories.offsets[histories.owners(events)], events)
 
 
 def newest_distinct(rows: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:

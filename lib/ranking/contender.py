@@ -34,10 +34,12 @@ def answer_contender(
     with torch.inference_mode():
         index = ItemIndex(encoder.item_vectors(torch.arange(len(catalog) + 1)).cpu().numpy())
 
+    stage = None if encoder.counts is None else RankingStage(encoder, index, sources)
+
     def score(histories: Histories) -> Iterator[Scored]:
-        if encoder.counts is None:
+        if stage is None:
             return model_scores(encoder, torch.from_numpy(index.vectors), histories, dislike_weight)
-        return answer_scores(RankingStage(encoder, index, sources), histories, dislike_weight)
+        return answer_scores(stage, histories, dislike_weight)
 
     return mapped_contender(name, catalog, items, score)
 

@@ -28,10 +28,10 @@ class Candidates(NamedTuple):
     features: np.ndarray  # (P, F) float32, in the order of FEATURES
     kinds: np.ndarray  # (P,) int64, of the person's newest event
 
-    def places(self, people: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return where each person's candidates start (B,), and the place (P,) of each among them."""
-        starts = np.searchsorted(self.lines, np.arange(people))
-        return starts, np.arange(len(self.lines)) - starts[self.lines]
+    @property
+    def places(self) -> np.ndarray:
+        """(P,) the place of each among its person's."""
+        return np.arange(len(self.lines)) - np.searchsorted(self.lines, self.lines)
 
 
 def find_candidates(asked: Asked, sources: Sequence[str] = tuple(SOURCES)) -> Candidates:
@@ -101,7 +101,7 @@ def _features(asked: Asked, lines: np.ndarray, rows: np.ndarray, sums: dict[str,
 
 def padded(candidates: Candidates, people: int) -> tuple[torch.Tensor, np.ndarray]:
     """Return features (B, K, F), -inf in the first where there is no candidate, and rows (B, K), 0 there."""
-    _, places = candidates.places(people)
+    places = candidates.places
     most = int(places.max(initial=0)) + 1  # where nobody has any, one place that is empty
     features = np.zeros((people, most, len(FEATURES)), dtype=np.float32)
     features[..., 0] = -np.inf

@@ -91,15 +91,9 @@ def held_back(histories: Histories, config: BehaviourEncoderConfig, holdout: str
     return held
 
 
-def examples_of(
-    stage: RankingStage,
-    people: list[Person],
-    queries: Tensor,
-    targets: np.ndarray,
-    mask: np.ndarray | None = None,
-) -> Examples:
+def examples_of(stage: RankingStage, people: list[Person], queries: Tensor, targets: np.ndarray) -> Examples:
     """Return the candidates of people who then took an item each; `targets` (A,) are its rows."""
-    found = stage.candidates(people, queries, 10, mask)
+    found = stage.candidates(people, queries, 10)
     features, rows = padded(found, len(people))
     hits = torch.from_numpy(rows == targets[:, None])  # (A, K)
     kept = hits.any(dim=1)
@@ -172,7 +166,7 @@ def _examples(
         stage = RankingStage(encoder, index)
         for part in parts:
             if len(part):
-                yield _at(stage, histories, part, generator)
+                yield examples_at(stage, histories, part, generator)
         return
     order = np.argsort(times)
     first = int(held[order].argmax())
@@ -182,20 +176,30 @@ def _examples(
     for start in range(first, len(order), EVENTS_AT_ONCE):
         part = order[start : start + EVENTS_AT_ONCE]
         if held[part].any():
-            yield _at(stage, histories, np.sort(part[held[part]]), generator)
+            yield examples_at(stage, histories, np.sort(part[held[part]]), generator)
         liked = part[weights[part] > 0]
         stage.follow(counts.count_events(counted, place_of[liked], weights[liked], times[liked]))
 
 
-def _at(stage: RankingStage, histories: Histories, events: np.ndarray, generator: np.random.Generator) -> Examples:
-    """Return the examples of events, each with what its user had done before."""
-    users = np.searchsorted(histories.offsets, events, side="right") - 1
+def examples_at(
+    stage: RankingStage, histories: Histories, events: np.ndarray, forgetting: np.random.Generator | None = None
+) -> Examples:
+    """Return the examples of events, each with what its user had done before.
+
+    Args:
+        stage: that finds the candidates.
+        histories: that the events are in.
+        events: (A,) their places.
+        forgetting: draws the people who are seen without their history; None: nobody is.
+    """
+    users = histories.owners(events)
     contexts = histories.oldest(users, events - histories.offsets[users])
     liked, _ = without_dislikes(contexts, stage.encoder.config)
     people, queries = people_of(contexts, liked), queries_of(stage.encoder, liked)
-    for place in np.flatnonzero(generator.random(len(people)) < FORGOTTEN_SHARE).tolist():
-        people[place] = nobody()
-        queries[place] = 0
+    if forgetting is not None:
+        for place in np.flatnonzero(forgetting.random(len(people)) < FORGOTTEN_SHARE).tolist():
+            people[place] = nobody()
+            queries[place] = 0
     return examples_of(stage, people, queries, histories.rows[events].astype(np.int64))
 
 

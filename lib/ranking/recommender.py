@@ -230,7 +230,9 @@ class Recommender:
         queries = torch.stack([person.query for person in asking])
         if self.stage is not None:
             repeats = np.array([person.again for person in asking])
-            return self.stage.rank([person.history.person for person in asking], queries, count, mask, repeats, weights)
+            people = [person.history.person for person in asking]
+            found = self.stage.candidates(people, queries, count, mask, repeats, weights)
+            return self.stage.rank(found, len(people), count, weights)
         known = np.array([person.history.codes.size > 0 for person in asking])
         scores = np.full((len(asking), count), -np.inf, dtype=np.float32)
         rows = np.full((len(asking), count), -1, dtype=np.int64)

@@ -79,25 +79,21 @@ class RankingStage:
         return self.ranker.scores(features, kinds).numpy()
 
     def rank(
-        self,
-        people: Sequence[Person],
-        queries: Tensor,
-        count: int,
-        mask: np.ndarray | None = None,
-        repeats: np.ndarray | None = None,
-        weights: np.ndarray | None = None,
+        self, found: Candidates, people: int, count: int, weights: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return scores (B, count) and rows (B, count), the best first; minus infinity and -1 where fewer are found.
 
-        They are ordered by the score and, where there are weights, those on top; the arguments are those of
-        `candidates`.
+        Args:
+            found: the candidates of B people.
+            people: B.
+            count: items of the largest answer.
+            weights: (R,) what ranking rules add to the score of a row to order them; the scores are without.
         """
-        found = self.candidates(people, queries, count, mask, repeats, weights)
         scores = self.scores(found)
-        _, places = found.places(len(people))
+        places = found.places
         width = max(int(places.max(initial=-1)) + 1, count)
-        table = np.full((len(people), width), -np.inf, dtype=np.float32)
-        rows = np.full((len(people), width), -1, dtype=np.int64)
+        table = np.full((people, width), -np.inf, dtype=np.float32)
+        rows = np.full((people, width), -1, dtype=np.int64)
         table[found.lines, places] = scores
         rows[found.lines, places] = found.rows
         order = table if weights is None else table + weights[rows]

@@ -13,6 +13,7 @@ from lib.live.micro_batch import MicroBatch
 from lib.model.delta import state_of
 from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
 from lib.model.folder import Manifest
+from lib.model.item_counts import HALF_LIVES, ItemCounts
 from lib.model.presets import INPUTS
 from lib.versions.registry import Registry
 
@@ -100,6 +101,13 @@ def started_registry(location, items: int = 24, **changes) -> Registry:
     registry = Registry(location)
     registry.publish_snapshot(tiny_encoder(items, **changes), Catalog(item_ids(items)), Manifest(version=1), None)
     return registry
+
+
+def trends_now(counts: ItemCounts, rows: np.ndarray) -> np.ndarray:
+    """The trends of rows as of the clock, (..., H)."""
+    own = counts.arrays()
+    ago = own["counted_at"][rows] - own["clock"][0]
+    return (own["trends"][rows] * np.exp2(ago[..., None] / HALF_LIVES)).astype(np.float32)
 
 
 def copied_state(encoder: BehaviourEncoder) -> dict[str, torch.Tensor]:

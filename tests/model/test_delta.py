@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lib.model.delta import (
+    NO_ROWS,
     OPTIMIZER_PREFIX,
     ROW_TENSORS,
     Delta,
@@ -15,7 +16,6 @@ from lib.model.delta import (
     apply_delta,
     difference,
     grow_items,
-    no_rows,
     state_of,
 )
 from lib.model.encoder import BehaviourEncoder
@@ -239,7 +239,7 @@ def counted(encoder: BehaviourEncoder, item: int, before: int, item_rows: int = 
     state, rows = state_of(encoder), encoder.counts.rows_of(context, np.array([item]))
     tensors = {name: state[name].numpy()[rows] for name in COUNT_TENSORS}
     tensors |= {name: state[name].numpy().copy() for name in ("counts.clock", "ranker.weights")}
-    return Delta(time + 1, time, fingerprint(encoder), 7, item_rows, no_rows(), tensors, count_rows=rows)
+    return Delta(time + 1, time, fingerprint(encoder), 7, item_rows, NO_ROWS, tensors, count_rows=rows)
 
 
 def test_deltas_of_counts_give_the_final_state_to_the_bit():

@@ -143,7 +143,8 @@ def ndcg(encoder: BehaviourEncoder, histories: Histories, targets: np.ndarray) -
     stage = stage_of(encoder)
     assert stage is not None
     queries = fit.queries_of(encoder, histories)
-    _, rows = stage.rank(fit.people_of(histories, histories), queries, 10, repeats=np.ones(len(histories), dtype=bool))
+    people, again = fit.people_of(histories, histories), np.ones(len(histories), dtype=bool)
+    _, rows = stage.rank(stage.candidates(people, queries, 10, repeats=again), len(people), 10)
     places = (rows == targets[:, None]).nonzero()[1]
     return float((1 / np.log2(places + 2)).sum() / len(targets))
 

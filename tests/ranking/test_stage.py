@@ -183,8 +183,13 @@ def test_examples_are_of_those_whose_item_is_a_candidate(encoder):
 # The answer
 
 
+def ranked(stage, people, queries, k, mask=None, weights=None):
+    """Scores and rows of the best k candidates."""
+    return stage.rank(stage.candidates(people, queries, k, mask, weights=weights), len(people), k, weights)
+
+
 def test_before_it_is_fitted_the_order_is_the_encoders(encoder):
-    scores, rows = stage_with(encoder).rank([person(3, 9)], queries(0), 10)
+    scores, rows = ranked(stage_with(encoder), [person(3, 9)], queries(0), 10)
     products = (queries(0) @ encoder.item_vectors(torch.arange(ITEMS + 1)).detach().T)[0].numpy()
     products[[0, 3, 9]] = -np.inf
     assert rows[0].tolist() == np.argsort(-products)[:10].tolist()
@@ -196,14 +201,14 @@ def test_the_answer_is_the_best_by_score_and_the_rest_is_empty(encoder, k):
     assert encoder.ranker is not None
     encoder.ranker.weights += torch.randn(len(encoder.ranker.weights), generator=torch.Generator().manual_seed(0))
     stage, people = stage_with(encoder), [person(3, 9), nobody()]
-    scores, rows = stage.rank(people, queries(0, 1) * torch.tensor([[1.0], [0.0]]), k)
+    scores, rows = ranked(stage, people, queries(0, 1) * torch.tensor([[1.0], [0.0]]), k)
     assert scores.shape == rows.shape == (2, k)
     for line, there in enumerate((ITEMS - 2, ITEMS)):
         found = rows[line][rows[line] >= 0]
         assert len(found) == len(set(found.tolist())) == min(k, there)
         assert np.isneginf(scores[line][len(found) :]).all()
         assert (np.diff(scores[line][: len(found)]) <= 0).all()
-    whole, _ = stage.rank(people, queries(0, 1) * torch.tensor([[1.0], [0.0]]), ITEMS)
+    whole, _ = ranked(stage, people, queries(0, 1) * torch.tensor([[1.0], [0.0]]), ITEMS)
     assert np.array_equal(scores[:, :ITEMS], whole[:, :k])
 
 
@@ -212,8 +217,8 @@ def test_weights_of_rules_order_and_stay_out_of_the_score(encoder):
     weights[[17, 4]] = [9.0, 5.0]
     weights[7] = -9.0
     stage = stage_with(encoder)
-    plain = dict(zip(*[each[0].tolist() for each in stage.rank([person(3)], queries(0), ITEMS)][::-1], strict=True))
-    scores, rows = stage.rank([person(3)], queries(0), ITEMS - 1, weights=weights)
+    plain = dict(zip(*[each[0].tolist() for each in ranked(stage, [person(3)], queries(0), ITEMS)][::-1], strict=True))
+    scores, rows = ranked(stage, [person(3)], queries(0), ITEMS - 1, weights=weights)
     assert rows[0, :2].tolist() == [17, 4]
     assert rows[0, -1] == 7
     assert scores[0].tolist() == pytest.approx([plain[row] for row in rows[0].tolist()], abs=1e-6)
@@ -222,17 +227,17 @@ def test_weights_of_rules_order_and_stay_out_of_the_score(encoder):
 def test_a_mask_that_leaves_few_items_is_filled_by_the_index(encoder):
     mask = np.zeros(ITEMS + 1, dtype=bool)
     mask[[14, 20, 3]] = True  # 14 and 20 were never counted
-    scores, rows = stage_with(encoder).rank([person(3), nobody()], queries(0, 1), 5, mask)
+    scores, rows = ranked(stage_with(encoder), [person(3), nobody()], queries(0, 1), 5, mask)
     assert sorted(rows[0].tolist()) == [-1, -1, -1, 14, 20]
     assert sorted(rows[1].tolist()) == [-1, -1, 3, 14, 20]
     assert np.isfinite(scores).sum(axis=1).tolist() == [2, 3]
-    _, none = stage_with(encoder).rank([person(3)], queries(0), 5, np.zeros(ITEMS + 1, dtype=bool))
+    _, none = ranked(stage_with(encoder), [person(3)], queries(0), 5, np.zeros(ITEMS + 1, dtype=bool))
     assert none.tolist() == [[-1] * 5]
 
 
 def test_the_padding_row_is_never_found_nor_counted(encoder):
     assert encoder.counts is not None
     encoder.counts.clear()
-    _, rows = stage_with(encoder).rank([nobody(), person(2)], torch.zeros(2, 16), 40)
+    _, rows = ranked(stage_with(encoder), [nobody(), person(2)], torch.zeros(2, 16), 40)
     assert 0 not in rows
     assert (rows >= 0).sum(axis=1).tolist() == [ITEMS, ITEMS - 1]

@@ -6,6 +6,7 @@ import pytest
 from lib.model.item_counts import HALF_LIVES, WINDOW, ItemCounts
 from lib.ranking import standing as module
 from lib.ranking.standing import KEPT, LEAST_TREND, MOST_TRENDING, Standing
+from tests.helpers.tiny import trends_now
 
 
 def count(counts: ItemCounts, items: list[int] | np.ndarray) -> np.ndarray:
@@ -30,7 +31,7 @@ def test_trends_and_ages_are_those_of_the_counts():
     assert standing.age(np.array([3, 5, 4])).tolist() == [2, 0, 0]
     standing.update(counts.arrays(), count(counts, [5]))
     assert standing.age(np.array([3, 5])).tolist() == [3, 1]
-    assert np.allclose(standing.trends(np.array([3]))[0], np.log(counts.trends_now(np.array([3]))[0]), atol=1e-5)
+    assert np.allclose(standing.trends(np.array([3]))[0], np.log(trends_now(counts, np.array([3]))[0]), atol=1e-5)
 
 
 def test_what_trends_is_what_was_counted_most_of_late():
