@@ -3,9 +3,10 @@
     python -m jobs.replay --data DATA [--json FILE] [--plot FILE.png] [--out FOLDER] [--through URL]
 
 The oldest events pretrain a model, the rest streams in order of time (lib/live/prequential.py says how, and what the
-arms batch, history, live and daily are). Each arm is a Ray task of its own. With --out the model and the oldest events
-stay there, and a second replay takes the model from there; `afterclick serve --model OUT/model --data OUT/oldest` then
-serves it, and --through URL sends the same stream through that service, over HTTP, as the arm `service`.
+arms batch, history, live and finetune are). Each arm is a Ray task of its own. With --out the model and the oldest
+events stay there, and a second replay takes the model from there; `afterclick serve --model OUT/model --data
+OUT/oldest` then serves it, and --through URL sends the same stream through that service, over HTTP, as the arm
+`service`.
 """
 
 import shutil
@@ -29,14 +30,16 @@ from jobs.reports import check_plot, plot_replay, print_replay
 from lib.data.dataset import read_events, read_items, read_rating_scale, write_dataset
 from lib.data.tables import order_events
 from lib.errors import InputError
-from lib.live.prequential import Daily, Frozen, Live, Outcome, Stream, replay, split_by_time
+from lib.live.prequential import Finetuned, Frozen, Live, Outcome, Stream, replay, split_by_time
 from lib.live.prequential_comparison import ReplayComparison, compare_arms
 from lib.live.settings import LearnerConfig
 from lib.model.trainer import keep_freed_memory
+from lib.ranking.candidates import WithoutSources, sources_without
 from lib.settings import Seed, Settings
 
-ARMS = ("batch", "history", "live", "daily")
+ARMS = ("batch", "history", "live", "finetune")
 SERVICE = "service"
+HOUR = 3_600_000  # milliseconds
 
 
 class ReplaySettings(Settings):
@@ -50,9 +53,13 @@ class ReplaySettings(Settings):
         ge=1,
         description="of a micro-batch: a trigger by number, as the stream's clock runs faster than ours",
     )
-    daily_epochs: int = Field(default=5, ge=1, description="of a daily fine-tune, over all events so far")
-    daily_learning_rate: float = Field(default=1e-3, gt=0, description="of a daily fine-tune")
+    finetune_hours: float = Field(
+        default=24.0, gt=0, description="of the stream's time, after each of which the arm `finetune` fine-tunes"
+    )
+    finetune_epochs: int = Field(default=5, ge=1, description="of a fine-tune, over all events so far")
+    finetune_learning_rate: float = Field(default=1e-3, gt=0, description="of a fine-tune, at its beginning")
     seed: Seed = Field(default=0, description="of the arm `live`, and of the users that are resampled for intervals")
+    without_sources: WithoutSources = Field(default=(), description="sources of candidates that are switched off")
     learner: LearnerConfig = Field(default=LearnerConfig(), description="the learner of the arm `live`")
 
 
@@ -120,14 +127,21 @@ def _replay_arm(stream: Stream, model: str, settings: ReplaySettings, name: str)
     """One arm, in a process of its own."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    exclude_seen = not stream.repeats
+    exclude_seen, sources = not stream.repeats, sources_without(settings.without_sources)
     with tempfile.TemporaryDirectory(prefix="afterclick-replay-") as state:
         if name == "live":
-            arm = Live(Path(model), Path(state), settings.learner, exclude_seen, settings.seed)
-        elif name == "daily":
-            arm = Daily(Path(model), exclude_seen, settings.daily_epochs, settings.daily_learning_rate)
+            arm = Live(Path(model), Path(state), settings.learner, exclude_seen, settings.seed, sources)
+        elif name == "finetune":
+            arm = Finetuned(
+                Path(model),
+                exclude_seen,
+                settings.finetune_epochs,
+                settings.finetune_learning_rate,
+                settings.finetune_hours * HOUR,
+                sources=sources,
+            )
         else:
-            arm = Frozen(Path(model), exclude_seen)
+            arm = Frozen(Path(model), exclude_seen, sources)
         return replay(stream, arm, settings.batch_events, live_histories=name != "batch")
 
 
@@ -136,14 +150,14 @@ def replay_command(
     json_: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw quality over time there, as a PNG file.")] = None,
     arm: Annotated[
-        list[str] | None, typer.Option(help="batch, history, live or daily; repeatable, all by default.")
+        list[str] | None, typer.Option(help="batch, history, live or finetune; repeatable, all by default.")
     ] = None,
     through: Annotated[str | None, typer.Option(help="URL of a service that the stream goes through, too.")] = None,
     out: Annotated[Path | None, typer.Option(help="Keep the oldest events and their model there.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, over the file; repeatable.")] = None,
 ) -> None:
-    """Replay a dataset event by event: frozen weights, learning live, and a fine-tune a day, side by side."""
+    """Replay a dataset event by event: frozen weights, learning live, and fine-tunes, side by side."""
     check_plot(plot)
     settings = settings_from(ReplaySettings, config, set_ or [])
     folder = out or Path(tempfile.mkdtemp(prefix="afterclick-replay-"))

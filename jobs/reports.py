@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from jobs.tables import print_table
 from lib.errors import InputError
-from lib.evaluation.comparison import Breakdown, Comparison, Estimate
+from lib.evaluation.comparison import WHOLE, Breakdown, Comparison, Estimate
 from lib.evaluation.metrics import LEVEL, RESAMPLES
 from lib.live.prequential_comparison import BASE, METRICS, ReplayComparison
 
@@ -138,6 +138,17 @@ def print_replay(comparison: ReplayComparison, title: str) -> None:
         for arm in comparison.arms
     ]
     print_table(["", *groups], rows, f"{METRICS[1]} of groups")
+    arms = [arm for arm in comparison.arms if arm.sources]
+    if arms:
+        names = ["", *(arm.name for arm in arms)]
+        rows = [[WHOLE, *(metric_cell(arm.metrics["all"][METRICS[1]]) for arm in arms)]]
+        differences = []
+        for name in arms[0].sources:
+            own = [arm.sources[name] for arm in arms]
+            rows.append([name, *(metric_cell(source.metrics[METRICS[1]]) for source in own)])
+            differences.append([name, *(metric_cell(source.difference[METRICS[1]], signed=True) for source in own)])
+        print_table(names, rows, f"{METRICS[1]} of each source of candidates alone")
+        print_table(names, differences, f"difference from the {WHOLE}, paired")
 
 
 def _percent(estimate: Estimate) -> str:

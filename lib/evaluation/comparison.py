@@ -25,6 +25,7 @@ from lib.evaluation.metrics import (
 if TYPE_CHECKING:  # what only shows a comparison need not wait for torch
     from lib.evaluation.protocols import Cases, Ranking
 
+WHOLE = "whole"  # the answer of all sources of candidates
 HEAD_SHARE, MID_SHARE = 0.5, 0.3  # of the training events; the tail has the rest
 
 

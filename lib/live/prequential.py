@@ -9,14 +9,17 @@ is how they follow the stream:
     batch     nothing moves: weights and histories stay as they were at the split
     history   weights stay, histories grow
     live      histories grow, and micro-batches train the weights by the code of the near-line learner
-    daily     histories grow, and each day of the stream's time ends with a fine-tune on all events so far
+    finetune  histories grow, and each period of the stream's time (a day, an hour) ends with a fine-tune on all so far
+
+Where the model has a ranker, what each source of candidates says alone is ranked beside the whole answer: by the same
+arm, at the same moment, among the same candidates.
 """
 
 # pyarrow.compute makes its functions as it is imported, so a type checker cannot see them.
 # pyright: reportAttributeAccessIssue=false
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +38,7 @@ from lib.data.ratings import STARS, RatingScale
 from lib.data.tables import events_of
 from lib.data.user_histories import UserHistories
 from lib.errors import InputError
+from lib.evaluation.comparison import WHOLE
 from lib.evaluation.protocols import model_scores, remove_seen, target_ranks
 from lib.live.learner import NearlineLearner, Rejection
 from lib.live.micro_batch import micro_batch
@@ -45,7 +49,8 @@ from lib.model.batches import SequenceBatches, target_weights
 from lib.model.encoder import PADDING_ROW, BehaviourEncoder
 from lib.model.folder import load_model
 from lib.model.trainer import Trainer, TrainingConfig
-from lib.ranking.contender import answer_scores
+from lib.ranking.candidates import SOURCES
+from lib.ranking.contender import answers, ranks_alone
 from lib.ranking.fit import REPEATED_SHARE, count_all
 from lib.ranking.stage import RankingStage, stage_of
 from lib.versions.registry import Registry
@@ -94,8 +99,11 @@ def split_by_time(events: pa.Table, share: float, ratings: RatingScale = STARS) 
 class Arm(Protocol):
     """Something that answers and may learn."""
 
-    def ranks(self, contexts: Sequence[History], targets: Sequence[str]) -> np.ndarray:
-        """(E,) int64 place of each target in the answer to its context, 0 is the top, MISSED where it is not in it."""
+    def ranks(self, contexts: Sequence[History], targets: Sequence[str]) -> Mapping[str, np.ndarray]:
+        """(E,) int64 place of each target in the answer to its context, 0 is the top, MISSED where it is not in it.
+
+        Of the WHOLE answer, and of each source of candidates alone where there are several.
+        """
         ...
 
     def learn(self, events: Sequence[LoggedEvent], histories: UserHistories) -> None:
@@ -113,6 +121,7 @@ class Outcome:
 
     ranks: np.ndarray  # (N,) of the stream's targets
     facts: dict[str, Any] = field(default_factory=dict)  # the arm's, and seconds of CPU for answers and learning
+    alone: dict[str, np.ndarray] = field(default_factory=dict)  # (N,) ranks by each source of candidates alone
 
 
 def replay(stream: Stream, arm: Arm, batch_events: int = 64, live_histories: bool = True) -> Outcome:
@@ -127,7 +136,7 @@ def replay(stream: Stream, arm: Arm, batch_events: int = 64, live_histories: boo
     histories = UserHistories(KEEP_EVENTS)
     for event in events_of(stream.oldest):
         histories.append(event)
-    ranks: list[np.ndarray] = []
+    ranks: list[Mapping[str, np.ndarray]] = []
     answer_seconds = learn_seconds = 0.0
     events, wanted = events_of(stream.newest), stream.targets.tolist()
     for start in range(0, len(events), batch_events):
@@ -147,7 +156,8 @@ def replay(stream: Stream, arm: Arm, batch_events: int = 64, live_histories: boo
         answer_seconds += answered - begin
         learn_seconds += time.process_time() - answered
     seconds = {"answer_seconds": answer_seconds, "learn_seconds": learn_seconds}
-    return Outcome(np.concatenate(ranks), seconds | arm.facts())
+    alone = {name: np.concatenate([part[name] for part in ranks]) for name in ranks[0]}
+    return Outcome(alone.pop(WHOLE), seconds | arm.facts(), alone)
 
 
 @torch.inference_mode()
@@ -158,48 +168,57 @@ def ranks_of(
     targets: Sequence[str],
     exclude_seen: bool,
     stage: RankingStage | None = None,
-) -> np.ndarray:
-    """(E,) int64 place of each target among all items, as the ranking stage ranks them.
+    sources: Sequence[str] = tuple(SOURCES),
+) -> dict[str, np.ndarray]:
+    """(E,) int64 place of each target among all items, as the ranking stage ranks them, and by each source alone.
 
-    Without a stage that is by s = uT A v, or by popularity for an empty history. Ties count against the target; MISSED
-    where the catalog does not know it or it is removed as seen.
+    Without a stage that is by s = uT A v, or by popularity for an empty history, and there are no sources. Ties count
+    against the target; MISSED where the catalog does not know it or it is removed as seen.
     """
     encoder.eval()
     flat = to_histories(contexts, catalog, encoder.config.kind_codes)
+    rows = np.array([catalog.row_of.get(target, PADDING_ROW) for target in targets], dtype=np.int64)
     scores = torch.empty(len(contexts), len(catalog) + 1)
+    speaking = [name for name in sources if name != "seen" or not exclude_seen]
+    alone: dict[str, np.ndarray] = {}
     if stage is None:
-        found = model_scores(encoder, encoder.item_vectors(torch.arange(len(catalog) + 1)), flat)
+        for places, part in model_scores(encoder, encoder.item_vectors(torch.arange(len(catalog) + 1)), flat):
+            scores[torch.from_numpy(places)] = part
     else:
-        found = answer_scores(stage, flat, repeats=not exclude_seen)
-    for places, part in found:
-        scores[torch.from_numpy(places)] = part[:, : len(catalog) + 1]
+        for places, part, found in answers(stage, flat, repeats=not exclude_seen, sources=sources):
+            scores[torch.from_numpy(places)] = part[:, : len(catalog) + 1]
+            for name, ranks in ranks_alone(found, rows[places], speaking, MISSED).items():
+                alone.setdefault(name, np.full(len(contexts), MISSED))[places] = ranks
     if exclude_seen:
         remove_seen(scores, flat, np.arange(len(contexts)))
     scores[:, PADDING_ROW] = float("-inf")
-    rows = np.array([catalog.row_of.get(target, PADDING_ROW) for target in targets], dtype=np.int64)
-    return target_ranks(scores, rows, missed=MISSED)
+    return {WHOLE: target_ranks(scores, rows, missed=MISSED)} | alone
 
 
 class ModelArm:
     """A model that ranks all of its items."""
 
-    def __init__(self, encoder: BehaviourEncoder, catalog: Catalog, exclude_seen: bool):
+    def __init__(
+        self, encoder: BehaviourEncoder, catalog: Catalog, exclude_seen: bool, sources: Sequence[str] = tuple(SOURCES)
+    ):
         self.encoder = encoder
         self.catalog = catalog
         self.exclude_seen = exclude_seen
+        self.sources = sources
         self.stage = stage_of(encoder)
 
-    def ranks(self, contexts: Sequence[History], targets: Sequence[str]) -> np.ndarray:
+    def ranks(self, contexts: Sequence[History], targets: Sequence[str]) -> dict[str, np.ndarray]:
         """Where the targets rank."""
-        return ranks_of(self.encoder, self.catalog, contexts, targets, self.exclude_seen, self.stage)
+        own = self.encoder, self.catalog
+        return ranks_of(*own, contexts, targets, self.exclude_seen, self.stage, self.sources)
 
 
 class Frozen(ModelArm):
     """A model whose weights stay: the arms `batch` and `history`."""
 
-    def __init__(self, model: Path, exclude_seen: bool):
+    def __init__(self, model: Path, exclude_seen: bool, sources: Sequence[str] = tuple(SOURCES)):
         encoder, catalog, _ = load_model(model)
-        super().__init__(encoder, catalog, exclude_seen)
+        super().__init__(encoder, catalog, exclude_seen, sources)
 
     def learn(self, events: Sequence[LoggedEvent], histories: UserHistories) -> None:
         """Nothing is learned."""
@@ -212,11 +231,19 @@ class Frozen(ModelArm):
 class Live(ModelArm):
     """The near-line learner itself, with its replay sample, its gate and its registry: the arm `live`."""
 
-    def __init__(self, model: Path, state: Path, config: LearnerConfig, exclude_seen: bool, seed: int = 0):
+    def __init__(
+        self,
+        model: Path,
+        state: Path,
+        config: LearnerConfig,
+        exclude_seen: bool,
+        seed: int = 0,
+        sources: Sequence[str] = tuple(SOURCES),
+    ):
         registry = Registry(state)
         registry.start_from(model)
         self.learner = NearlineLearner(registry, config)
-        super().__init__(self.learner.model.encoder, self.learner.model.catalog, exclude_seen)
+        super().__init__(self.learner.model.encoder, self.learner.model.catalog, exclude_seen, sources)
         self.stage = self.learner.model.stage
         self.generator = np.random.default_rng(seed)
         self.rejected: list[str] = []
@@ -241,29 +268,39 @@ class Live(ModelArm):
         }
 
 
-class Daily(ModelArm):
-    """A fine-tune on all events so far at the end of each day of the stream's time: the arm `daily`.
+class Finetuned(ModelArm):
+    """A fine-tune on all events so far at the end of each period of the stream's time: the arm `finetune`.
 
-    Each is `epochs` passes over everything, from the weights of the day before, with a learning rate that decays.
+    Each is `epochs` passes over everything, from the weights of the one before, with a learning rate that decays.
     """
 
-    def __init__(self, model: Path, exclude_seen: bool, epochs: int, learning_rate: float, half_life: float = 7 * DAY):
+    def __init__(
+        self,
+        model: Path,
+        exclude_seen: bool,
+        epochs: int,
+        learning_rate: float,
+        period: float = DAY,
+        half_life: float = 7 * DAY,
+        sources: Sequence[str] = tuple(SOURCES),
+    ):
         encoder, catalog, manifest = load_model(model)
-        super().__init__(encoder, catalog, exclude_seen)
+        super().__init__(encoder, catalog, exclude_seen, sources)
         self.epochs = epochs
+        self.period = period
         self.half_life = half_life
         self.events_per_batch = manifest.training.events_per_batch
         self.trainer = Trainer(self.encoder, len(self.catalog), TrainingConfig(learning_rate=learning_rate))
-        self.day: int | None = None
+        self.now: int | None = None  # which period it is
         self.fine_tunes = 0
         self.events_read = 0
 
     def learn(self, events: Sequence[LoggedEvent], histories: UserHistories) -> None:
-        """Fine-tune when a new day has begun."""
-        day = events[-1].event.timestamp // DAY
-        if self.day is not None and day > self.day:
+        """Fine-tune when a new period has begun."""
+        now = int(events[-1].event.timestamp // self.period)
+        if self.now is not None and now > self.now:
             self._fine_tune(histories)
-        self.day = day
+        self.now = now
 
     def _fine_tune(self, histories: UserHistories) -> None:
         every = [histories.get(user_id) for user_id in histories.users(len(histories))]

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lib.evaluation.comparison import Estimate
+from lib.evaluation.comparison import WHOLE, Estimate
 from lib.evaluation.metrics import RESAMPLES, bootstrap_means, interval, ndcg_at, recall_at, reciprocal_rank
 
 if TYPE_CHECKING:  # torch comes with it, and who only shows a comparison need not wait for that
@@ -25,6 +25,14 @@ BASE = "history"  # what the others' lift is measured from
 
 
 @dataclass(frozen=True)
+class SourceResult:
+    """What a source of candidates says alone, over all events."""
+
+    metrics: dict[str, Estimate]
+    difference: dict[str, Estimate]  # from the whole answer of the same arm
+
+
+@dataclass(frozen=True)
 class ArmResult:
     """One arm."""
 
@@ -33,6 +41,7 @@ class ArmResult:
     lift: dict[str, Estimate]  # of each metric over all events, relative to the base; none for the base itself
     over_time: dict[str, list[float]]  # each metric of consecutive parts of the stream, an equal number of events each
     facts: dict[str, Any]
+    sources: dict[str, SourceResult]  # none where the arm's model has no ranker
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,10 @@ class ReplayComparison:
                     **{group: _written(metrics) for group, metrics in arm.metrics.items()},
                     f"lift_over_{BASE}": _written(arm.lift),
                     "over_time": arm.over_time,
+                    "sources": {
+                        name: _written(source.metrics) | {f"difference_from_{WHOLE}": _written(source.difference)}
+                        for name, source in arm.sources.items()
+                    },
                     **arm.facts,
                 }
                 for arm in self.arms
@@ -102,7 +115,7 @@ def compare_arms(stream: "Stream", outcomes: "Mapping[str, Outcome]", seed: int 
             metric: [float(values[part].mean()) for part in parts]
             for metric, values in zip(METRICS, _metrics(outcome.ranks), strict=True)
         }
-        arms.append(ArmResult(name, metrics, lift, over_time, outcome.facts))
+        arms.append(ArmResult(name, metrics, lift, over_time, outcome.facts, _sources(outcome, users, seed)))
     times = targets["timestamp"].to_numpy()
     return ReplayComparison(
         len(targets),
@@ -111,6 +124,23 @@ def compare_arms(stream: "Stream", outcomes: "Mapping[str, Outcome]", seed: int 
         [int(times[part[-1]]) for part in parts],
         arms,
     )
+
+
+def _sources(outcome: "Outcome", users: np.ndarray, seed: int) -> dict[str, SourceResult]:
+    """Return what each source of candidates achieved alone, and the paired difference from the whole answer."""
+    ranks = [outcome.ranks, *outcome.alone.values()]
+    sums = np.stack([np.bincount(users, metric) for own in ranks for metric in _metrics(own)], axis=1)
+    counts = np.repeat(np.bincount(users)[:, None], sums.shape[1], axis=1)
+    shape = (len(ranks), len(METRICS))
+    values = (sums.sum(axis=0) / len(users)).reshape(shape)
+    resampled = bootstrap_means(sums, counts, RESAMPLES, seed).reshape(-1, *shape)
+    return {
+        name: SourceResult(
+            _estimates(values[place], resampled[:, place]),
+            _estimates(values[place] - values[0], resampled[:, place] - resampled[:, 0]),
+        )
+        for place, name in enumerate(outcome.alone, start=1)
+    }
 
 
 def _groups(oldest: pa.Table, targets: pa.Table) -> Iterator[tuple[str, np.ndarray]]:

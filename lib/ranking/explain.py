@@ -162,9 +162,8 @@ def ranker_reasons(
     stage: RankingStage,
     catalog: Catalog,
     person: Person,
-    query: Tensor,
-    again: bool,
     rows: np.ndarray,
+    features: np.ndarray,
     events: Sequence[tuple[str, str] | None],
 ) -> list[str | None]:
     """Say for each of k items why, such as "often taken together with Scream (41%); new in Comedy (20%)".
@@ -173,29 +172,22 @@ def ranker_reasons(
         stage: that ranked them.
         catalog: the stage's.
         person: who was answered.
-        query: (C,) uT A of theirs.
-        again: whether the answer may have items that they have seen.
         rows: (k,) int64 of the items.
+        features: (k, F) that the stage ranked them by.
         events: of each item, kind and item id of the event that raised the encoder's score most; None where none did.
 
     Returns:
         At most MOST_REASONS for each, the largest share first; None where nothing raised the logit.
     """
-    mask = np.zeros(len(stage.index), dtype=bool)
-    mask[rows] = True
-    found = stage.candidates([person], query[None], len(rows), mask, np.array([again]))
-    place_of = {row: place for place, row in enumerate(found.rows.tolist())}
-    parts = shares(stage.ranker, torch.from_numpy(found.features), torch.from_numpy(found.kinds))
-    words = _words(stage, catalog, person, found.rows, found.features)
+    kinds = torch.full((len(rows),), person.kind, dtype=torch.int64)
+    parts = shares(stage.ranker, torch.from_numpy(features), kinds)
+    words = _words(stage, catalog, person, rows, features)
+    words["interest"] = [_interest(person, event, catalog) for event in events]
     reasons: list[str | None] = []
-    for row, event in zip(rows.tolist(), events, strict=True):
-        place = place_of.get(row)
-        if place is None:
-            reasons.append(None)
-            continue
-        said = {group: own[place] for group, own in words.items()} | {"interest": _interest(person, event, catalog)}
+    for place in range(len(rows)):
         strongest = sorted(zip(GROUPS, parts[:, place].tolist(), strict=True), key=lambda each: -each[1])
-        given = [f"{said[group]} ({share:.0%})" for group, share in strongest if share >= LEAST_SHARE and said[group]]
+        said = [(words[group][place], share) for group, share in strongest if share >= LEAST_SHARE]
+        given = [f"{own} ({share:.0%})" for own, share in said if own is not None]
         reasons.append("; ".join(given[:MOST_REASONS]) or None)
     return reasons
 
@@ -228,7 +220,7 @@ def _interest(person: Person, event: tuple[str, str] | None, catalog: Catalog) -
 
 def _words(
     stage: RankingStage, catalog: Catalog, person: Person, rows: np.ndarray, features: np.ndarray
-) -> Mapping[str, list[str | None]]:
+) -> dict[str, list[str | None]]:
     """Return by group what it says of each of P candidates; None where that would not be true."""
     ranker = stage.ranker
     above = (features - ranker.mean.numpy()) / ranker.deviation.numpy()  # (P, F)
@@ -264,15 +256,17 @@ def strongest_recent(
         name: of the lists.
         weights: (W,) of the recent items.
         recent: (W,) their rows.
-        rows: (P,) of the candidates, ascending.
+        rows: (P,) of the candidates, each once.
     """
     lists, strengths = counts[f"{name}_rows"][recent], counts[f"{name}_counts"][recent] * weights[:, None]  # (W, K)
-    places = np.searchsorted(rows, lists).clip(max=len(rows) - 1)
-    hits = (rows[places] == lists) & (lists > 0)
+    ascending = np.sort(rows)
+    places = np.searchsorted(ascending, lists).clip(max=len(rows) - 1)
+    hits = (ascending[places] == lists) & (lists > 0)
     owners = np.broadcast_to(np.arange(len(recent))[:, None], lists.shape)
     table = np.zeros((len(rows), len(recent)), dtype=np.float32)
     table[places[hits], owners[hits]] = strengths[hits]
-    return np.where(table.max(axis=1) > 0, recent[table.argmax(axis=1)], 0)
+    strongest = np.where(table.max(axis=1) > 0, recent[table.argmax(axis=1)], 0)
+    return strongest[np.searchsorted(ascending, rows)]
 
 
 def _new(stage: RankingStage, catalog: Catalog, person: Person, rows: np.ndarray) -> list[str | None]:

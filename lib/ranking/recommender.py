@@ -62,6 +62,7 @@ class Asking(NamedTuple):
     query: Tensor  # (C,) uT A; 0 for an empty history
     k: int
     again: bool  # whether items that they have seen may be in the answer
+    found: dict[int, np.ndarray] | None = None  # row -> (F,) features of a candidate; None: nobody asks why
 
     @property
     def seen(self) -> np.ndarray:
@@ -164,7 +165,7 @@ class Recommender:
         histories = [self.encode(question.history) for question in questions]
         queries = self._queries([history.codes for history in histories])
         asking = [
-            Asking(history, query, question.k, self._again(question))
+            Asking(history, query, question.k, self._again(question), {} if question.explain else None)
             for history, query, question in zip(histories, queries.unbind(), questions, strict=True)
         ]
         answers: list[list[RankedItem]] = [[] for _ in questions]
@@ -231,7 +232,11 @@ class Recommender:
         if self.stage is not None:
             repeats = np.array([person.again for person in asking])
             people = [person.history.person for person in asking]
-            found = self.stage.candidates(people, queries, count, mask, repeats, weights)
+            found = self.stage.candidates(people, queries, count, mask, repeats, weights, self.rules.sources)
+            for line, person in enumerate(asking):
+                if person.found is not None:
+                    own = slice(*np.searchsorted(found.lines, [line, line + 1]))
+                    person.found.update(zip(found.rows[own].tolist(), found.features[own], strict=True))
             return self.stage.rank(found, len(people), count, weights)
         known = np.array([person.history.codes.size > 0 for person in asking])
         scores = np.full((len(asking), count), -np.inf, dtype=np.float32)
@@ -320,10 +325,13 @@ class Recommender:
 
     def idle_rules(self) -> list[str]:
         """Name the ranking rules that have no effect on the catalog as it is now, each with the reason."""
-        if not self.rules.active:
-            return []
-        rules = self._bound_rules()
-        return [*rules.faults, *rules.idle]
+        idle = []
+        if self.rules.without_sources and self.stage is None:
+            idle.append("without_sources: this model has no ranker, and its answers are the encoder's alone")
+        if self.rules.active:
+            rules = self._bound_rules()
+            idle += [*rules.faults, *rules.idle]
+        return idle
 
     def _explain(self, question: Question, person: Asking, items: list[RankedItem]) -> list[RankedItem]:
         """Give items what raised their scores most as reasons, if that was asked for."""
@@ -336,12 +344,12 @@ class Recommender:
             return self._queries(codes).cpu().numpy()
 
         told = question.history, self.catalog, self.encoder.config, queries, self.index.vectors[rows]
-        if self.stage is None:
+        if self.stage is None or person.found is None:
             named = reasons(*told)
         else:
             events = [next(iter(own), None) for own in strongest_events(*told)] if known else [None] * len(rows)
-            own = person.history.person
-            named = ranker_reasons(self.stage, self.catalog, own, person.query, person.again, rows, events)
+            features = np.stack([person.found[row] for row in rows.tolist()])
+            named = ranker_reasons(self.stage, self.catalog, person.history.person, rows, features, events)
         return [item._replace(reason=reason or item.reason) for item, reason in zip(items, named, strict=True)]
 
     def is_checked(self, filter: ItemFilter) -> bool:
@@ -395,10 +403,6 @@ class Recommender:
         ids = self.catalog.item_ids
         reason = "popular" if person is not None and not person.history.codes.size else None
         return [RankedItem(ids[row], score, reason) for score, row in zip(scores.tolist(), rows.tolist(), strict=True)]
-
-    def popular(self, k: int, filter: ItemFilter | None = None) -> list[RankedItem]:
-        """Return the answer for people of whom nothing is known."""
-        return self.recommend([Question(History(), k, filter)])[0]
 
     def similar(
         self, item_id: str, k: int, filter: ItemFilter | None = None, relation: Relation = "similar"

@@ -26,6 +26,7 @@ from lib.data.text_splits import SEPARATED, WHOLE, parts_of
 from lib.errors import InputError
 from lib.model.encoder import PADDING_ROW
 from lib.model.presets import DISLIKE_WEIGHT
+from lib.ranking.candidates import SOURCES, WithoutSources, sources_without
 from lib.ranking.filters import ItemFilter
 from lib.settings import Settings
 
@@ -104,6 +105,11 @@ class RankingRules(Settings):
         description="taken from the score of what is like a person's dislikes where all of late are dislikes, and in "
         "proportion where some are; off at 0",
     )
+    without_sources: WithoutSources = Field(
+        default=(),
+        description=f"sources of candidates that are switched off, of {', '.join(SOURCES)}; what a switched-off source "
+        "alone knows of an item counts no more, and the ranker goes on learning of all",
+    )
     candidates: int = Field(
         default=200,
         ge=1,
@@ -119,6 +125,11 @@ class RankingRules(Settings):
         if twice:
             raise InputError(f"pin: item {twice[0]!r} has more than one place; keep one")
         return pin
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources of candidates that are not switched off."""
+        return sources_without(self.without_sources)
 
     @property
     def active(self) -> bool:

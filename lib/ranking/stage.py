@@ -23,13 +23,12 @@ CHANCE_PAIRS = 5.0  # that two items were met together by chance, as it were, be
 class RankingStage:
     """Ranks by one version of an encoder with counts; `follow` moves it on to the next."""
 
-    def __init__(self, encoder: BehaviourEncoder, index: ItemIndex, sources: Sequence[str] = tuple(SOURCES)):
+    def __init__(self, encoder: BehaviourEncoder, index: ItemIndex):
         assert encoder.counts is not None
         assert encoder.ranker is not None
         self.encoder, self.counts, self.ranker = encoder, encoder.counts, encoder.ranker
         self.repeats = encoder.config.repeats
         self.index = index
-        self.sources = sources
         self.standing = Standing(self.counts.arrays())
         self.popularity = _shares(encoder)
 
@@ -46,6 +45,7 @@ class RankingStage:
         mask: np.ndarray | None = None,
         repeats: np.ndarray | None = None,
         weights: np.ndarray | None = None,
+        sources: Sequence[str] = tuple(SOURCES),
     ) -> Candidates:
         """Find the candidates of B people.
 
@@ -56,6 +56,7 @@ class RankingStage:
             mask: (R,) bool, the rows that may be found.
             repeats: (B,) bool, whether items that the person has seen may be found; default: as the model says.
             weights: (R,) what ranking rules add to the score of a row.
+            sources: names in lib/ranking/candidates; the others are switched off.
         """
         again = np.full(len(people), self.repeats) if repeats is None else repeats
         asked = Asked(
@@ -70,7 +71,7 @@ class RankingStage:
             counts=self.counts.arrays(),
             standing=self.standing,
         )
-        return find_candidates(asked, self.sources)
+        return find_candidates(asked, sources)
 
     @torch.inference_mode()
     def scores(self, found: Candidates) -> np.ndarray:

@@ -41,15 +41,15 @@ def run(*arguments: str) -> int:
 @pytest.mark.slow
 def test_arms_side_by_side(ray_session: RaySession, folder: Path, shop_dataset: Path, tmp_path: Path, capsys) -> None:
     written, plot = tmp_path / "replay.json", tmp_path / "replay.png"
-    arms = [f"--arm={name}" for name in ("batch", "history", "live", "daily")]
+    arms = [f"--arm={name}" for name in ("batch", "history", "live", "finetune")]
     given = ["--data", str(shop_dataset), "--out", str(folder), "--json", str(written), "--plot", str(plot)]
-    assert run(*given, *arms, "--set", "daily_epochs=1", "--set", f"share={SHARE}") == 0
+    assert run(*given, *arms, "--set", "finetune_epochs=1", "--set", f"share={SHARE}") == 0
     replay = json.loads(written.read_text())
     stream = split_by_time(read_events(shop_dataset), SHARE)
     answered = int(stream.targets.sum())  # dislikes and skips are learned, and not asked for
     assert replay["events"] == answered < len(stream.newest)
-    assert [arm["name"] for arm in replay["arms"]] == ["batch", "history", "live", "daily"]
-    batch, history, live, daily = replay["arms"]
+    assert [arm["name"] for arm in replay["arms"]] == ["batch", "history", "live", "finetune"]
+    batch, history, live, finetune = replay["arms"]
     for arm in replay["arms"]:
         for metric in ("hr@10", "ndcg@10", "mrr"):
             low, high = arm["all"][metric]["interval"]
@@ -57,7 +57,7 @@ def test_arms_side_by_side(ray_session: RaySession, folder: Path, shop_dataset: 
     assert batch["all"]["ndcg@10"]["value"] < history["all"]["ndcg@10"]["value"]
     assert live["version"] + live["rejected_updates"] == 1 + -(-len(stream.newest) // ReplaySettings().batch_events)
     assert "lift_over_history" in live
-    assert daily["fine_tunes"] > 0 < daily["events_read"]
+    assert finetune["fine_tunes"] > 0 < finetune["events_read"]
     assert {len(points) for points in live["over_time"].values()} == {len(replay["times"])}
     assert plot.read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr()
@@ -67,7 +67,7 @@ def test_arms_side_by_side(ray_session: RaySession, folder: Path, shop_dataset: 
 
 def test_bad_input_is_refused_before_anything_is_trained(folder: Path, shop_dataset: Path, tmp_path: Path, capsys):
     assert run("--data", str(shop_dataset), "--arm", "weekly") == BAD_INPUT
-    assert "arm: weekly; there are batch, history, live, daily" in capsys.readouterr().err
+    assert "arm: weekly; there are batch, history, live, finetune" in capsys.readouterr().err
     assert run("--data", str(shop_dataset), "--set", "share=1.5") == BAD_INPUT
     assert "share: input should be less than 1, got 1.5" in capsys.readouterr().err
     assert run("--data", str(shop_dataset), "--plot", "x.svg") == BAD_INPUT

@@ -15,8 +15,9 @@ from lib.data.popularity import DAY
 from lib.data.ratings import RatingScale
 from lib.data.user_histories import UserHistories
 from lib.errors import InputError
+from lib.evaluation.comparison import WHOLE
 from lib.live.gate import GateConfig
-from lib.live.prequential import MISSED, Daily, Frozen, Live, Outcome, Stream, ranks_of, replay, split_by_time
+from lib.live.prequential import MISSED, Finetuned, Frozen, Live, Outcome, Stream, ranks_of, replay, split_by_time
 from lib.live.prequential_comparison import compare_arms
 from lib.live.settings import LearnerConfig
 from lib.log.log_file import LoggedEvent
@@ -66,10 +67,10 @@ class Witness:
         self.learned: list[str] = []
         self.learned_before: list[int] = []
 
-    def ranks(self, contexts: Sequence[History], targets: Sequence[str]) -> np.ndarray:
+    def ranks(self, contexts: Sequence[History], targets: Sequence[str]) -> dict[str, np.ndarray]:
         self.contexts += [(list(context.item_ids), target) for context, target in zip(contexts, targets, strict=True)]
         self.learned_before += [len(self.learned)] * len(targets)
-        return np.arange(len(targets))
+        return {WHOLE: np.arange(len(targets)), "new": np.arange(len(targets)) + 5}
 
     def learn(self, events: Sequence[LoggedEvent], histories: UserHistories) -> None:
         self.learned += [logged.event.item_id for logged in events]
@@ -86,6 +87,7 @@ def test_every_event_is_answered_from_what_came_before_it_and_learned_after():
     assert witness.learned == ["i2", "i3", "i4", "i5"]
     assert witness.learned_before == [0, 0, 2, 2]
     assert outcome.ranks.tolist() == [0, 1, 0, 1]
+    assert outcome.alone["new"].tolist() == [5, 6, 5, 6]
     assert outcome.facts["seen"] == 4
 
 
@@ -140,7 +142,7 @@ def test_ranks_are_those_of_all_scores_with_ties_against_the_target():
     encoder.item_popularity[1:4] = torch.tensor([3.0, 2.0, 2.0])
     contexts = [history([1, 2]), History(), History(), History(), history([5])]
     targets = ["i7", "i1", "i2", "i9", "unknown"]
-    ranks = ranks_of(encoder, catalog, contexts, targets, exclude_seen=False)
+    (ranks,) = ranks_of(encoder, catalog, contexts, targets, exclude_seen=False).values()
     codes = torch.tensor([[1, 2]])
     kinds = torch.full((1, 2), encoder.config.event_kinds.index("click") + 1)  # pyright: ignore[reportOptionalMemberAccess]
     gaps = torch.from_numpy(gap_buckets(np.array([0, 60_000]), np.array([0]), encoder.config.gap_buckets))[None]
@@ -150,7 +152,7 @@ def test_ranks_are_those_of_all_scores_with_ties_against_the_target():
     assert ranks[0] == int((scores > scores[6]).sum())
     assert ranks.tolist()[1:] == [0, 2, MISSED, MISSED]  # i2 and i3 are equally popular, i9 is not at all
     seen = ranks_of(encoder, catalog, [history([1, 2])], ["i1"], exclude_seen=True)
-    assert seen.tolist() == [MISSED]
+    assert seen[WHOLE].tolist() == [MISSED]
 
 
 def test_live_learns_what_goes_together_and_frozen_does_not(model, tmp_path):
@@ -170,17 +172,20 @@ def test_live_learns_what_goes_together_and_frozen_does_not(model, tmp_path):
     assert comparison.groups == {"all": 640, "new users": 640, "new items": 0}
 
 
-def test_daily_learns_at_the_end_of_each_day_and_takes_new_items(model):
+@pytest.mark.parametrize("hours", [24, 6])
+def test_a_fine_tune_ends_each_period_and_takes_new_items(model, hours):
     rows = [("a", "i1", 0), ("a", "i2", 1)]
     day = DAY // SECOND
     for number in range(3):
         rows += [(user, item, day * number + at) for user, item, at in pairs(80, 100 * number, 10)]
         rows += [("z", f"new{number}", day * number + 80_000)]
     stream = Stream(table(rows[:2]), table(sorted(rows[2:], key=lambda row: row[2])))
-    arm = Daily(model, exclude_seen=True, epochs=3, learning_rate=1e-2)
+    period = hours * 3_600_000
+    arm = Finetuned(model, exclude_seen=True, epochs=3, learning_rate=1e-2, period=period)
     outcome = replay(stream, arm, batch_events=16)
-    days = np.unique(stream.newest["timestamp"].to_numpy() // DAY)
-    assert outcome.facts["fine_tunes"] == len(days) - 1
+    times = stream.newest["timestamp"].to_numpy()
+    ends = np.append(times[15::16], times[-1])  # of the micro-batches
+    assert outcome.facts["fine_tunes"] == len(np.unique(ends // period)) - 1
     assert {"new0", "new1"} <= set(arm.catalog.item_ids)
     assert torch.isfinite(arm.encoder.item_embeddings.weight).all()
     first, last = np.array_split(outcome.ranks, 3)[0], np.array_split(outcome.ranks, 3)[2]

@@ -1,6 +1,7 @@
 """An explanation names the events whose absence costs the item most."""
 
 import re
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +16,10 @@ from lib.data.history import History, to_histories
 from lib.model.batches import SequenceBatches
 from lib.model.encoder import BehaviourEncoder
 from lib.ranking.explain import GROUPS, Influence, influences, most_influential, occluded, shares
-from lib.ranking.features import FEATURES
+from lib.ranking.features import FEATURES, Candidates
 from lib.ranking.fit import count_all
 from lib.ranking.recommender import Question, Recommender
+from lib.ranking.rules import RankingRules
 from tests.helpers.tiny import NOW, SECOND, history, item_ids, tiny_encoder
 
 ITEMS = 24
@@ -213,6 +215,23 @@ def test_the_interest_names_what_was_done_with_the_event_of_most_influence():
     assert said <= {"because you clicked Film 3 (100%)", "because you bought Film 4 (100%)", None}
     assert len(said) > 1
     assert {reason for reason in why(recommender).values() if reason != "popular"} <= {"popular with newcomers (100%)"}
+
+
+def test_an_explanation_uses_the_candidates_that_the_answer_found(monkeypatch):
+    recommender = ranking({"together": 1.0, "interest": 1.0})
+    assert recommender.stage is not None
+    asked, find = [], recommender.stage.candidates
+
+    def candidates(*arguments: Any, **named: Any) -> Candidates:
+        asked.append(arguments)
+        return find(*arguments, **named)
+
+    monkeypatch.setattr(recommender.stage, "candidates", candidates)
+    reasons = why(recommender, 3, 1)
+    assert len(asked) == 1
+    assert reasons["i2"] is not None
+    pinned = Recommender(recommender.encoder, recommender.catalog, 1, rules=RankingRules(pin={1: "i9"}))
+    assert why(pinned, 3, 1) == reasons
 
 
 def test_shares_are_of_all_that_raised_the_score_and_the_strongest_come_first():

@@ -220,10 +220,10 @@ def test_an_event_of_an_unknown_kind_is_no_history():
 
 def test_popular_before_anything_happened_is_any_k_items():
     recommender = Recommender(tiny_encoder(), described_catalog(), 1)
-    found = recommender.popular(5)
+    found = ask(recommender, k=5)
     assert len(set(ids(found))) == 5
     assert all(item.score == 0 for item in found)
-    assert len(recommender.popular(500)) == ITEMS
+    assert len(ask(recommender, k=500)) == ITEMS
 
 
 def test_unknown_items_in_a_history_are_passed_over(recommender):
@@ -616,7 +616,20 @@ def test_counts_change_who_gets_what_and_the_right_number_comes():
         assert [item.score for item in found] == sorted((item.score for item in found), reverse=True)
     even = ids(ask(recommender, 2, 3, k=30, filter=filter_of(parity="even")))
     assert sorted(int(name[1:]) for name in even) == [row for row in range(4, ITEMS + 1, 2)]
-    assert {item.reason for item in recommender.popular(3)} == {"popular"}
+    assert {item.reason for item in ask(recommender, k=3)} == {"popular"}
+
+
+def test_a_source_that_the_rules_switch_off_is_not_asked():
+    encoder = counting_encoder()
+    trends = RankingRules(without_sources=("nearest", "following", "together", "new", "seen"))
+    found = ids(ask(Recommender(encoder, described_catalog(), version=1, rules=trends), 3, k=30))
+    assert encoder.counts is not None
+    met = (encoder.counts.events.numpy() > 0).nonzero()[0].tolist()
+    assert sorted(found) == sorted(f"i{row}" for row in met if row != 3)
+    with pytest.raises(InputError, match="without_sources: there is no source 'trends'"):
+        RankingRules(without_sources=("trends",))
+    (idle,) = Recommender(tiny_encoder(ITEMS), described_catalog(), version=1, rules=trends).idle_rules()
+    assert idle.startswith("without_sources: this model has no ranker")
 
 
 @pytest.mark.parametrize("repeats", [False, True])

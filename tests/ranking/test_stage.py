@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from lib.data.histories import Person
+from lib.errors import InputError
 from lib.model.encoder import BehaviourEncoder
 from lib.model.item_counts import WINDOW, ItemCounts
 from lib.ranking import features as features_module
-from lib.ranking.candidates import SOURCES
+from lib.ranking.candidates import SOURCES, sources_without
 from lib.ranking.features import FEATURES, LEAST, Candidates, padded
 from lib.ranking.fit import examples_of, nobody
 from lib.ranking.stage import RankingStage, stage_of
@@ -50,10 +51,10 @@ def encoder() -> BehaviourEncoder:
     return made
 
 
-def stage_with(encoder: BehaviourEncoder, *sources: str) -> RankingStage:
+def stage_with(encoder: BehaviourEncoder) -> RankingStage:
     stage = stage_of(encoder)
     assert stage is not None
-    return RankingStage(encoder, stage.index, sources or tuple(SOURCES))
+    return stage
 
 
 def queries(*seeds: int) -> torch.Tensor:
@@ -71,7 +72,7 @@ def values(found: Candidates, name: str, line: int = 0) -> dict[int, float]:
 
 
 def test_what_follows_is_a_share_weighted_by_recency(encoder):
-    found = stage_with(encoder, "following").candidates([person(3, 11)], queries(0), 5)
+    found = stage_with(encoder).candidates([person(3, 11)], queries(0), 5, sources=["following"])
     # after 3 came 5 twice at once, 7 once at once and once behind 5, 9 once behind 5; after 11 came 12
     followed = 2 + 1.5 + 0.5
     expected = {5: 2 / (followed + 1), 7: 1.5 / (followed + 1), 9: 0.5 / (followed + 1), 12: 2**-0.5 / 2}
@@ -81,7 +82,7 @@ def test_what_follows_is_a_share_weighted_by_recency(encoder):
 
 
 def test_what_goes_together_is_a_cosine_summed_over_the_recent_items(encoder):
-    found = stage_with(encoder, "together").candidates([person(5, 7)], queries(0), 5)
+    found = stage_with(encoder).candidates([person(5, 7)], queries(0), 5, sources=["together"])
     # 3 was with 5 twice and with 7 twice, 9 with 5 once; events: 3 of 3, 2 of 5, 2 of 7, 1 of 9
     for name, half_life in (("together", 2.0), ("together_long", 8.0)):
         sums = {3: (2 + 2 * 2 ** (-1 / half_life)) / 3**0.5 / 4**0.5, 9: 1 / 3**0.5 / 2**0.5}
@@ -91,7 +92,7 @@ def test_what_goes_together_is_a_cosine_summed_over_the_recent_items(encoder):
 
 def test_the_encoder_finds_its_nearest_items(encoder):
     asked = queries(0, 1)
-    found = stage_with(encoder, "nearest").candidates([person(3), person(5, 1)], asked, 5)
+    found = stage_with(encoder).candidates([person(3), person(5, 1)], asked, 5, sources=["nearest"])
     products = asked @ encoder.item_vectors(torch.arange(ITEMS + 1)).detach().T
     for line, seen in enumerate(({3}, {1, 5})):
         own = values(found, "interest", line)
@@ -101,7 +102,7 @@ def test_the_encoder_finds_its_nearest_items(encoder):
 
 def test_what_trends_and_what_is_new_is_the_same_for_everybody(encoder):
     for name in ("trending", "new"):
-        found = stage_with(encoder, name).candidates([nobody(), nobody()], torch.zeros(2, 16), 5)
+        found = stage_with(encoder).candidates([nobody(), nobody()], torch.zeros(2, 16), 5, sources=[name])
         for line in (0, 1):
             assert set(values(found, "age", line)) == {3, 5, 7, 9, 11, 12}
     assert values(found, "age") == pytest.approx(
@@ -111,7 +112,9 @@ def test_what_trends_and_what_is_new_is_the_same_for_everybody(encoder):
 
 def test_what_was_seen_comes_back_where_people_come_back(encoder):
     people = [person(4, 8)._replace(times=np.array([3, 1], dtype=np.float32)), person(6), nobody()]
-    found = stage_with(encoder, "seen").candidates(people, queries(0, 1, 2), 5, repeats=np.array([True, False, True]))
+    found = stage_with(encoder).candidates(
+        people, queries(0, 1, 2), 5, repeats=np.array([True, False, True]), sources=["seen"]
+    )
     assert found.lines.tolist() == [0, 0]
     assert values(found, "seen") == pytest.approx({4: np.log(4), 8: np.log(2)}, rel=1e-5)
     assert values(found, "seen_recently") == {4: 1.0, 8: 0.5}
@@ -120,10 +123,22 @@ def test_what_was_seen_comes_back_where_people_come_back(encoder):
 
 
 def test_who_has_no_history_is_interested_in_what_is_popular(encoder):
-    found = stage_with(encoder, "trending").candidates([nobody()], torch.zeros(1, 16), 5)
+    found = stage_with(encoder).candidates([nobody()], torch.zeros(1, 16), 5, sources=["trending"])
     popular = {row: (ITEMS + 1 - row) / ITEMS for row in (3, 5, 7, 9, 11, 12)}
     assert values(found, "interest") == pytest.approx(popular, rel=1e-5)
     assert set(found.kinds.tolist()) == {0}
+
+
+def test_a_source_that_is_switched_off_finds_nothing_and_says_nothing(encoder):
+    left = sources_without(["together", "new"])
+    assert left == tuple(name for name in SOURCES if name not in ("together", "new"))
+    found = stage_with(encoder).candidates([person(5)], queries(0), 5, sources=left)
+    assert set(values(found, "together").values()) == {0.0}
+    assert max(values(found, "follows").values()) > 0
+    with pytest.raises(InputError, match="without_sources: there is no source 'trend'; there are nearest, following"):
+        sources_without(["trend"])
+    with pytest.raises(InputError, match="without_sources: none is left; keep one"):
+        sources_without(SOURCES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,13 +166,17 @@ def test_both_ways_of_uniting_give_the_same_to_the_bit(encoder, monkeypatch, rep
 
 def test_values_of_several_sources_meet_in_one_candidate(encoder):
     found = stage_with(encoder).candidates([person(5)], queries(0), 5)
-    alone = [stage_with(encoder, name).candidates([person(5)], queries(0), 5) for name in ("following", "together")]
+    alone = [
+        stage_with(encoder).candidates([person(5)], queries(0), 5, sources=[name]) for name in ("following", "together")
+    ]
     assert values(found, "follows")[9] == values(alone[0], "follows")[9] > 0
     assert values(found, "together")[9] == values(alone[1], "together")[9] > 0
 
 
 def test_padding_keeps_every_candidate_at_its_place(encoder):
-    found = stage_with(encoder, "following").candidates([nobody(), person(3), person(11)], queries(0, 1, 2), 5)
+    found = stage_with(encoder).candidates(
+        [nobody(), person(3), person(11)], queries(0, 1, 2), 5, sources=["following"]
+    )
     table, rows = padded(found, 3)
     assert rows.tolist() == [[0, 0, 0], [5, 7, 9], [12, 0, 0]]
     assert torch.isneginf(table[..., 0]).tolist() == [[True] * 3, [False] * 3, [False, True, True]]
@@ -173,10 +192,10 @@ def test_people_of_whom_nobody_has_a_candidate_are_no_examples(encoder):
 
 def test_examples_are_of_those_whose_item_is_a_candidate(encoder):
     people = [person(3), person(5), nobody()]
-    examples = examples_of(stage_with(encoder, "following"), people, queries(0, 1, 2), np.array([9, 3, 3]))
-    assert examples.found.tolist() == [True, False, False]
-    assert examples.targets.tolist() == [2]  # of 5, 7, 9
-    assert examples.kinds.tolist() == [2]
+    examples = examples_of(stage_with(encoder), people, queries(0, 1, 2), np.array([9, 5, 3]))
+    assert examples.found.tolist() == [True, False, True]
+    assert examples.targets.tolist() == [7, 2]  # of all but 3, of all
+    assert examples.kinds.tolist() == [2, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
