@@ -137,13 +137,12 @@ class TrainingWorker:
         self.device = device
         context = train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.trainer = new_trainer(run.settings, material, device)
+        self.trainer, self.held = new_trainer(run.settings, material, device)
         config = self.trainer.encoder.config
-        self.epochs, self.held = self.preset.epochs, None
+        self.epochs = self.preset.epochs
         self.batches = self.every = self.data.batches(config)
-        if config.neighbours and self.origin is None:
+        if self.held is not None:
             assert isinstance(self.data, TrainingData)
-            self.held = held_back(self.data.histories, config, run.settings.holdout, run.settings.seed)
             self.epochs += math.ceil(EXTRA_EPOCHS * self.preset.epochs)
             self.batches = SequenceBatches(self.data.histories.select(~self.held), config)
         self.steps_per_epoch = [self._steps(self.batches)]
@@ -287,17 +286,23 @@ class TrainingWorker:
         )
 
 
-def new_trainer(settings: PretrainSettings, material: Material, device: torch.device) -> Trainer:
-    """Return a trainer of a fresh encoder, or of the origin's with its optimiser's state."""
+def new_trainer(
+    settings: PretrainSettings, material: Material, device: torch.device
+) -> tuple[Trainer, np.ndarray | None]:
+    """Return a trainer of a fresh encoder, or of the origin's with its optimiser's state, and what is held back.
+
+    That is (E,) bool, the events to fit the fresh encoder's ranker on; None where it has none.
+    """
     data, preset, origin = material.data, material.preset, material.origin
+    held = None
     encoder = origin.encoder if origin else new_encoder(data, preset, settings.seed, settings.inputs)
     if origin is None and isinstance(data, TrainingData):
-        add_ranker(encoder, data.histories, settings)
+        held = add_ranker(encoder, data.histories, settings)
     encoder.to(device)  # pyright: ignore[reportArgumentType]  transformers wraps it and hides its signature
     trainer = Trainer(encoder, len(data.catalog), training_config(settings, preset, device))
     if origin is not None and origin.optimizer is not None:
         trainer.load_optimizer_state(origin.optimizer)
-    return trainer
+    return trainer, held
 
 
 def new_encoder(
@@ -323,13 +328,15 @@ def new_encoder(
     return encoder
 
 
-def add_ranker(encoder: BehaviourEncoder, histories: Histories, settings: PretrainSettings) -> None:
-    """Give an encoder empty counts and a ranker, where enough is kept back to fit it on."""
+def add_ranker(encoder: BehaviourEncoder, histories: Histories, settings: PretrainSettings) -> np.ndarray | None:
+    """Give an encoder empty counts and a ranker, where enough is kept back to fit it on; return (E,) bool what is."""
     neighbours = neighbours_for(histories) if settings.neighbours is None else settings.neighbours
     held = held_back(histories, encoder.config, settings.holdout, settings.seed)
-    if neighbours and int(held.sum()) >= LEAST_EVENTS:
-        encoder.config.repeats = people_come_back(histories)
-        encoder.add_ranker(neighbours, len(FEATURES))
+    if not neighbours or int(held.sum()) < LEAST_EVENTS:
+        return None
+    encoder.config.repeats = people_come_back(histories)
+    encoder.add_ranker(neighbours, len(FEATURES))
+    return held
 
 
 def training_config(settings: PretrainSettings, preset: Preset, device: torch.device) -> TrainingConfig:
