@@ -25,7 +25,7 @@ from lib.data.events import EVENT_KINDS
 from lib.data.popularity import DAY
 from lib.errors import InputError
 from lib.evaluation.baselines import NEIGHBOURS, ItemToItem, Popularity
-from lib.evaluation.comparison import Comparison, Estimate, activity, compare, item_popularity
+from lib.evaluation.comparison import WHOLE, Comparison, Estimate, activity, compare, item_popularity
 from lib.evaluation.metrics import LEVEL, RESAMPLES
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Evaluation:
     facts: list[dict[str, Any]]  # of each contender
     models: int  # the first so many contenders
     items: int  # of the dataset and all models: what coverage is a share of
+    sources: dict[str, Comparison]  # of models with a ranker: the whole, each source alone, the whole without each
 
     def as_json(self) -> dict[str, Any]:
         """Return what --json writes; a single model's own figures stand at the top, too."""
@@ -84,6 +85,11 @@ def _contender_json(evaluation: Evaluation, place: int) -> dict[str, Any]:
     written = {"name": result.name} | evaluation.facts[place] | _estimates_json(result.metrics)
     if result.differences:
         written["difference"] = {"from": comparison.results[0].name} | _estimates_json(result.differences)
+    if result.name in evaluation.sources:
+        written["sources"] = [
+            {"name": own.name} | _estimates_json(own.metrics) | {"difference": _estimates_json(own.differences)}
+            for own in evaluation.sources[result.name].results[1:]
+        ]
     for breakdown, estimates in zip(comparison.breakdowns, result.breakdowns, strict=True):
         written[f"by_{breakdown.by}"] = [
             {"bucket": label, "cases": cases}
@@ -102,19 +108,29 @@ def _estimates_json(estimates: dict[str, Estimate]) -> dict[str, Any]:
 
 
 def evaluate_models(
-    data: str | Path, models: Sequence[str | Path], protocol: str, allow_leak: bool = False, baselines: bool = True
+    data: str | Path,
+    models: Sequence[str | Path],
+    protocol: str,
+    allow_leak: bool = False,
+    baselines: bool = True,
+    sources: bool = True,
+    without_sources: Sequence[str] = (),
 ) -> Evaluation:
-    """Compare model folders, and baselines, on the cases of a dataset.
+    """Compare model folders, baselines, and the models' sources of candidates, on the cases of a dataset.
 
     Raises:
-        InputError: unknown protocol, a model that was trained on what the protocol tests, or data without cases.
+        InputError: unknown protocol or source, a model that was trained on what the protocol tests, or data without
+            cases.
     """
     # torch and transformers, which `--help` need not wait for
     from lib.data.catalog import Catalog
     from lib.data.histories import histories_of
     from lib.data.holdout import PROTOCOLS, training_part
     from lib.evaluation.protocols import cases_of, rank
+    from lib.ranking.candidates import sources_without
+    from lib.ranking.contender import catalog_stage, rank_sources
 
+    left = sources_without(without_sources)
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol: {protocol!r} is not one of {', '.join(PROTOCOLS)}")
     loaded = _load(models, None if allow_leak else protocol)
@@ -136,8 +152,8 @@ def evaluate_models(
         )
     training = training_part(histories, protocol)
     counts = np.bincount(training.rows, minlength=len(items) + 1)
-    rankings, facts = [], []
-    for contender, described in _contenders(loaded, items, histories, training, baselines):
+    rankings, facts, told = [], [], {}
+    for contender, described in _contenders(loaded, items, histories, training, left, baselines):
         with Console(stderr=True).status(f"ranking for {len(cases.users):,} cases: {contender.name}"):
             ranking = rank(contender, cases)
         rankings.append((contender.name, ranking))
@@ -146,8 +162,14 @@ def evaluate_models(
             "cases_without_known_input": ranking.unknown_inputs,
         }
         facts.append(described | unknown)
+    for model in loaded if sources else ():
+        stage = catalog_stage(model.encoder, model.catalog)
+        if stage is not None:
+            with Console(stderr=True).status(f"ranking for {len(cases.users):,} cases: sources of {model.name}"):
+                several = rank_sources(stage, model.catalog, items, cases, left)
+            told[model.name] = compare(list(several.items()), cases, [], counts)
     breakdowns = [activity(cases), item_popularity(cases.targets, counts)]
-    return Evaluation(protocol, compare(rankings, cases, breakdowns, counts), facts, len(loaded), len(items))
+    return Evaluation(protocol, compare(rankings, cases, breakdowns, counts), facts, len(loaded), len(items), told)
 
 
 def _load(folders: Sequence[str | Path], protocol: str | None) -> list[LoadedModel]:
@@ -192,14 +214,19 @@ def _refuse_leak(folder: str | Path, manifest: "Manifest", protocol: str) -> Non
 
 
 def _contenders(
-    models: Sequence[LoadedModel], items: "Catalog", histories: "Histories", training: "Histories", baselines: bool
+    models: Sequence[LoadedModel],
+    items: "Catalog",
+    histories: "Histories",
+    training: "Histories",
+    sources: Sequence[str],
+    baselines: bool,
 ) -> Iterator[tuple["Contender", dict[str, Any]]]:
     """Return the models, then the baselines, each with what there is to know of it."""
     from lib.evaluation.protocols import baseline_contender
     from lib.ranking.contender import answer_contender
 
     for model in models:
-        contender = answer_contender(model.name, model.encoder, model.catalog, items)
+        contender = answer_contender(model.name, model.encoder, model.catalog, items, sources=sources)
         yield (
             contender,
             {
@@ -236,18 +263,22 @@ def evaluate_command(
     model: Annotated[list[Path], typer.Option(help="Model folder; repeatable. Differences are from the first.")],
     protocol: Annotated[str, typer.Option(help="leave-one-out or temporal.")] = "leave-one-out",
     baselines: Annotated[bool, typer.Option(help="Compare with popularity and item-to-item, too.")] = True,
+    sources: Annotated[bool, typer.Option(help="Say what each source of candidates is worth, too.")] = True,
+    without: Annotated[list[str] | None, typer.Option(help="A source to switch off; repeatable.")] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw them there, as a PNG file.")] = None,
     allow_leak: Annotated[bool, typer.Option(help="Evaluate although a model has seen the targets.")] = False,
 ) -> None:
     """Evaluate models offline, side by side, with popularity and item-to-item recommendations as baselines."""
     check_plot(plot)
-    evaluation = evaluate_models(data, model, protocol, allow_leak, baselines)
+    evaluation = evaluate_models(data, model, protocol, allow_leak, baselines, sources, without or ())
     if json_ is not None:
         write_json(json_, evaluation.as_json())
     comparison = evaluation.comparison
     title = f"{data.resolve().name}, {protocol}, {comparison.cases:,} cases of {comparison.users:,} users"
     print_comparison(comparison, title)
+    for name, told in evaluation.sources.items():
+        print_comparison(told, f"{name}: each source of candidates alone, and the {WHOLE} answer without it")
     if plot is not None:
         plot_comparison(comparison, title, plot)
 

@@ -76,6 +76,7 @@ def case_inputs(cases: Cases, part: slice) -> Histories:
 # Contenders
 
 Scored = tuple[np.ndarray, Tensor]  # places of some histories, (B,), and their scores of all own rows, (B, R)
+NamedScores = tuple[str, np.ndarray, Tensor]  # the same, after the name of what scored them
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,15 @@ def mapped_contender(
     name: str, catalog: Catalog, items: Catalog, score: Callable[[Histories], Iterator[Scored]]
 ) -> Contender:
     """Make a contender whose rows are those of a catalog; `items` has every item of it."""
+    return Contender(name, *mapped_rows(catalog, items), score)
+
+
+def mapped_rows(catalog: Catalog, items: Catalog) -> tuple[np.ndarray, np.ndarray]:
+    """Return a catalog's rows of all items (N + 1,), 0 where it has none, and the rows of items (R,) that it has."""
     dataset_rows = np.array([PADDING_ROW] + [items.row_of[item_id] for item_id in catalog.item_ids[1:]], dtype=np.int32)
     own_rows = np.zeros(len(items) + 1, dtype=np.int32)
     own_rows[dataset_rows] = np.arange(len(dataset_rows))
-    return Contender(name, own_rows, dataset_rows, score)
+    return own_rows, dataset_rows
 
 
 def model_scores(
@@ -162,28 +168,57 @@ class Ranking:
     unknown_inputs: int  # cases of whose input it knows nothing
 
 
-@torch.inference_mode()
 def rank(contender: Contender, cases: Cases, k: int = 10, batch: int = 256) -> Ranking:
     """Rank all of a contender's items for each case, and find the target."""
-    items = len(contender.own_rows) - 1
-    batch = max(1, min(batch, MOST_SCORES // len(contender.dataset_rows)))
-    own_targets = contender.own_rows[cases.targets].astype(np.int64)
-    ranks = np.zeros(len(cases.users), dtype=np.int64)
-    recommended = np.zeros((len(cases.users), k), dtype=np.int32)
+
+    def score(histories: Histories) -> Iterator[NamedScores]:
+        for places, scores in contender.score(histories):
+            yield contender.name, places, scores
+
+    return rank_each(contender.own_rows, contender.dataset_rows, score, cases, k, batch)[contender.name]
+
+
+@torch.inference_mode()
+def rank_each(
+    own_rows: np.ndarray,
+    dataset_rows: np.ndarray,
+    score: Callable[[Histories], Iterator[NamedScores]],
+    cases: Cases,
+    k: int = 10,
+    batch: int = 256,
+) -> dict[str, Ranking]:
+    """Rank all of a contender's items for each case by several scores, and find the target; return it by their names.
+
+    Args:
+        own_rows: as of a Contender.
+        dataset_rows: as of a Contender.
+        score: yields places of histories, and scores, each under the name of what scored them.
+        cases: what is to be predicted.
+        k: items that are recommended.
+        batch: cases at once, at most.
+    """
+    items = len(own_rows) - 1
+    batch = max(1, min(batch, MOST_SCORES // len(dataset_rows)))
+    own_targets = own_rows[cases.targets].astype(np.int64)
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # ranks and recommended rows
     unknown_inputs = 0
     for start in range(0, len(cases.users), batch):
         inputs = case_inputs(cases, slice(start, start + batch))
-        inputs = replace(inputs, rows=contender.own_rows[inputs.rows])
+        inputs = replace(inputs, rows=own_rows[inputs.rows])
         inputs = inputs.select(inputs.rows > 0)
         unknown_inputs += int((inputs.lengths == 0).sum())
-        for places, scores in contender.score(inputs):
+        for name, places, scores in score(inputs):
+            if name not in found:
+                found[name] = np.zeros(len(own_targets), np.int64), np.zeros((len(own_targets), k), np.int32)
+            ranks, recommended = found[name]
             remove_seen(scores, inputs, places)
             # a miss is one however few items are left
             ranks[start + places] = target_ranks(scores, own_targets[start + places], missed=max(items, k))
             top = scores.topk(min(k, scores.shape[1]), dim=1)
             left = torch.where(torch.isneginf(top.values), 0, top.indices).numpy()
-            recommended[start + places, : left.shape[1]] = contender.dataset_rows[left]
-    return Ranking(ranks, recommended, int((own_targets == 0).sum()), unknown_inputs)
+            recommended[start + places, : left.shape[1]] = dataset_rows[left]
+    unknown_targets = int((own_targets == 0).sum())
+    return {name: Ranking(*both, unknown_targets, unknown_inputs) for name, both in found.items()}
 
 
 def target_ranks(scores: Tensor, targets: np.ndarray, missed: int) -> np.ndarray:

@@ -21,6 +21,8 @@ from lib.evaluation.comparison import Comparison, activity, compare, item_popula
 from lib.evaluation.protocols import Cases, Ranking
 from lib.model.facts import TrainingFacts
 from lib.model.folder import Manifest, save_model
+from lib.ranking.features import FEATURES
+from lib.ranking.fit import count_all
 from tests.helpers.tiny import NOW, SECOND, item_ids, random_histories, tiny_encoder
 
 
@@ -205,6 +207,31 @@ def test_one_models_figures_stand_at_the_top(data, models):
     assert (written["protocol"], written["model_version"], written["items"]) == (LEAVE_ONE_OUT, 3, 24)
     assert [contender["name"] for contender in written["contenders"]] == ["large", "popularity", "item-to-item"]
     json.dumps(written, allow_nan=False)
+
+
+def test_sources_of_a_model_with_a_ranker_stand_beside_its_whole_answer(data, tmp_path, capsys):
+    encoder, catalog = tiny_encoder(24), Catalog(item_ids(24))
+    encoder.add_ranker(8, len(FEATURES))
+    count_all(encoder, random_histories(40, 24, np.random.default_rng(0)))
+    save_model(tmp_path / "m", encoder, catalog, Manifest(training=TrainingFacts(holdout=LEAVE_ONE_OUT)))
+    evaluate_command(data, [tmp_path / "m"], json_=tmp_path / "f.json")
+    shown = capsys.readouterr().out
+    assert "m: each source of candidates alone, and the whole answer without it" in shown
+    assert "difference from whole, paired" in shown
+    (model, *baselines) = json.loads((tmp_path / "f.json").read_text())["contenders"]
+    told = {source["name"]: source for source in model["sources"]}
+    assert {"nearest", "following", "together", "trend_1000", "without nearest", "without together"} <= told.keys()
+    for source in told.values():
+        assert source["difference"]["ndcg@10"] == pytest.approx(source["ndcg@10"] - model["ndcg@10"])
+        low, high = source["difference"]["intervals"]["ndcg@10"]
+        assert low <= source["difference"]["ndcg@10"] <= high
+    assert not any("sources" in each for each in baselines)
+    evaluate_command(data, [tmp_path / "m"], sources=False, without=["nearest", "seen"], json_=tmp_path / "g.json")
+    (left, *_) = json.loads((tmp_path / "g.json").read_text())["contenders"]
+    assert "sources" not in left
+    assert left["ndcg@10"] == told["without nearest"]["ndcg@10"]
+    with pytest.raises(InputError, match="without_sources: there is no source 'nearby'"):
+        evaluate_models(data, [tmp_path / "m"], LEAVE_ONE_OUT, without_sources=["nearby"])
 
 
 def test_what_a_model_does_not_know_is_counted(data, models):

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from jobs.reports import print_replay
 from lib.data.catalog import Catalog
 from lib.data.events import EVENT_SCHEMA
 from lib.data.history import History
@@ -209,3 +210,27 @@ def test_comparison_of_known_ranks():
     assert frozen.over_time["ndcg@10"] == pytest.approx([1, 0, 0, 1 / np.log2(3)])
     written = comparison.as_json()
     assert written["arms"][1]["lift_over_history"]["hr@10"]["value"] == pytest.approx(1.0)
+
+
+def test_sources_are_compared_with_the_whole_of_their_arm(capsys):
+    stream = Stream(table([("a", "i1", 0)]), table([("a", "i1", 1), ("b", "new", 2), ("b", "i1", 3), ("c", "i1", 4)]))
+    alone = {"nearest": np.array([0, 0, 0, 1]), "new": np.array([MISSED] * 4)}
+    outcomes = {
+        "history": Outcome(np.array([0, 50, MISSED, 1])),
+        "live": Outcome(np.array([0, MISSED, 0, 1]), alone=alone),
+    }
+    comparison = compare_arms(stream, outcomes)
+    frozen, live = comparison.arms
+    assert frozen.sources == {}
+    assert live.sources["nearest"].metrics["hr@10"].value == 1.0
+    difference = live.sources["nearest"].difference["hr@10"]
+    assert difference.value == 0.25
+    assert 0 == difference.low <= difference.high <= 0.75  # the users' worth: none of theirs is worse
+    assert live.sources["new"].difference["ndcg@10"].high < 0
+    written = comparison.as_json()["arms"][1]["sources"]["nearest"]
+    assert written["hr@10"]["value"] == 1.0
+    assert written["difference_from_whole"]["hr@10"]["value"] == 0.25
+    print_replay(comparison, "a stream")
+    shown = capsys.readouterr().out
+    assert "ndcg@10 of each source of candidates alone" in shown
+    assert "difference from the whole, paired" in shown
