@@ -264,14 +264,14 @@ def evaluate_command(
     protocol: Annotated[str, typer.Option(help="leave-one-out or temporal.")] = "leave-one-out",
     baselines: Annotated[bool, typer.Option(help="Compare with popularity and item-to-item, too.")] = True,
     sources: Annotated[bool, typer.Option(help="Say what each source of candidates is worth, too.")] = True,
-    without: Annotated[list[str] | None, typer.Option(help="A source to switch off; repeatable.")] = None,
+    without_sources: Annotated[list[str] | None, typer.Option(help="One to switch off; repeatable.")] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw them there, as a PNG file.")] = None,
     allow_leak: Annotated[bool, typer.Option(help="Evaluate although a model has seen the targets.")] = False,
 ) -> None:
     """Evaluate models offline, side by side, with popularity and item-to-item recommendations as baselines."""
     check_plot(plot)
-    evaluation = evaluate_models(data, model, protocol, allow_leak, baselines, sources, without or ())
+    evaluation = evaluate_models(data, model, protocol, allow_leak, baselines, sources, without_sources or ())
     if json_ is not None:
         write_json(json_, evaluation.as_json())
     comparison = evaluation.comparison

@@ -226,7 +226,7 @@ def test_sources_of_a_model_with_a_ranker_stand_beside_its_whole_answer(data, tm
         low, high = source["difference"]["intervals"]["ndcg@10"]
         assert low <= source["difference"]["ndcg@10"] <= high
     assert not any("sources" in each for each in baselines)
-    evaluate_command(data, [tmp_path / "m"], sources=False, without=["nearest", "seen"], json_=tmp_path / "g.json")
+    evaluate_command(data, [tmp_path / "m"], sources=False, without_sources=["nearest"], json_=tmp_path / "g.json")
     (left, *_) = json.loads((tmp_path / "g.json").read_text())["contenders"]
     assert "sources" not in left
     assert left["ndcg@10"] == told["without nearest"]["ndcg@10"]
