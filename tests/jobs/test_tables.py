@@ -7,7 +7,7 @@ from jobs.reports import print_comparison, print_replay
 from jobs.status import _print_part, _print_replicas
 from jobs.tables import print_facts, print_table
 from lib.evaluation.comparison import Breakdown, Comparison, Estimate, Result
-from lib.live.prequential_comparison import METRICS, ArmResult, ReplayComparison
+from lib.live.prequential_comparison import METRICS, ArmResult, ReplayComparison, SourceResult
 from serving.status import ReplicaStatus, Unavailable
 
 LONG_PATH = "/srv/models/of-a-shop-with-a-long-name/trained-2026-11-30-with-other-settings/model"
@@ -103,11 +103,16 @@ def test_a_replay_is_whole_at_80_columns(capsys, monkeypatch):
             lift={} if name == "history" else {metric: estimate(0.1) for metric in METRICS},
             over_time={},
             facts={"learn_seconds": 12_345.0, "events_read": 123_456_789},
+            sources={
+                source: SourceResult(*({metric: estimate(value) for metric in METRICS} for value in (0.2345, -0.0123)))
+                for source in ("nearest", "trend_10000")
+            },
         )
         for name in ("history", "live, with a long name")
     ]
     print_replay(ReplayComparison(83_846_000, 10, groups, [], arms), "a replay")
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
-    assert out.count("0.1234") == 2 * (len(METRICS) + len(groups))
+    assert out.count("0.1234") == 2 * (len(METRICS) + len(groups) + 1)
     assert out.count("123,456,789") == 2
+    assert (out.count("0.2345"), out.count("-0.0123")) == (2 * 2, 2 * 2)
