@@ -8,10 +8,12 @@ Notable features:
 - trends decay by several half-lives at once without a sweep: each row says when it was last counted
 
 An event of item j after the distinct newest items i1, i2, ... of its user adds 1/k to "j follows ik" (so that what
-follows at once weighs most) and 1 to "ik and j go together", in both rows. A list that is full gives a newcomer the
-place of its smallest entry once it outweighs it: until then that entry loses what the newcomer brings, the majority
-vote of Boyer & Moore (1991) at the last place of a summary in the manner of Misra & Gries (1982). So no count is above
-the true one, and what is frequent stays.
+follows at once weighs most) and 1 to "ik and j go together", in both rows. Of a list that is full a newcomer of weight
+w takes the place of the smallest entry c with the chance w / (w + c), and takes over its count: the randomised
+admission of Ben Basat et al. (2017). So what is met once seldom gets in, however many such items there are, and what
+comes again and again does. Chance is drawn from the clock: the same events, counted in the same parts, give the same
+lists. The entries of a list stand in order of strength, of its count or, of what goes together, of its cosine; a list
+whose row is not counted keeps its order.
 """
 
 from typing import Any, Self
@@ -106,20 +108,20 @@ class ItemCounts(nn.Module):
             return
         own = self.arrays()
         self._count_items(own, items, weights, times)
+        generator = np.random.default_rng(int(own["clock"][0]))
         events, places = contexts.nonzero()
         before, after = contexts[events, places].astype(np.int64), items[events]
         nearness = weights[events] / (places + 1)
         np.add.at(own["followed"], before, nearness.astype(np.float32))
-        _add(own["next_rows"], own["next_counts"], before, after, nearness)
+        lists = own["next_rows"], own["next_counts"]
+        _add(*lists, before, after, nearness, generator)
+        _sort(*lists, before, np.ones_like(own["events"]))
         other = before != after
         pair, weight = (before[other], after[other]), weights[events][other]
-        _add(
-            own["together_rows"],
-            own["together_counts"],
-            np.concatenate(pair),
-            np.concatenate(pair[::-1]),
-            np.concatenate([weight, weight]),
-        )
+        owners, others = np.concatenate(pair), np.concatenate(pair[::-1])
+        lists = own["together_rows"], own["together_counts"]
+        _add(*lists, owners, others, np.concatenate([weight, weight]), generator)
+        _sort(*lists, owners, np.sqrt(own["events"] + 1))
         own["clock"][0] = max(own["clock"][0], times.max())
 
     @staticmethod
@@ -203,7 +205,14 @@ def newest_distinct(rows: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> 
     return np.where(np.take_along_axis(absent, front, axis=1), 0, np.take_along_axis(found, front, axis=1))
 
 
-def _add(rows: np.ndarray, counts: np.ndarray, owners: np.ndarray, others: np.ndarray, weights: np.ndarray) -> None:
+def _add(
+    rows: np.ndarray,
+    counts: np.ndarray,
+    owners: np.ndarray,
+    others: np.ndarray,
+    weights: np.ndarray,
+    generator: np.random.Generator,
+) -> None:
     """Add weights (P,) of pairs to the lists (N, K) of their owners; the same pairs give the same lists to the bit."""
     keys = owners * len(rows) + others
     pairs, places = np.unique(keys, return_inverse=True)
@@ -216,15 +225,25 @@ def _add(rows: np.ndarray, counts: np.ndarray, owners: np.ndarray, others: np.nd
     owners, others, weights = owners[~known], others[~known], weights[~known].astype(np.float32)
     strongest = np.lexsort((others, -weights, owners))
     owners, others, weights = owners[strongest], others[strongest], weights[strongest]
+    chances = generator.random(len(owners), dtype=np.float32)
     first = np.flatnonzero(np.diff(owners, prepend=-1))
     turns = np.arange(len(owners)) - np.repeat(first, np.diff(first, append=len(owners)))
     for turn in range(int(turns.max(initial=-1)) + 1):  # one newcomer of each list after another
-        now = turns == turn
-        owner, other, weight = owners[now], others[now], weights[now]
-        slots = counts[owner].argmin(axis=1)
-        left = counts[owner, slots] - weight
-        rows[owner, slots] = np.where(left < 0, other, rows[owner, slots])
-        counts[owner, slots] = np.abs(left)
+        now = np.flatnonzero(turns == turn)
+        slots = counts[owners[now]].argmin(axis=1)
+        sums = counts[owners[now], slots] + weights[now]
+        admitted = chances[now] * sums < weights[now]  # always where the place is free
+        now, slots = now[admitted], slots[admitted]
+        rows[owners[now], slots] = others[now]
+        counts[owners[now], slots] = sums[admitted]
+
+
+def _sort(rows: np.ndarray, counts: np.ndarray, owners: np.ndarray, norms: np.ndarray) -> None:
+    """Put the lists (N, K) of owners in order, the largest count by the norm (N,) of its item first."""
+    owners = np.unique(owners)
+    order = np.argsort(-counts[owners] / norms[rows[owners]], axis=1, kind="stable")
+    for table in (rows, counts):
+        table[owners] = np.take_along_axis(table[owners], order, axis=1)
 
 
 def people_of(histories: Histories, liked: Histories) -> list[Person]:

@@ -7,9 +7,10 @@ from lib.data.catalog import Catalog
 from lib.data.events import EVENT_KINDS
 from lib.data.histories import Histories
 from lib.errors import InputError
+from lib.model.item_counts import ItemCounts
 from lib.ranking.features import FEATURES
 from lib.ranking.filters import ItemFilter
-from lib.ranking.fit import count_all, neighbours_for
+from lib.ranking.fit import count_all, neighbours_for, order_of
 from lib.ranking.recommender import Recommender
 from tests.helpers.tiny import NOW, SECOND, item_ids, tiny_encoder
 
@@ -73,6 +74,16 @@ def test_partners_in_orders_are_found_together():
 
     assert found("together") >= 0.9 * PAIRS
     assert found("similar") < 0.1 * PAIRS, "the encoder is not trained: it knows nothing of orders"
+
+
+def test_full_lists_keep_partners_though_most_of_what_comes_comes_once():
+    orders, partner = planted()
+    histories = histories_of(orders)
+    counts = ItemCounts(ITEMS + 1, neighbours=32)
+    counts.count_histories(histories, np.ones(len(histories.rows)), order_of(histories))
+    pairs = [*partner.items(), *zip(partner.values(), partner.keys(), strict=True)]
+    assert (counts.together_counts > 0).all(dim=1).sum() > ITEMS / 3, "a third of all lists are full"
+    assert sum(other in counts.together_rows[item] for item, other in pairs) > 0.93 * len(pairs)
 
 
 def test_a_chance_pair_does_not_beat_a_frequent_one():
