@@ -89,18 +89,19 @@ def push_down(
     if not lines or not weight:
         return scores, rows
     events = np.zeros((len(lines), NEWEST), dtype=np.int64)
-    signed = np.zeros((len(lines), 1, NEWEST), dtype=np.float32)
+    signed = np.zeros((len(lines), NEWEST), dtype=np.float32)
     for line, own in enumerate(own for own in opinions if own is not None):
         events[line, : len(own.rows)] = own.rows
-        signed[line, 0, : len(own.rows)] = own.weights
+        signed[line, : len(own.rows)] = own.weights
+    everything = np.abs(signed)
+    sides = np.stack([(everything - signed) / 2, everything], axis=2)  # (L, T, 2) what was disliked, and all
     near = vectors[rows[lines]] @ vectors[events].swapaxes(1, 2)  # (L, K, T)
     near -= 1
     near /= KERNEL_WIDTH
-    np.exp(near, out=near)
-    near *= signed
-    disliked = -near.clip(max=0).sum(axis=2)
-    chance = disliked / (UNRELATED + np.abs(near).sum(axis=2))
-    share = -signed.clip(max=0).sum(axis=2) / np.abs(signed).sum(axis=2)  # (L, 1)
+    near = np.exp(near, out=near) @ sides  # (L, K, 2)
+    chance = near[..., 0] / (UNRELATED + near[..., 1])
+    disliked, total = sides.sum(axis=1)[:, None].transpose(2, 0, 1)
+    share = disliked / total  # (L, 1)
     scores, rows = scores.copy(), rows.copy()
     scores[lines] -= weight * share * chance
     order = np.argsort(-scores[lines], axis=1, kind="stable")

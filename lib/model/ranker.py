@@ -9,7 +9,7 @@ Adam, whose state is part of them. As dense tensors of the weights they are push
 others.
 """
 
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -68,9 +68,16 @@ class Ranker(nn.Module):
         inner = x @ hidden.view(self.features, HIDDEN) + F.embedding(kinds, kind.view(self.kinds + 1, HIDDEN))
         return x @ line + F.silu(inner) @ output
 
-    def scores(self, features: Tensor, kinds: Tensor) -> Tensor:
-        """Return the logits in the units of s = uT A v."""
-        return self.logits(features, kinds) * TEMPERATURE
+    @torch.no_grad()
+    def scorer(self) -> "Scorer":
+        """Return what scores candidates as of now, soonest: mean, deviation and temperature are within its weights."""
+        line, hidden, kind, output = self.weights.split(self.parts)
+        matrix = (
+            torch.cat([hidden.view(self.features, HIDDEN), line[:, None] * TEMPERATURE], dim=1)
+            / self.deviation[:, None]
+        )
+        bias = F.pad(kind.view(self.kinds + 1, HIDDEN), (0, 1)) - self.mean @ matrix
+        return Scorer(matrix.T.contiguous(), bias.T.contiguous(), output * TEMPERATURE)
 
     def step(self, features: Tensor, kinds: Tensor, targets: Tensor, weights: Tensor, learning_rate: float) -> float:
         """Take a step of Adam (Kingma & Ba 2015) on the cross-entropy of targets among their candidates.
@@ -100,3 +107,20 @@ class Ranker(nn.Module):
             first, second = self.first / (1 - BETAS[0] ** steps), self.second / (1 - BETAS[1] ** steps)
             self.weights.sub_(learning_rate * first / (second.sqrt() + EPSILON))
         return float(loss.detach())
+
+
+class Scorer(NamedTuple):
+    """A ranker that is not trained; its scores are the logits in the units of s = uT A v."""
+
+    matrix: Tensor  # (HIDDEN + 1, F), the line's last
+    bias: Tensor  # (HIDDEN + 1, kinds + 1)
+    output: Tensor  # (HIDDEN,)
+
+    def scores(self, features: Tensor, kinds: Tensor) -> Tensor:
+        """Return (P,) of features (P, F), soonest where each feature lies in one piece, and kinds (P,)."""
+        inner = self.matrix @ features.T
+        if len(kinds) and bool((kinds == kinds[0]).all()):
+            inner += self.bias[:, kinds[:1]]
+        else:
+            inner += self.bias[:, kinds]
+        return torch.addmv(inner[HIDDEN], F.silu(inner[:HIDDEN], inplace=True).T, self.output)

@@ -31,7 +31,8 @@ class Candidates(NamedTuple):
     @property
     def places(self) -> np.ndarray:
         """(P,) the place of each among its person's."""
-        return np.arange(len(self.lines)) - np.searchsorted(self.lines, self.lines)
+        first = np.searchsorted(self.lines, np.arange(self.lines[-1] + 1 if len(self.lines) else 0))
+        return np.arange(len(self.lines)) - first[self.lines]
 
 
 def find_candidates(asked: Asked, sources: Sequence[str] = tuple(SOURCES)) -> Candidates:
@@ -43,15 +44,16 @@ def find_candidates(asked: Asked, sources: Sequence[str] = tuple(SOURCES)) -> Ca
     """
     found = [SOURCES[name](asked) for name in sources]
     width = len(asked.counts["events"])
-    keys = np.concatenate([each.lines * width + each.rows for each in found])
+    keys = np.concatenate([each.lines for each in found]) * width
+    keys += np.concatenate([each.rows for each in found])
     stops = np.cumsum([len(each.lines) for each in found])
     parts = [slice(stop - len(each.lines), stop) for each, stop in zip(found, stops, strict=True)]
     values = {name: (part, own) for each, part in zip(found, parts, strict=True) for name, own in each.values.items()}
-    excluded = [line * width + rows.astype(np.int64) for line, rows in enumerate(asked.excluded)]
-    keys, sums = _united(keys, values, np.concatenate(excluded), len(asked.people) * width)
+    none = np.arange(len(asked.people)) * width  # row 0 of everybody
+    excluded = [start + rows for start, rows in zip(none.tolist(), asked.excluded, strict=True)]
+    keys, sums = _united(keys, values, np.concatenate([none, *excluded]), len(asked.people) * width)
     lines, rows = np.divmod(keys, width)
-    if asked.mask is not None:
-        kept = asked.mask[rows]
+    if asked.mask is not None and not (kept := asked.mask[rows]).all():
         lines, rows, sums = lines[kept], rows[kept], {name: own[kept] for name, own in sums.items()}
     kinds = np.array([person.kind for person in asked.people], dtype=np.int64)
     return Candidates(lines, rows, _features(asked, lines, rows, sums), kinds[lines])
@@ -73,30 +75,41 @@ def _united(
         there[keys] = True
         there[excluded] = False
         found = np.flatnonzero(there)
-        return found, {name: np.bincount(keys[part], own, size)[found] for name, (part, own) in values.items()}
-    found, places = np.unique(keys, return_inverse=True)
-    kept = np.isin(found, excluded, assume_unique=True, invert=True)
-    sums = {name: np.bincount(places[part], own, len(found))[kept] for name, (part, own) in values.items()}
-    return found[kept], sums
+        place_of = np.empty(size, dtype=np.int32)
+        place_of[excluded] = len(found)
+        place_of[found] = np.arange(len(found))
+        places = place_of[keys]
+    else:
+        every, places = np.unique(keys, return_inverse=True)
+        kept = np.isin(every, excluded, invert=True)
+        found = every[kept]
+        places = np.where(kept, np.cumsum(kept) - 1, len(found))[places]
+    sums = {name: np.bincount(places[part], own, len(found) + 1)[:-1] for name, (part, own) in values.items()}
+    return found, sums
 
 
 def _features(asked: Asked, lines: np.ndarray, rows: np.ndarray, sums: dict[str, np.ndarray]) -> np.ndarray:
-    features = np.zeros((len(rows), len(FEATURES)), dtype=np.float32)
-    column = {name: features[:, place] for place, name in enumerate(FEATURES)}
+    """Return (P, F) float32, each feature in a piece of memory of its own."""
+    columns = np.zeros((len(FEATURES), len(rows)), dtype=np.float32)
+    column: dict[str, np.ndarray] = dict(zip(FEATURES, columns, strict=True))
     lengths = np.array([person.length for person in asked.people], dtype=np.float32)
-    interest = asked.index.scores(asked.queries, lines, rows)
-    column["interest"][:] = np.where(lengths[lines] > 0, interest, asked.popularity[rows])
+    interest, known = asked.index.scores(asked.queries, lines, rows), lengths > 0
+    column["interest"][:] = interest if known.all() else np.where(known[lines], interest, asked.popularity[rows])
     own_norm = np.sqrt(asked.counts["events"][rows] + 1)
     for name, values in sums.items():
+        own = column[name]
+        own[:] = values
         if name.startswith("together"):
-            values = values / own_norm
-        if name in LEAST:
-            values = np.log(values + LEAST[name]) - np.log(LEAST[name])
-        column[name][:] = np.log1p(values) if name == "seen" else values
-    features[:, FEATURES.index(TRENDS[0]) : FEATURES.index(TRENDS[-1]) + 1] = asked.standing.trends(rows)
+            own /= own_norm
+        if name in LEAST:  # log(value + least) - log(least)
+            own /= np.float32(LEAST[name])
+            np.log1p(own, out=own)
+        if name == "seen":
+            np.log1p(own, out=own)
+    columns[FEATURES.index(TRENDS[0]) : FEATURES.index(TRENDS[-1]) + 1] = asked.standing.trends(rows).T
     column["age"][:] = np.log1p(asked.standing.age(rows)) / 10
     column["history"][:] = np.log1p(lengths)[lines]
-    return features
+    return columns.T
 
 
 def padded(candidates: Candidates, people: int) -> tuple[torch.Tensor, np.ndarray]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.data.catalog import Catalog
-from lib.data.history import EncodedHistory, History, Opinions, to_histories
+from lib.data.history import EncodedHistory, History, to_histories
 from lib.errors import InputError
 from lib.model.batches import SequenceBatches, group_by_length
 from lib.model.delta import ATTRIBUTE_TABLE, Delta, DeltaMismatch, apply_delta, state_of
@@ -207,8 +207,7 @@ class Recommender:
         """Find for each person so many items that pass the filter, the best first."""
         if self.rules.active:
             return [self._rerank(person, filter) for person in asking]
-        wanted = max(self._wanted(person.k, person.history.opinions) for person in asking)
-        scores, rows = self._find(asking, wanted, self.mask(filter))
+        scores, rows = self._find(asking, max(person.k for person in asking), self.mask(filter))
         scores, rows = self._push_down(scores, rows, asking)
         counts = [person.k for person in asking]
         found = np.minimum((rows >= 0).sum(axis=1), counts).tolist()
@@ -220,15 +219,19 @@ class Recommender:
     def _find(
         self, asking: Sequence[Asking], count: int, mask: np.ndarray, weights: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return scores (B, K) and rows (B, K) of everybody's best, K at most `count`; minus infinity and -1 for none.
+        """Return scores (B, K) and rows (B, K) of everybody's best; minus infinity and -1 for none.
+
+        K is `count`, or more where some of them will fall (lib/model/dislikes.py).
 
         Args:
             asking: B people.
-            count: how many are wanted.
+            count: how many an answer has.
             mask: (R,) bool, the rows that may be found.
             weights: (R,) added to the score of a row to find and order them; the scores are without.
         """
         queries = torch.stack([person.query for person in asking])
+        falling = self.rules.dislike_weight and any(person.history.opinions is not None for person in asking)
+        wanted = candidate_count(count) if falling else count
         if self.stage is not None:
             repeats = np.array([person.again for person in asking])
             people = [person.history.person for person in asking]
@@ -237,15 +240,19 @@ class Recommender:
                 if person.found is not None:
                     own = slice(*np.searchsorted(found.lines, [line, line + 1]))
                     person.found.update(zip(found.rows[own].tolist(), found.features[own], strict=True))
-            return self.stage.rank(found, len(people), count, weights)
+            return self.stage.rank(found, len(people), wanted, weights)
         known = np.array([person.history.codes.size > 0 for person in asking])
-        scores = np.full((len(asking), count), -np.inf, dtype=np.float32)
-        rows = np.full((len(asking), count), -1, dtype=np.int64)
+        if known.all():
+            return self.index.search(queries, wanted, mask, [person.seen for person in asking], weights)
+        scores = np.full((len(asking), wanted), -np.inf, dtype=np.float32)
+        rows = np.full((len(asking), wanted), -1, dtype=np.int64)
         if known.any():
             seen = [person.seen for person in asking if person.history.codes.size]
-            scores[known], rows[known] = self.index.search(queries[torch.from_numpy(known)], count, mask, seen, weights)
+            scores[known], rows[known] = self.index.search(
+                queries[torch.from_numpy(known)], wanted, mask, seen, weights
+            )
         for line in np.flatnonzero(~known).tolist():
-            found, best = self._most_popular(mask, count, asking[line].seen, weights)
+            found, best = self._most_popular(mask, wanted, asking[line].seen, weights)
             scores[line, : len(best)], rows[line, : len(best)] = found, best
         return scores, rows
 
@@ -260,10 +267,6 @@ class Recommender:
         scores, rows = most_popular(popularity, unseen, count, None if weights is None else top * weights)
         return scores / top, rows
 
-    def _wanted(self, count: int, opinion: Opinions | None) -> int:
-        """Return how many items are found for an answer of `count`: more where some of them will fall."""
-        return candidate_count(count) if opinion is not None and self.rules.dislike_weight else count
-
     def _push_down(
         self, scores: np.ndarray, rows: np.ndarray, asking: Sequence[Asking]
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -274,8 +277,7 @@ class Recommender:
         self, person: Asking, count: int, mask: np.ndarray, weights: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return rows and scores of the best `count` items of one person, by their scores and weights (R,)."""
-        wanted = self._wanted(count, person.history.opinions)
-        scores, rows = self._find([person], wanted, mask, weights)
+        scores, rows = self._find([person], count, mask, weights)
         real = rows >= 0
         (scores,), (rows,) = self._push_down(scores[real][None], rows[real][None], [person])
         best = np.argsort(-scores if weights is None else -scores - weights[rows], kind="stable")[:count]

@@ -31,11 +31,13 @@ class RankingStage:
         self.index = index
         self.standing = Standing(self.counts.arrays())
         self.popularity = _shares(encoder)
+        self.scorer = self.ranker.scorer()
 
     def follow(self, rows: np.ndarray) -> None:
         """Take over the encoder's next version, which has changed these rows (R,) of the counts."""
         self.standing.update(self.counts.arrays(), rows)
         self.popularity = _shares(self.encoder)
+        self.scorer = self.ranker.scorer()
 
     def candidates(
         self,
@@ -77,7 +79,7 @@ class RankingStage:
     def scores(self, found: Candidates) -> np.ndarray:
         """Return (P,) float32 the scores of candidates."""
         features, kinds = torch.from_numpy(found.features), torch.from_numpy(found.kinds)
-        return self.ranker.scores(features, kinds).numpy()
+        return self.scorer.scores(features, kinds).numpy()
 
     def rank(
         self, found: Candidates, people: int, count: int, weights: np.ndarray | None = None

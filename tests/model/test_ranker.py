@@ -41,14 +41,17 @@ def loss_of(ranker: Ranker, weights: torch.Tensor, *asked: torch.Tensor) -> torc
 def test_before_it_is_fitted_scores_are_the_encoders():
     ranker = Ranker(FEATURES, KINDS)
     features = torch.randn(7, FEATURES)
-    scores = ranker.scores(features, torch.arange(7) % (KINDS + 1))
+    scores = ranker.scorer().scores(features, torch.arange(7) % (KINDS + 1))
     assert torch.allclose(scores, features[:, 0], atol=1e-6)
 
 
 def test_scores_are_the_logits_in_the_units_of_the_encoders_score():
     ranker, (features, kinds, _) = started(), question()
     logits = ranker.logits(features[1], kinds[1].expand(4))
-    assert torch.allclose(ranker.scores(features[1], kinds[1].expand(4)), logits * TEMPERATURE)
+    scorer = ranker.scorer()
+    assert torch.allclose(scorer.scores(features[1], kinds[1].expand(4)), logits * TEMPERATURE, atol=1e-6)
+    mixed = torch.tensor([0, 2, 1, 2])
+    assert torch.allclose(scorer.scores(features[1], mixed), ranker.logits(features[1], mixed) * TEMPERATURE, atol=1e-6)
     x = (features[1, 2] - ranker.mean) / ranker.deviation
     line, hidden, bias, output = ranker.weights.split(ranker.parts)
     inner = hidden.view(FEATURES, -1).T @ x + bias.view(KINDS + 1, -1)[kinds[1]]
@@ -57,7 +60,8 @@ def test_scores_are_the_logits_in_the_units_of_the_encoders_score():
 
 def test_the_kind_of_the_newest_event_matters():
     ranker, (features, _, _) = started(), question()
-    assert ranker.scores(features[1, :1], torch.tensor([0])) != ranker.scores(features[1, :1], torch.tensor([2]))
+    scores = ranker.scorer().scores(features[1, [0, 0]], torch.tensor([0, 2]))
+    assert scores[0] != scores[1]
 
 
 def test_it_begins_with_the_line_it_is_given():

@@ -12,12 +12,15 @@ from lib.data.histories import Person
 from lib.ranking.standing import Standing
 from lib.retrieval.index import ItemIndex
 
+RECENT = 12  # newest distinct items of a person whose neighbours are looked up
+STRONGEST = 48  # neighbours of an item that are looked up
+
 
 class Found(NamedTuple):
-    """P candidates; one may be named more than once."""
+    """P candidates; one may be named more than once. Row 0 is none."""
 
     lines: np.ndarray  # (P,) int64, number of the person
-    rows: np.ndarray  # (P,) int64, row of the item
+    rows: np.ndarray  # (P,) int, row of the item
     values: Mapping[str, np.ndarray] = {}  # feature -> (P,) what this adds to it
 
 
@@ -37,9 +40,11 @@ class Asked:
     standing: Standing
 
     @cached_property
-    def recent(self) -> np.ndarray:
-        """(B, W) rows of each person's newest distinct items, the newest first; 0 where there are fewer."""
-        return np.stack([person.recent for person in self.people])
+    def recent(self) -> "Recent":
+        """What the people had last."""
+        recent = np.array([person.recent[:RECENT] for person in self.people])  # (B, RECENT)
+        lines, places = recent.nonzero()
+        return Recent(lines, places, recent[lines, places])
 
     @cached_property
     def excluded(self) -> list[np.ndarray]:
@@ -48,25 +53,33 @@ class Asked:
         return [nothing if again else own.seen for own, again in zip(self.people, self.repeats, strict=True)]
 
 
+class Recent(NamedTuple):
+    """The newest distinct items of several people, E in all."""
+
+    lines: np.ndarray  # (E,) int64, number of the person
+    places: np.ndarray  # (E,) int64, 0 is the person's newest
+    rows: np.ndarray  # (E,) int64, of the item
+
+
 Source = Callable[[Asked], Found]
 
 
 def shared(asked: Asked, rows: np.ndarray) -> Found:
     """Return the same rows (M,) as candidates of everybody."""
     lines = np.repeat(np.arange(len(asked.people)), len(rows))
-    return Found(lines, np.tile(rows.astype(np.int64), len(asked.people)))
+    return Found(lines, np.tile(rows, len(asked.people)))
 
 
-def neighbours(asked: Asked, name: str, strength: Callable[[np.ndarray], Mapping[str, np.ndarray]]) -> Found:
-    """Return the listed neighbours of everybody's recent items.
+def neighbours(asked: Asked, name: str, shares: Mapping[str, np.ndarray]) -> Found:
+    """Return the strongest listed neighbours of everybody's recent items.
 
     Args:
         asked: who, and what is known.
         name: of the lists.
-        strength: from counts (B, W, K) to the values of features of that shape.
+        shares: feature -> (E,) what its value is of the count of each recent item's neighbours.
     """
-    rows = asked.counts[f"{name}_rows"][asked.recent]  # (B, W, K)
-    there = rows > 0
-    lines = np.broadcast_to(np.arange(len(rows))[:, None, None], rows.shape)[there]
-    values = strength(asked.counts[f"{name}_counts"][asked.recent])
-    return Found(lines, rows[there].astype(np.int64), {name: own[there] for name, own in values.items()})
+    recent = asked.recent
+    rows = asked.counts[f"{name}_rows"][:, :STRONGEST][recent.rows]  # (E, M)
+    counts = asked.counts[f"{name}_counts"][:, :STRONGEST][recent.rows]
+    values = {feature: (counts * share[:, None]).ravel() for feature, share in shares.items()}
+    return Found(np.repeat(recent.lines, rows.shape[1]), rows.ravel(), values)

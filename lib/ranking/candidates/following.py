@@ -1,7 +1,5 @@
 """What follows: the items that came next after the person's recent ones, the directed transitions of everybody."""
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from lib.model.item_counts import WINDOW
@@ -13,9 +11,5 @@ RECENCY = np.exp2(-np.arange(WINDOW) / HALF_LIFE).astype(np.float32)
 
 def find(asked: Asked) -> Found:
     """Return what followed, by the share of all that followed each recent item, weighted by recency."""
-    share = RECENCY / (asked.counts["followed"][asked.recent] + 1)  # (B, W)
-
-    def strength(counts: np.ndarray) -> Mapping[str, np.ndarray]:
-        return {"follows": counts * share[..., None]}
-
-    return neighbours(asked, "next", strength)
+    _, places, rows = asked.recent
+    return neighbours(asked, "next", {"follows": RECENCY[places] / (asked.counts["followed"][rows] + 1)})

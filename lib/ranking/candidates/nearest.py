@@ -11,5 +11,4 @@ def find(asked: Asked) -> Found:
     """Return everybody's best items by the encoder."""
     count = max(LEAST, 2 * asked.count)
     _, rows = asked.index.search(asked.queries, count, asked.mask, asked.excluded, asked.weights)
-    lines, places = (rows > 0).nonzero()
-    return Found(lines, rows[lines, places].astype(np.int64))
+    return Found(np.repeat(np.arange(len(rows)), rows.shape[1]), np.maximum(rows, 0).ravel())
