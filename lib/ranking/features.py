@@ -94,7 +94,7 @@ def _features(asked: Asked, lines: np.ndarray, rows: np.ndarray, sums: dict[str,
     column: dict[str, np.ndarray] = dict(zip(FEATURES, columns, strict=True))
     lengths = np.array([person.length for person in asked.people], dtype=np.float32)
     interest, known = asked.index.scores(asked.queries, lines, rows), lengths > 0
-    column["interest"][:] = interest if known.all() else np.where(known[lines], interest, asked.popularity[rows])
+    column["interest"][:] = interest if known.all() else np.where(known[lines], interest, asked.popularity.shares[rows])
     own_norm = np.sqrt(asked.counts["events"][rows] + 1)
     for name, values in sums.items():
         own = column[name]

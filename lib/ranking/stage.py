@@ -13,6 +13,7 @@ from lib.data.histories import Histories, Person
 from lib.model.batches import SequenceBatches
 from lib.model.encoder import BehaviourEncoder
 from lib.ranking.candidates import SOURCES, Asked
+from lib.ranking.cold_start import Popularity
 from lib.ranking.features import Candidates, find_candidates
 from lib.ranking.standing import Standing
 from lib.retrieval.index import ItemIndex
@@ -30,13 +31,13 @@ class RankingStage:
         self.repeats = encoder.config.repeats
         self.index = index
         self.standing = Standing(self.counts.arrays())
-        self.popularity = _shares(encoder)
+        self.popularity = _popularity(encoder)
         self.scorer = self.ranker.scorer()
 
     def follow(self, rows: np.ndarray) -> None:
         """Take over the encoder's next version, which has changed these rows (R,) of the counts."""
         self.standing.update(self.counts.arrays(), rows)
-        self.popularity = _shares(self.encoder)
+        self.popularity = _popularity(self.encoder)
         self.scorer = self.ranker.scorer()
 
     def candidates(
@@ -136,9 +137,9 @@ def stage_of(encoder: BehaviourEncoder) -> RankingStage | None:
         return RankingStage(encoder, ItemIndex(encoder.item_vectors().cpu().numpy()))
 
 
-def _shares(encoder: BehaviourEncoder) -> np.ndarray:
+def _popularity(encoder: BehaviourEncoder) -> Popularity:
     popularity = encoder.item_popularity.cpu().numpy()
-    return popularity / max(float(popularity.max(initial=0.0)), 1e-9)
+    return Popularity(popularity / max(float(popularity.max(initial=0.0)), 1e-9))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from lib.data.histories import Person
+from lib.ranking.cold_start import Popularity
 from lib.ranking.standing import Standing
 from lib.retrieval.index import ItemIndex
 
@@ -35,7 +36,7 @@ class Asked:
     mask: np.ndarray | None  # (R,) bool, the rows that may be found; None for all
     weights: np.ndarray | None  # (R,) what ranking rules add to the score of a row
     index: ItemIndex
-    popularity: np.ndarray  # (R,) of late and with newcomers, 1 at most; what interests who has no history
+    popularity: Popularity  # of late and with newcomers: what interests who has no history
     counts: Mapping[str, np.ndarray]  # of lib/model/item_counts.py
     standing: Standing
 
