@@ -1,8 +1,10 @@
 """Whoever has no history gets what is popular."""
 
 import numpy as np
+import pytest
 
-from lib.ranking.cold_start import most_popular
+from lib.ranking import cold_start
+from lib.ranking.cold_start import Popularity, most_popular
 
 
 def test_the_most_popular_come_in_order_without_padding():
@@ -18,3 +20,20 @@ def test_the_most_popular_come_in_order_without_padding():
         most_popular(everything, np.ones(500, dtype=bool), 20)[1].tolist()
         == (np.argsort(-everything[1:])[:20] + 1).tolist()
     )
+
+
+@pytest.mark.parametrize("kept", [1000, 10, 3])
+def test_what_is_kept_of_a_version_gives_what_all_of_it_gives(monkeypatch, kept):
+    monkeypatch.setattr(cold_start, "KEPT", kept)
+    generator = np.random.default_rng(0)
+    shares = generator.random(50) * (generator.random(50) < 0.5)
+    popular, masks = Popularity(shares), [generator.random(50) < share for share in (1.0, 0.5, 0.1, 0.0)]
+    for mask in masks:
+        for count in (1, 5, 60):
+            expected = most_popular(shares, mask, count)
+            found = popular.best(count, mask)
+            assert len(found) == len(expected[1])
+            assert shares[found].tolist() == expected[0].tolist()
+            weights = generator.normal(size=50)
+            assert popular.best(count, mask, weights).tolist() == most_popular(shares, mask, count, weights)[1].tolist()
+    assert sorted(popular.best(60)) == [row for row in range(1, 50) if shares[row] > 0]

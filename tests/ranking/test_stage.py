@@ -9,7 +9,7 @@ from lib.errors import InputError
 from lib.model.encoder import BehaviourEncoder
 from lib.model.item_counts import WINDOW, ItemCounts
 from lib.ranking import features as features_module
-from lib.ranking.candidates import SOURCES, sources_without
+from lib.ranking.candidates import SOURCES, nearest, sources_without
 from lib.ranking.features import FEATURES, LEAST, Candidates, padded
 from lib.ranking.fit import examples_of, nobody
 from lib.ranking.stage import RankingStage, stage_of
@@ -98,6 +98,34 @@ def test_the_encoder_finds_its_nearest_items(encoder):
         own = values(found, "interest", line)
         assert set(own) == set(range(1, ITEMS + 1)) - seen
         assert own == pytest.approx({row: float(products[line, row]) for row in own}, abs=1e-5)
+
+
+def test_who_has_no_history_is_found_what_is_popular_by_no_search(encoder, monkeypatch):
+    stage = stage_with(encoder)
+    turned_down = nobody()._replace(seen=np.array([1, 2], dtype=np.int32))  # what was disliked is seen, and no history
+    people, mask = [person(3), nobody(), turned_down], np.arange(ITEMS + 1) % 2 == 1
+    searched, search = [], stage.index.search
+
+    def counted(queries, *others):
+        searched.append(len(queries))
+        return search(queries, *others)
+
+    monkeypatch.setattr(stage.index, "search", counted)
+    asked = queries(0, 1, 2)
+    found = stage.candidates(people, asked, 5, mask, sources=["nearest"])
+    assert searched == [1]
+    odd = range(1, ITEMS + 1, 2)
+    assert [set(values(found, "interest", line)) for line in range(3)] == [set(odd) - {3}, set(odd), set(odd) - {1}]
+    encoder.item_popularity[10:] = 0
+    stage.follow(np.zeros(0, dtype=np.int64))
+    found = stage.candidates(people, asked, 5, sources=["nearest"])
+    assert set(values(found, "interest", 1)) == set(range(1, 10))  # with no mask none that nobody has met
+    weights = np.where(np.arange(ITEMS + 1) == 20, 5.0, 0.0)
+    monkeypatch.setattr(nearest, "LEAST", 1)
+    found = stage.candidates(
+        [nobody()], asked[:1], 1, np.ones(ITEMS + 1, dtype=bool), weights=weights, sources=["nearest"]
+    )
+    assert set(values(found, "interest")) == {20, 1}
 
 
 def test_what_trends_and_what_is_new_is_the_same_for_everybody(encoder):
