@@ -71,9 +71,14 @@ class Challenger:
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="shadow")
 
     def change_items(self, items: Mapping[str, Mapping[str, Any] | None]) -> None:
-        """Give items other attributes, or remove them (None)."""
+        """Give items other attributes, or remove them (None); long texts are left for later."""
         with self.unchanging:
-            self.recommender.change_items(items)
+            self.recommender.change_items(items, texts_later=True)
+
+    def caught_up(self) -> None:
+        """Answer by texts that were left for later."""
+        with self.unchanging:
+            self.recommender.caught_up()
 
     def arm_of(self, user_id: str | None) -> str | None:
         """Return the arm of a user, None for who takes no part."""

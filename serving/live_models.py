@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
+from lib.data.catalog import Catalog
 from lib.log.items import ItemChange
 from lib.model.delta import Delta, DeltaMismatch
 from lib.model.version_format import OtherFormat
@@ -41,6 +42,7 @@ class LiveModels:
         self.counts: Counter[str] = Counter()  # deltas, catch_ups, mismatches
         self.changed_items: dict[str, dict[str, Any] | None] = {}  # that were changed while live; None: deleted
         self.item_revision = 0  # the newest of them
+        self.reading_texts: asyncio.Task[None] | None = None  # long ones that were put; who filters by them waits
         self.live = self._load({})
         self.whole = True  # False: a change failed half-way, and a version must be loaded before anything is answered
         self.mending: asyncio.Task[None] | None = None  # the load that those who find it not whole wait for
@@ -111,10 +113,10 @@ class LiveModels:
         Raises:
             InputError: it names the attribute.
         """
-        catalogs = [self.live.catalog]
-        if self.challenger is not None:
-            catalogs.append(self.challenger.recommender.catalog)
-        for catalog in catalogs:
+        reading = self._read_late_texts()
+        if reading and not all(known.table.is_prepared(filter.conditions) for known in self._catalogs()):
+            await asyncio.shield(reading)
+        for catalog in self._catalogs():
             if not catalog.table.is_prepared(filter.conditions):
                 known = {name: value for name, value in filter.conditions.items() if name in catalog.table.kinds}
                 prepare = partial(catalog.table.prepare, known)
@@ -140,10 +142,11 @@ class LiveModels:
     def has_item(self, item_id: str) -> bool:
         """Return whether the catalog has an item now, with or without a row."""
         put = self.changed_items.get(item_id) is not None
-        catalogs = [self.live.catalog]
-        if self.challenger is not None:
-            catalogs.append(self.challenger.recommender.catalog)
-        return put or any(item_id in known.row_of and item_id not in known.removed for known in catalogs)
+        return put or any(item_id in known.row_of and item_id not in known.removed for known in self._catalogs())
+
+    def _catalogs(self) -> list[Catalog]:
+        """Return the catalogs of all models that answer."""
+        return [model.catalog for model in (self.live, self.challenger and self.challenger.recommender) if model]
 
     async def served_kinds(self, columns: Collection[str]) -> dict[str, str]:
         """Return the kinds that attributes have in the catalog that was loaded; the item log has those put since."""
@@ -153,11 +156,37 @@ class LiveModels:
     async def change_items(self, changes: Sequence[ItemChange]) -> None:
         """Make changes of items part of the catalog, whatever version answers."""
         await self._change(partial(self._change_items, changes))
+        self._read_late_texts()
+
+    def _read_late_texts(self) -> asyncio.Task[None] | None:
+        """Start to read long texts where there are any; return what ends once they are read."""
+        if (self.reading_texts is None or self.reading_texts.done()) and self._are_late():
+            self.reading_texts = asyncio.create_task(self._read_texts())
+        return self.reading_texts
+
+    def _are_late(self) -> bool:
+        return any(catalog.table.late for catalog in self._catalogs())
+
+    async def _read_texts(self) -> None:
+        """Have items found by the long texts that they were put with; all is answered meanwhile, as if without them."""
+        loop = asyncio.get_running_loop()
+        try:
+            while self._are_late():
+                for catalog in self._catalogs():
+                    await loop.run_in_executor(self.preparing_thread, catalog.table.catch_up)
+                await self._change(self._caught_up)
+        except Exception:  # no memory, say: the next change or filter tries again
+            logger.exception("long texts of items are not indexed yet")
+
+    def _caught_up(self) -> None:
+        self.live.caught_up()
+        if self.challenger is not None:
+            self.challenger.caught_up()
 
     def _change_items(self, changes: Sequence[ItemChange]) -> None:
         # two reads may come back in the other order: what is older than what is known was answered already
         items = {change.item_id: change.attributes for change in changes if change.revision > self.item_revision}
-        self.live.change_items(items)
+        self.live.change_items(items, texts_later=True)
         if self.challenger is not None:
             self.challenger.change_items(items)
         self.changed_items |= items
@@ -225,12 +254,13 @@ class LiveModels:
 
     async def _replace(self) -> None:
         """Load the newest version beside the one that answers; it takes over between two batches."""
-        revision, changed = self.item_revision, dict(self.changed_items)
+        changed = dict(self.changed_items)
         loop = asyncio.get_running_loop()
         recommender = await loop.run_in_executor(self.loading_thread, self._load, changed, self.live)
-        await self._change(partial(self._take_over, recommender, revision))
+        await self._change(partial(self._take_over, recommender, changed))
+        self._read_late_texts()
 
-    def _take_over(self, recommender: Recommender, revision: int) -> None:
+    def _take_over(self, recommender: Recommender, changed: Mapping[str, Mapping[str, Any] | None]) -> None:
         if self._has(recommender.version):
             return
         if recommender.version < self.live.version:  # newer ones are damaged; the learner stores one whole
@@ -240,6 +270,10 @@ class LiveModels:
                 recommender.version,
             )
             return
-        if revision != self.item_revision:  # items changed while it was loaded
-            recommender.change_items(self.changed_items)
+        while_loaded = {
+            item_id: attributes
+            for item_id, attributes in self.changed_items.items()
+            if item_id not in changed or changed[item_id] is not attributes
+        }
+        recommender.change_items(while_loaded, texts_later=True)
         self.live, self.whole = recommender, True

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lib.data.attribute_kinds import TEXT, TEXTS
-from lib.data.column_index import words_of
+from lib.data.column_index import SOON, words_of
 from lib.data.conditions import check_condition
 from lib.data.item_table import ItemTable
 from lib.data.text_splits import split_of
@@ -99,9 +99,10 @@ class Catalog:
         """Return the rows of those items that have one."""
         return [self.row_of[item_id] for item_id in item_ids if item_id in self.row_of]
 
-    def change(self, items: Mapping[str, Mapping[str, Any] | None]) -> None:
+    def change(self, items: Mapping[str, Mapping[str, Any] | None], texts_later: bool = False) -> None:
         """Give items other attributes, or remove them (None); a removed item that gets attributes is back.
 
+        What is changed is found by its texts at once; `texts_later` leaves those that take long to `catch_up`.
         Only `extend` gives rows, so an item may be described before it has one. An attribute that does not fit its
         column is left out, counted (`table.skipped`) and logged: the item log (lib/log/items.py) has refused such.
         """
@@ -111,6 +112,11 @@ class Catalog:
                 continue
             self._describe(item_id, attributes)
             self.removed.discard(item_id)
+        self.table.catch_up(SOON if texts_later else None)
+        self.changes += 1
+
+    def caught_up(self) -> None:
+        """Note that items are found by texts that were left for later: what was read of the catalog is out of date."""
         self.changes += 1
 
     def _describe(self, item_id: str, attributes: Mapping[str, Any]) -> None:

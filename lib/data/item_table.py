@@ -1,7 +1,8 @@
 """The attributes of items: a table that was loaded, and the items that were put since, with an index of each column.
 
 A put costs the same however many came before it: it goes beside the table, which never changes, and into the indexes
-that were made so far. Readers never fail on a value that does not fit its column: it is left out, counted and logged.
+that were made so far, the words of much text a little later. Readers never fail on a value that does not fit its
+column: it is left out, counted and logged.
 """
 
 import logging
@@ -56,26 +57,37 @@ class ItemTable:
     def put(self, item_id: str, attributes: Mapping[str, Any]) -> int:
         """Give an item other attributes in place of all that it has; return its line.
 
-        An attribute that does not fit its column is left out, counted and logged.
+        Its texts are found once `catch_up` has read them. An attribute that does not fit its column is left out,
+        counted and logged.
         """
         fitted = self._fitted(item_id, attributes) | {"item_id": item_id}
         with self._changing:
             self.changes += 1
-            line = self.line_of.get(item_id, -1)
+            line, before = self.line_of.get(item_id, -1), {}
             if line >= self._loaded_lines:
                 before, self._put[line - self._loaded_lines] = self._put[line - self._loaded_lines], fitted
-                for column, value in before.items():
-                    for index in self._indexes_of(column):
-                        index.take_out(line, value)
             else:
                 if line >= 0:
                     self._replaced.append(line)
                 line = self.line_of[item_id] = len(self)
                 self._put.append(fitted)
-            for column, value in fitted.items():
-                for index in self._indexes_of(column):
-                    index.put(line, value)
+            for column in before.keys() | fitted.keys():
+                was, now = before.get(column), fitted.get(column)
+                if type(was) is not type(now) or was != now:
+                    for index in self._indexes_of(column):
+                        index.change(line, was, now)
         return line
+
+    def catch_up(self, most: int | None = None) -> None:
+        """Have what was put found by its texts, those of columns with at most so many characters to read."""
+        for index in [*self._words.values()]:
+            if (late := index.late) and (most is None or late <= most):
+                index.catch_up()
+
+    @property
+    def late(self) -> bool:
+        """Whether some of what was put is not found by its texts yet."""
+        return any(index.late for index in [*self._words.values()])
 
     def _fitted(self, item_id: str, attributes: Mapping[str, Any]) -> dict[str, Any]:
         fitted = {}
@@ -156,13 +168,16 @@ class ItemTable:
             InputError: a column cannot be compared with its condition.
         """
         for column, condition in conditions.items():
-            if column in self.kinds:
-                self._index_for(column, condition)
+            if column in self.kinds and isinstance(index := self._index_for(column, condition), WordIndex):
+                index.catch_up()
 
     def is_prepared(self, conditions: Mapping[str, Any]) -> bool:
-        """Return whether the indexes that conditions need are made."""
+        """Return whether the indexes that conditions need are made, and know all that was put."""
         needed = [(self._needs_numbers(name, value), name) for name, value in conditions.items() if name in self.kinds]
-        return all(name in (self._numbers if numbers else self._words) for numbers, name in needed)
+        return all(
+            name in self._numbers if numbers else name in self._words and not self._words[name].late
+            for numbers, name in needed
+        )
 
     def lines(self, column: str, condition: Any) -> np.ndarray:
         """Return the lines that meet a condition (lib/data/conditions.py), some of them more than once.
@@ -185,7 +200,7 @@ class ItemTable:
     def _index_for(self, column: str, condition: Any) -> WordIndex | NumberIndex:
         if not self._needs_numbers(column, condition):
             try:
-                return self.words(column)
+                return self._made(self._words, WordIndex, column)
             except pa.ArrowNotImplementedError as error:
                 kind = self.kinds[column]
                 raise InputError(f"filter.{column}: an attribute of type {kind} cannot be filtered by") from error
@@ -198,8 +213,10 @@ class ItemTable:
             raise InputError(f"filter.{column}: a range needs numbers, and this attribute is {kind}") from error
 
     def words(self, column: str) -> WordIndex:
-        """Return the index of a column by text."""
-        return self._made(self._words, WordIndex, column)
+        """Return the index of a column by text, which knows all that was put."""
+        index = self._made(self._words, WordIndex, column)
+        index.catch_up()
+        return index
 
     def _made(self, indexes: dict[str, Index], kind: type[Index], column: str) -> Index:
         """Return an index, made if need be: of the loaded lines, which never change, without holding others up."""
@@ -210,8 +227,11 @@ class ItemTable:
         with self._changing:
             for line, put in enumerate(self._put, start=self._loaded_lines):
                 if column in put:
-                    index.put(line, put[column])
-            return indexes.setdefault(column, index)
+                    index.change(line, None, put[column])
+            index = indexes.setdefault(column, index)
+        if isinstance(index, WordIndex):
+            index.catch_up()
+        return index
 
     def _loaded_column(self, column: str) -> pa.ChunkedArray | None:
         """Return a column as it was loaded, None where it had no values then."""

@@ -150,13 +150,23 @@ class Recommender:
         self.version = delta.version
         self.log_offset = delta.log_offset
 
-    def change_items(self, items: Mapping[str, Mapping[str, Any] | None]) -> None:
-        """Give items other attributes, or remove them (None), from the next answer on, whatever version it is of."""
+    def change_items(self, items: Mapping[str, Mapping[str, Any] | None], texts_later: bool = False) -> None:
+        """Give items other attributes, or remove them (None), from the next answer on, whatever version it is of.
+
+        `texts_later` leaves what takes long: texts of megabytes find their items once `catalog.table.catch_up`, on any
+        thread, and then `caught_up` were called.
+        """
         if items:
-            self.catalog.change(items)
+            self.catalog.change(items, texts_later)
             self._unbound.update(items)
             self._bind_rules()
             self._forget_masks()
+
+    def caught_up(self) -> None:
+        """Answer by texts that were left for later, from the next answer on."""
+        self.catalog.caught_up()
+        self._bind_rules()
+        self._forget_masks()
 
     # --------------------------------------------------------------------------- the answer: encode, retrieve and rank
 

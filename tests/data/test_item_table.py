@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from lib.data.catalog import Catalog
-from lib.data.column_index import LONGEST_INDEXED, WordIndex
+from lib.data.column_index import LONGEST_INDEXED, SOON, WordIndex
 from lib.data.item_table import ItemTable
 
 WORDS = ["red", "blue", "The North Face", "a|b", "b, c", "x y", "", "red blue", "Crime Thriller|War", "é"]
@@ -65,8 +65,10 @@ CONDITIONS = [
 ]
 
 
+@pytest.mark.parametrize("soon", [5, 100, SOON])  # from it on, texts are indexed together
 @pytest.mark.parametrize("seed", range(8))
-def test_any_puts_give_what_the_items_say_one_by_one(tmp_path, seed):
+def test_any_puts_give_what_the_items_say_one_by_one(tmp_path, monkeypatch, seed, soon):
+    monkeypatch.setattr("lib.data.column_index.SOON", soon)
     generator = np.random.default_rng(seed)
     names = [f"i{number}" for number in range(60)]
     items = {name: random_item(generator) for name in names[: generator.integers(0, 40)]}
@@ -108,14 +110,62 @@ def test_a_put_touches_neither_the_table_nor_its_index():
     for number in range(500):
         table.put(f"i{number}", {"colour": "green"})
         table.put(f"new{number}", {"colour": "green", "size": number})
+        table.catch_up()
     assert table.words("colour") is index
     assert table.loaded is loaded
     assert len(table) == 2000
     for number in range(500):  # once more: the line of a changed item is its own for good
         table.put(f"i{number}", {"colour": "white"})
+        table.catch_up()
     assert len(table) == 2000
     assert index.count("white") == 500
     assert len(index.lines(["green"])) == 500
+
+
+def test_much_text_that_was_put_finds_its_items_once_it_was_read():
+    items = pa.table({"item_id": ["a", "b", "c"], "about": ["old words", "old", None], "colour": ["red"] * 3})
+    catalog = Catalog(["a", "b", "c"], items)
+
+    def found(column: str, word: str) -> list[str]:
+        return [catalog.item_ids[row] for row in np.flatnonzero(catalog.mask({column: word}))]
+
+    assert (found("about", "old"), found("colour", "blue")) == (["a", "b"], [])
+    index, filler = catalog.table.words("about"), " more" * SOON
+    catalog.change({"a": {"about": f"new{filler}", "colour": "blue"}, "b": {"about": "little"}}, texts_later=True)
+    assert catalog.table.late
+    assert not catalog.table.is_prepared({"about": "new"})
+    assert catalog.table.is_prepared({"colour": "blue"})  # only the column of the long text is late
+    assert (found("about", "new"), found("about", "old"), found("about", "little")) == ([], [], [])
+    assert found("colour", "blue") == ["a"]
+    catalog.table.catch_up()
+    assert not catalog.table.late
+    assert catalog.table.words("about") is index
+    assert (found("about", "new"), found("about", "old"), found("about", "little")) == (["a"], [], ["b"])
+    assert found("about", f"new{filler}") == ["a"]
+    catalog.change({"a": {"about": f"newer{filler}"}, "c": {"about": f"third{filler}"}})
+    assert (found("about", "new"), found("about", "newer"), found("about", "third")) == ([], ["a"], ["c"])
+    assert (found("about", "more"), found("about", f"new{filler}")) == (["a", "c"], [])
+    catalog.change({"a": {}, "c": {"about": "short"}})
+    assert (found("about", "more"), found("about", "short")) == ([], ["c"])
+
+
+def test_texts_that_change_while_others_are_read_are_read_next(monkeypatch):
+    table = ItemTable(pa.table({"item_id": ["a", "b"], "about": ["one", "two"]}))
+    index, add_part = table.words("about"), WordIndex._add_part
+
+    def add_and_change(self: WordIndex, values: dict[int, str]) -> None:
+        monkeypatch.setattr(WordIndex, "_add_part", add_part)
+        table.put("a", {"about": "later"})  # as a request does, on another thread
+        assert index.lines(["two"]).tolist() == [1]  # what answers look up meanwhile
+        add_part(self, values)
+
+    monkeypatch.setattr(WordIndex, "_add_part", add_and_change)
+    table.put("a", {"about": "sooner " * SOON})
+    table.catch_up()
+    assert table.late
+    assert index.lines(["sooner"]).tolist() == []  # the line has another text by now
+    table.catch_up()
+    assert (index.lines(["sooner"]).tolist(), index.lines(["later"]).tolist()) == ([], [table.line_of["a"]])
 
 
 def test_long_texts_are_found_as_a_whole_too():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from fastapi import Request, Response
 
+from lib.data.column_index import SOON, WordIndex
 from lib.data.history import History
 from lib.live.learner import NearlineLearner
 from lib.log.items import ItemChange
@@ -183,6 +184,43 @@ def test_a_mask_is_made_only_while_the_catalog_does_not_change(registry, monkeyp
     monkeypatch.setattr(models.live, "is_checked", lambda _: False)
     asyncio.run(models.check_filter(filter))
     assert made == [True]
+
+
+DULL_LAST = {"bury": [{"filter": {"about": "dull"}}]}
+
+
+def test_no_answer_waits_for_the_words_of_long_texts_but_that_of_a_filter_by_them(registry, monkeypatch):
+    models, go_on = LiveModels(registry, RankingRules.model_validate(DULL_LAST)), threading.Event()
+    read = WordIndex.catch_up
+
+    async def scenario() -> None:
+        await models.change_items([ItemChange(1, "i1", {"about": "short", "shelf": "front"})])
+        by_word, by_shelf = ItemFilter.of({"about": "new"}), ItemFilter.of({"shelf": "back"})
+        assert by_word is not None
+        assert by_shelf is not None
+        await models.check_filter(by_word)
+        await models.check_filter(by_shelf)
+        monkeypatch.setattr(WordIndex, "catch_up", lambda index: (go_on.wait(60), read(index)))
+        text = "new dull" + " words" * SOON
+        await models.change_items([ItemChange(2, "i2", {"about": text, "shelf": "back"})])
+        [answer] = await models.answer([Question(history([1, 3]), 5)], [None])
+        assert len(answer.items) == 5
+        await models.check_filter(by_shelf)
+        [answer] = await models.answer([Question(history([1, 3]), 5, by_shelf)], [None])
+        assert [item.item_id for item in answer.items] == ["i2"]
+        [answer] = await models.answer([Question(history([1, 3]), 5, by_word)], [None])  # it was checked before
+        assert answer.items == []
+        checking = asyncio.create_task(models.check_filter(by_word))
+        await asyncio.sleep(0)
+        assert not checking.done()
+        go_on.set()
+        await checking
+        [answer] = await models.answer([Question(history([1, 3]), 5, by_word)], [None])
+        assert [item.item_id for item in answer.items] == ["i2"]
+        [answer] = await models.answer([Question(history([1, 3]), 100)], [None])
+        assert answer.items[-1].item_id == "i2"  # the rule knows it, too
+
+    asyncio.run(scenario())
 
 
 def test_rules_are_bound_on_the_thread_that_changes_the_catalog(registry, monkeypatch):
