@@ -62,8 +62,7 @@ def check_service(arguments: ServeArguments, port: int) -> None:
 
     Raises:
         InputError: the port is taken; model, dataset or challenger cannot be used; the dataset's ratings have another
-            scale; or a ranking rule does not suit the
-            catalog.
+            scale; or a ranking rule does not suit the catalog.
     """
     require_free_port(port)
     arguments.check()

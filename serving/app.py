@@ -4,6 +4,7 @@ from pydantic import Field
 from ray import serve
 from ray.serve import Application
 
+from lib.data.dataset import check_rating_scale
 from lib.data.guard import CleaningRules
 from lib.errors import InputError, refuse_uri
 from lib.experiments.results import ChallengerConfig
@@ -115,10 +116,14 @@ def build(arguments: ServeArguments) -> Application:
     """Build the application; the model becomes the first version unless versions exist already.
 
     Raises:
-        InputError: model or state are missing, incomplete or damaged, or arguments contradict each other.
+        InputError: model or state are missing, incomplete or damaged, the dataset's ratings have another scale than the
+            model's, or arguments contradict each other.
     """
     arguments.check()
-    Registry(arguments.versions_location).start_from(arguments.model)
+    registry = Registry(arguments.versions_location)
+    registry.start_from(arguments.model)
+    if arguments.data is not None:
+        check_rating_scale(arguments.data, registry.load().encoder.config.ratings)
     check_state(arguments.state_location, arguments.versions)
     arguments.layout.begin(arguments.state_location)
     wanted = arguments.challenger

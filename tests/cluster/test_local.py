@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import ray
 import yaml
@@ -16,12 +17,14 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster.local import HOST, connect, free_port, prepare_environment, require_free_port
 from lib.data.catalog import Catalog
+from lib.data.dataset import write_dataset
+from lib.data.events import EVENT_SCHEMA
 from lib.errors import InputError
 from lib.model.folder import Manifest, save_model
 from lib.versions.registry import Registry
 from serving.app import ServeArguments, build
 from serving.rollout import APPLICATION, DEPLOYMENT
-from tests.helpers.tiny import item_ids, tiny_encoder
+from tests.helpers.tiny import NOW, item_ids, tiny_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGURATION = yaml.safe_load((ROOT / "cluster" / "serve.yaml").read_text())
@@ -44,6 +47,15 @@ def test_the_application_is_built_from_its_arguments(tmp_path):
     application = call_user_app_builder_with_args_if_necessary(build, given)
     assert isinstance(application, serve.Application)
     assert Registry(tmp_path / "model" / "live").head() == 1
+
+
+def test_a_dataset_of_another_rating_scale_is_not_served(tmp_path):
+    save_model(tmp_path / "model", tiny_encoder(rating_scale="1-10"), Catalog(item_ids(24)), Manifest())
+    event = {"user_id": "ann", "item_id": "i1", "event": "rating", "value": 4.0, "timestamp": NOW}
+    write_dataset(tmp_path / "stars", pa.Table.from_pylist([event], EVENT_SCHEMA), None)
+    arguments = ServeArguments(model=str(tmp_path / "model"), data=str(tmp_path / "stars"))
+    with pytest.raises(InputError, match=r"^data: the ratings of .*stars are on the scale 1-5, .* on 1-10;"):
+        build(arguments)
 
 
 def test_replicas_scale_where_a_most_is_given(tmp_path):
