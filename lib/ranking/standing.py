@@ -58,9 +58,11 @@ class Standing:
         return np.maximum(now, np.log(LEAST_TREND)).astype(np.float32)
 
     def age(self, rows: np.ndarray) -> np.ndarray:
-        """Return (P,) float32 the events since each item's first one; 0 where it has none."""
-        first = self.counts["first_at"][rows]
-        since = np.where(first == NEVER, 0, self.counts["clock"][0] - first)
+        """Return (P,) float32 the events since each item came, which is its first event, or when it was put.
+
+        One that was there before all events, and has none, is as old as they are.
+        """
+        since = self.counts["clock"][0] - np.maximum(self.counts["first_at"][rows], 0)
         return np.maximum(since, 0).astype(np.float32)  # a rollback sets the clock back, and later items stay
 
     def trending(self, mask: np.ndarray | None, count: int) -> np.ndarray:

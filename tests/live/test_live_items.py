@@ -21,6 +21,7 @@ from lib.log.items import ItemChange
 from lib.model.delta import Delta
 from lib.model.encoder import BehaviourEncoder
 from lib.model.folder import Manifest
+from lib.ranking.features import FEATURES
 from lib.ranking.filters import ItemFilter
 from lib.ranking.recommender import Question, Recommender
 from lib.ranking.rules import RankingRules
@@ -90,6 +91,24 @@ def test_a_new_item_has_a_row_and_is_recommended_by_what_it_is(registry, learner
     assert recommended(replica, kind="kind0")
     assert "new" in recommended(replica, kind="kind0")
     assert "new" not in recommended(replica, kind="kind1")
+
+
+def test_a_new_item_is_new_and_one_of_the_first_catalog_as_old_as_all_events(tmp_path):
+    registry, catalog = Registry(tmp_path), described()
+    encoder = encoder_of(catalog, read=False)
+    encoder.add_ranker(2, len(FEATURES))
+    assert encoder.counts is not None
+    encoder.counts.count(np.zeros((3, 1), dtype=np.int64), np.array([3, 3, 5]), np.ones(3), np.array([1, 2, 3]))
+    registry.publish_snapshot(encoder, catalog, Manifest(version=1), None)
+    learner, replica = NearlineLearner(registry, LearnerConfig()), recommender_of(registry, 1)
+    delta = learner.change_items([put("new", kind="kind0")])
+    assert delta is not None
+    replica.apply(delta)
+    rows = np.array([3, 5, 4, ITEMS + 1])  # of 4 there was no event
+    for stage in (learner.model.stage, replica.stage):
+        assert stage is not None
+        assert stage.standing.age(rows).tolist() == [2, 0, 3, 0]
+    assert replica.checksum == learner.model.checksum
 
 
 def test_a_new_item_starts_as_the_items_that_are_like_it(learner):

@@ -28,7 +28,7 @@ def test_trends_and_ages_are_those_of_the_counts():
     expected = np.array([np.exp2(-2 / HALF_LIVES) + np.exp2(-1 / HALF_LIVES), np.ones(len(HALF_LIVES))])
     assert np.allclose(standing.trends(np.array([3, 5])), np.log(expected), atol=1e-5)
     assert np.allclose(standing.trends(np.array([4])), np.log(LEAST_TREND))
-    assert standing.age(np.array([3, 5, 4])).tolist() == [2, 0, 0]
+    assert standing.age(np.array([3, 5, 4])).tolist() == [2, 0, 3]  # of 4 there was no event
     standing.update(counts.arrays(), count(counts, [5]))
     assert standing.age(np.array([3, 5])).tolist() == [3, 1]
     assert np.allclose(standing.trends(np.array([3]))[0], np.log(trends_now(counts, np.array([3]))[0]), atol=1e-5)
