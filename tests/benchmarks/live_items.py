@@ -2,14 +2,17 @@
 
     python -m tests.benchmarks.live_items [--items 1000000] [--puts 10000] [--new 1000] [--json FILE]
 
-Items have a brand, a category, a price and a text of 20 words (Zipf); the model is an untrained one, the preset small.
-`puts`: one item a call, half of them new, each followed by a filter: the medians of the first and of the last tenth.
+Items have a brand, a category, a price and a text of 20 words (Zipf); the model is an untrained one, the preset small,
+with the counts and the ranker of a pretrained one.
+`puts`: one item a call, half of them new, each followed by a filter and by one by a word of the text: the median and
+the 99th percentile of each tenth of the calls.
 `new`: the steps from the item log to the first answer that holds a new item, in one process: a push over the network is
 not in them. The model either reads attributes, and new items start as those that share most of them, or it does not,
 and they start as those that share the rarest words.
+`text`: one call of 1,000 items that have 16 MB of text together: how long answers wait for it, and when its words are
+found.
 """
 
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -36,7 +39,9 @@ from lib.log.items import ItemLog
 from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
 from lib.model.folder import Manifest
 from lib.model.presets import PRESETS
+from lib.ranking.features import FEATURES
 from lib.ranking.filters import ItemFilter
+from lib.ranking.fit import LEAST_NEIGHBOURS
 from lib.ranking.recommender import Question, Recommender
 from lib.versions.registry import Registry
 from tests.benchmarks.machine import describe_machine
@@ -77,6 +82,7 @@ def model_of(items: pa.Table, read: bool) -> tuple[BehaviourEncoder, Catalog]:
     )
     torch.manual_seed(0)
     encoder = BehaviourEncoder(config)
+    encoder.add_ranker(LEAST_NEIGHBOURS, len(FEATURES))
     encoder.item_attributes.copy_(torch.from_numpy(codes))
     return encoder, catalog
 
@@ -90,14 +96,15 @@ def timed(times: dict[str, list[float]], name: str) -> Iterator[None]:
 
 
 def measure_puts(folder: Path, items: pa.Table, puts: int) -> dict[str, Any]:
-    """Put items one by one; return for each step the medians of the first and of the last tenth, in ms."""
+    """Put items one by one; return for each step the median and 99th percentile of each tenth of the calls, in ms."""
     generator = np.random.default_rng(1)
     log = ItemLog(folder / "items.sqlite")
     catalog = Catalog(items["item_id"].to_pylist(), items)
     conditions = {"brand": [f"Brand {number}" for number in range(500)], "price": {"max": 500}}
     times: dict[str, list[float]] = {}
+    by_word = {"about": "w17"}
     with timed(times, "index"):
-        catalog.table.prepare(conditions)
+        catalog.table.prepare(conditions | by_word)
     for number in range(puts):
         put = as_put(described(1, generator, first=number // 2 if number % 2 else len(items) + number))
         with timed(times, "item log"):
@@ -106,13 +113,31 @@ def measure_puts(folder: Path, items: pa.Table, puts: int) -> dict[str, Any]:
             catalog.change(dict(put))
         with timed(times, "filter of 500 brands"):
             catalog.mask(conditions)
+        with timed(times, "filter by a word"):
+            catalog.mask(by_word)
     log.close()
-    tenth = max(puts // 10, 1)
-    steps = ("item log", "catalog", "filter of 500 brands")
-    return {"index_ms": times["index"][0]} | {
-        step: {"first_ms": statistics.median(times[step][:tenth]), "last_ms": statistics.median(times[step][-tenth:])}
-        for step in steps
+    [index] = times.pop("index")
+    tenths = {step: np.array_split(ms, 10) for step, ms in times.items()}
+    return {"index_ms": index} | {
+        step: [{"p50_ms": float(np.median(own)), "p99_ms": float(np.percentile(own, 99))} for own in parts]
+        for step, parts in tenths.items()
     }
+
+
+def measure_text(items: pa.Table) -> dict[str, float]:
+    """Put 1,000 items of 16 MB of text in one call; return the seconds that answers wait, and until it is found."""
+    catalog = Catalog(items["item_id"].to_pylist(), items)
+    catalog.table.prepare({"about": "w17"})
+    put = {f"text{number}": {"about": " ".join(f"t{number}x{word}" for word in range(1900))} for number in range(1000)}
+    times: dict[str, list[float]] = {}
+    with timed(times, "found"):
+        with timed(times, "waits"):
+            catalog.change(put, texts_later=True)
+        catalog.table.catch_up()
+    catalog.extend(put)
+    assert catalog.mask({"about": "t7x1899"}).sum() == 1
+    megabytes = sum(len(own["about"]) for own in put.values()) / 2**20
+    return {"megabytes": megabytes} | {f"{name}_s": ms / 1e3 for name, [ms] in times.items()}
 
 
 def measure_new(folder: Path, items: pa.Table, new: int, read: bool) -> dict[str, Any]:
@@ -157,17 +182,24 @@ def benchmark(
     every = described(items, np.random.default_rng(0))
     with tempfile.TemporaryDirectory() as folder:
         single = measure_puts(Path(folder), every, puts)
+    text = measure_text(every)
     many = []
     for read in (True, False):
         with tempfile.TemporaryDirectory() as folder:
             many.append(measure_new(Path(folder), every, new, read))
     console = Console()
-    table = Table("step", "first tenth, ms", "last tenth, ms", title=f"{puts:,} single puts among {items:,} items")
-    for step, medians in single.items():
-        if step != "index_ms":
-            table.add_row(step, f"{medians['first_ms']:.3f}", f"{medians['last_ms']:.3f}")
+    index = single.pop("index_ms")
+    table = Table("puts", *single, title=f"{puts:,} single puts among {items:,} items: p50 and p99 of each step, ms")
+    for place, tenth in enumerate(zip(*single.values(), strict=True)):
+        table.add_row(
+            f"to {(place + 1) * puts // 10:,}", *(f"{step['p50_ms']:.2f} {step['p99_ms']:.2f}" for step in tenth)
+        )
     console.print(table)
-    console.print(f"the indexes of the filter took {single['index_ms']:.0f} ms, once, beside the answers")
+    console.print(f"the indexes of the filters took {index:.0f} ms, once, beside the answers")
+    console.print(
+        f"one put of {text['megabytes']:.0f} MB of text: answers wait {text['waits_s']:.3f} s, its words are found "
+        f"after {text['found_s']:.1f} s"
+    )
     table = Table(
         "model reads attributes", "time", *many[0]["first"], "together, ms", title=f"{new:,} new items at once"
     )
@@ -177,7 +209,10 @@ def benchmark(
             table.add_row(str(result["read"]), turn, *(f"{ms:.0f}" for ms in steps), f"{sum(steps):.0f}")
     console.print(table)
     if json_file is not None:
-        write_json(json_file, {"machine": machine, "items": items, "puts": single, "new": many})
+        write_json(
+            json_file,
+            {"machine": machine, "items": items, "index_ms": index, "puts": single, "text": text, "new": many},
+        )
 
 
 if __name__ == "__main__":
