@@ -11,7 +11,7 @@ TIMEOUT_SECONDS = 30
 
 
 def get_json(url: str, path: str) -> Any:
-    """GET from a running service.
+    """Get an answer from a running service.
 
     Raises:
         InputError: no service answers at this address, or it refuses the request.
@@ -21,7 +21,7 @@ def get_json(url: str, path: str) -> Any:
 
 
 def post_json(url: str, path: str, body: Any) -> Any:
-    """POST to a running service.
+    """Post to a running service, and return its answer.
 
     Raises:
         InputError: no service answers at this address, or it refuses the request.

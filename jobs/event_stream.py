@@ -71,7 +71,7 @@ class StreamedData:
         return stream_buckets(self.folder, self.figures.buckets if buckets is None else buckets)
 
     def batches(self, config: BehaviourEncoderConfig) -> BucketBatches:
-        """Training batches for an encoder."""
+        """Make the training batches of an encoder."""
         return BucketBatches(self.parts, self.figures.buckets, config)
 
 
@@ -146,7 +146,7 @@ def _streamed_bucket(folder: Path, bucket: int) -> Histories:
 
 
 def must_stream(data: str | Path, readers: int) -> bool:
-    """Whether so many processes, each with all events in memory, would take more than MEMORY_SHARE of this machine's.
+    """Return whether so many processes with all events in memory would take more than MEMORY_SHARE of the machine's.
 
     Raises:
         InputError: there is no such dataset.
@@ -157,7 +157,7 @@ def must_stream(data: str | Path, readers: int) -> bool:
 
 
 def machine_memory() -> int:
-    """Bytes of memory of this machine, or of the container that it is."""
+    """Return the bytes of memory of this machine, or of the container that it is."""
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
         if path.exists() and (limit := path.read_text().strip()).isdecimal():

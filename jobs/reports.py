@@ -46,7 +46,7 @@ def print_comparison(comparison: Comparison, title: str) -> None:
 
 
 def ndcg_name(comparison: Comparison) -> str:
-    """ndcg@k."""
+    """Name ndcg@k."""
     return next(name for name in comparison.results[0].metrics if name.startswith("ndcg@"))
 
 
@@ -75,7 +75,7 @@ def metric_cell(estimate: Estimate, signed: bool = False) -> str:
 
 
 def _bound(value: float, signed: bool) -> str:
-    """Three digits, without the 0 before the point: six columns with intervals have to fit into 80 characters."""
+    """Write three digits, without the 0 before the point: six columns with intervals have to fit into 80 characters."""
     sign = "+" if signed else ""
     return f"{value:{sign}.2f}" if abs(value) >= 1 else f"{value:{sign}.3f}".replace("0.", ".", 1)
 

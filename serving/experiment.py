@@ -61,7 +61,7 @@ class PreparedChallenger(NamedTuple):
 
 
 def check_challenger(config: ChallengerConfig, state: str) -> PreparedChallenger:
-    """Where a challenger's files are, or will be.
+    """Return where a challenger's files are, or will be.
 
     Raises:
         InputError: it cannot be loaded, or it has learned from another log.

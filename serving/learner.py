@@ -562,7 +562,7 @@ def start_learner(state: str, config: LearnerConfig | None = None, workers: int 
 
 
 def aggregators_of(state: str) -> list[ActorHandle]:
-    """Those that run, in the order of the shards.
+    """Return those that run, in the order of the shards.
 
     Raises:
         InputError: none does.

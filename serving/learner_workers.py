@@ -78,27 +78,27 @@ class LearnerWorkers:
         self._together("agree")
 
     def learn(self, batch: MicroBatch) -> Delta | Rejection:
-        """NearlineLearner.learn, by all workers."""
+        """Learn a micro-batch by all workers (NearlineLearner.learn)."""
         return self._together("learn", batch, seen_by_others=replace(batch, held_out=[]))
 
     def set_aside(self, batch: MicroBatch, traceback: str) -> Rejection:
-        """NearlineLearner.set_aside, by all workers."""
+        """Set a micro-batch aside by all workers (NearlineLearner.set_aside)."""
         return self._together("set_aside", batch, traceback)
 
     def set_aside_change(self, what: str, traceback: str, item_revision: int | None = None) -> Rejection:
-        """NearlineLearner.set_aside_change, by all workers."""
+        """Set a change aside by all workers (NearlineLearner.set_aside_change)."""
         return self._together("set_aside_change", what, traceback, item_revision)
 
     def change_items(self, changes: Sequence[ItemChange]) -> Delta | None:
-        """NearlineLearner.change_items, by all workers."""
+        """Change items by all workers (NearlineLearner.change_items)."""
         return self._together("change_items", changes)
 
     def store_whole(self) -> Delta:
-        """NearlineLearner.store_whole, by all workers."""
+        """Store a version whole by all workers (NearlineLearner.store_whole)."""
         return self._together("store_whole")
 
     def restore(self, version: int) -> Delta | None:
-        """NearlineLearner.restore, by all workers.
+        """Restore a version by all workers (NearlineLearner.restore).
 
         Raises:
             InputError: the version is not stored.
@@ -106,7 +106,7 @@ class LearnerWorkers:
         return self._together("restore", version)
 
     def take_over(self, name: str) -> None:
-        """NearlineLearner.take_over, by all workers.
+        """Take an offered model over by all workers (NearlineLearner.take_over).
 
         Raises:
             InputError: the model is damaged, or describes its items differently.
@@ -173,7 +173,7 @@ class LearnerWorker:
 
 
 def _another_is_gone(error: Exception) -> bool:
-    """Whether an error only says that another worker has ended."""
+    """Return whether an error only says that another worker has ended."""
     return isinstance(error, RayError) or (isinstance(error, RuntimeError) and GLOO in str(error).lower())
 
 

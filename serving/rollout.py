@@ -42,15 +42,15 @@ class Acknowledgements:
         return not self.replicas and self.unreached == 0
 
     def all_at(self, version: int) -> bool:
-        """Whether every live replica answers with this version or a later one; no replica is none."""
+        """Return whether every live replica answers with this version or a later one; no replica is none."""
         return bool(self.replicas) and self.lacking(version) == 0
 
     def lacking(self, version: int) -> int:
-        """How many replicas did not say that they have it."""
+        """Return how many replicas did not say that they have it."""
         return self.unreached + sum(replica.version < version for replica in self.replicas)
 
     def behind(self, version: int) -> bool:
-        """Whether a replica answered with an older version: it could not read what is stored."""
+        """Return whether a replica answered with an older version: it could not read what is stored."""
         return any(replica.version < version for replica in self.replicas)
 
 

@@ -60,7 +60,7 @@ STARS = RatingScale(1.0, 5.0)  # where nothing says otherwise
 
 
 def is_dislike(event: Event, ratings: RatingScale) -> bool:
-    """Whether a person turned an item down: a dislike, a skip, or a low rating."""
+    """Return whether a person turned an item down: a dislike, a skip, or a low rating."""
     low = event.event == "rating" and event.value is not None and event.value < ratings.dislikes_below
     return low or EVENT_WEIGHTS[event.event] < 0
 

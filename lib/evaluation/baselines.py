@@ -39,7 +39,7 @@ class Popularity:
         return cls(np.where(totals > 0, ranks, -np.inf))
 
     def scores(self, inputs: Histories) -> np.ndarray:
-        """(U, N + 1) float32 scores of all items, for each history."""
+        """Return (U, N + 1) float32 scores of all items, for each history."""
         return np.tile(self.ranks, (len(inputs), 1))
 
 
@@ -68,7 +68,7 @@ class ItemToItem:
         return cls(np.concatenate([[0], np.cumsum(counts)]), others, cosines, window)
 
     def scores(self, inputs: Histories) -> np.ndarray:
-        """(U, N + 1) float32 scores of all items, for each history."""
+        """Return (U, N + 1) float32 scores of all items, for each history."""
         recent = np.minimum(inputs.lengths, self.window)
         events = spans(inputs.offsets[1:] - recent, recent)
         owners = np.repeat(np.arange(len(inputs)), recent)
@@ -86,7 +86,7 @@ class ItemToItem:
 
 
 def _newest_distinct(histories: Histories, items: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Users (E,) and rows (E,) of each user's newest `window` distinct items, users rising."""
+    """Return users (E,) and rows (E,) of each user's newest `window` distinct items, users rising."""
     users = np.repeat(np.arange(len(histories)), histories.lengths)[::-1]  # newest first
     rows = histories.rows[::-1].astype(np.int64)
     first = np.sort(np.unique(users * (items + 1) + rows, return_index=True)[1])  # an item's newest event
@@ -99,7 +99,7 @@ def _newest_distinct(histories: Histories, items: int, window: int) -> tuple[np.
 def _neighbour_lists(
     users: np.ndarray, rows: np.ndarray, items: int, most: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """For some items at a time, in order: how many neighbours each has, their rows, their cosines, nearest first."""
+    """Yield for some items at a time how many neighbours each has, their rows and their cosines, nearest first."""
     sizes = np.bincount(users)  # items of each user
     starts = np.cumsum(sizes) - sizes
     takers = users[np.argsort(rows, kind="stable")]  # the users of item 1, then those of item 2, ...
@@ -124,7 +124,7 @@ def _neighbour_lists(
 
 
 def _counted_pairs(own: np.ndarray, others: np.ndarray, items: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each pair of different items that occurs, in order, and how often it does."""
+    """Yield each pair of different items that occurs, in order, and how often it does."""
     keys = own * (items + 1) + others
     keys.sort()
     first = np.flatnonzero(np.diff(keys, prepend=-1))

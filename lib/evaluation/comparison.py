@@ -148,7 +148,7 @@ def _metric_names(k: int) -> list[str]:
 
 
 def _quantities(ranking: "Ranking", breakdowns: Sequence[Breakdown], surprise: np.ndarray) -> Iterator[np.ndarray]:
-    """(cases,) each of the metrics, then recall and ndcg of each bucket; NaN where a case has no such quantity."""
+    """Return (cases,) each of the metrics, then recall and ndcg of each bucket; NaN where a case has none."""
     k = ranking.recommended.shape[1]
     recall, ndcg = recall_at(ranking.ranks, k), ndcg_at(ranking.ranks, k)
     yield recall
@@ -164,7 +164,7 @@ def _quantities(ranking: "Ranking", breakdowns: Sequence[Breakdown], surprise: n
 
 
 def _per_user(values: np.ndarray, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(U,) sum of a quantity over each user's cases, and (U,) how many of them have it."""
+    """Return (U,) sums of a quantity over each user's cases, and (U,) how many of them have it."""
     present = ~np.isnan(values)
     return np.bincount(users, np.where(present, values, 0.0)), np.bincount(users, present)
 
@@ -174,5 +174,5 @@ def _mean(total: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 
 def _estimates(values: np.ndarray, resampled: np.ndarray) -> list[Estimate]:
-    """One per column of resampled (resamples, M)."""
+    """Return one for each column of resampled (resamples, M)."""
     return [Estimate(float(value), *interval(column)) for value, column in zip(values, resampled.T, strict=True)]

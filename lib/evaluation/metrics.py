@@ -10,28 +10,28 @@ DRAWS_AT_ONCE = 1 << 22  # users drawn in memory
 
 
 def recall_at(ranks: np.ndarray, k: int) -> np.ndarray:
-    """(U,) 1 where the target is among the first k (with one target, recall is the hit rate)."""
+    """Return (U,) 1 where the target is among the first k (with one target, recall is the hit rate)."""
     return (ranks < k).astype(np.float64)
 
 
 def ndcg_at(ranks: np.ndarray, k: int) -> np.ndarray:
-    """(U,) normalised discounted cumulative gain of one target among the first k (Jarvelin & Kekalainen 2002)."""
+    """Return (U,) normalised discounted cumulative gain of one target in the first k (Jarvelin & Kekalainen 2002)."""
     return np.where(ranks < k, 1.0 / np.log2(ranks + 2.0), 0.0)
 
 
 def reciprocal_rank(ranks: np.ndarray) -> np.ndarray:
-    """(U,) one over the target's place."""
+    """Return (U,) one over the target's place."""
     return 1.0 / (ranks + 1.0)
 
 
 def coverage_at(recommended: np.ndarray, items: int) -> float:
-    """Share of the catalog that is recommended to anybody; recommended is (U, k) rows, 0 for none."""
+    """Return the share of the catalog that is recommended to anybody; recommended is (U, k) rows, 0 for none."""
     rows = np.unique(recommended)
     return float((rows > 0).sum() / max(items, 1))
 
 
 def self_information(counts: np.ndarray) -> np.ndarray:
-    """(N + 1,) bits of surprise of each item, -log2 of its share of all events (Zhou et al. 2010).
+    """Return (N + 1,) bits of surprise of each item, -log2 of its share of all events (Zhou et al. 2010).
 
     An item that never occurred counts as if it had once, so that its surprise is finite: the largest there is.
     """
@@ -39,7 +39,7 @@ def self_information(counts: np.ndarray) -> np.ndarray:
 
 
 def bootstrap_means(sums: np.ndarray, counts: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """(resamples, M) means of resampled users, each with all of their cases (the cluster bootstrap).
+    """Return (resamples, M) means of resampled users, each with all of their cases (the cluster bootstrap).
 
     Args:
         sums: (U, M) sum of each quantity over each user's cases; columns are resampled together, so that they pair.
@@ -60,7 +60,7 @@ def bootstrap_means(sums: np.ndarray, counts: np.ndarray, resamples: int = RESAM
 
 
 def _draws(users: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each user is drawn, (R, U), for some resamples at a time."""
+    """Yield how often each user is drawn, (R, U), for some resamples at a time."""
     generator = np.random.default_rng(seed)
     at_once = max(1, DRAWS_AT_ONCE // max(users, 1))
     for start in range(0, resamples, at_once):

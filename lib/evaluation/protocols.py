@@ -121,7 +121,7 @@ def mapped_rows(catalog: Catalog, items: Catalog) -> tuple[np.ndarray, np.ndarra
 def model_scores(
     encoder: BehaviourEncoder, vectors: Tensor, histories: Histories, dislike_weight: float = DISLIKE_WEIGHT
 ) -> Iterator[Scored]:
-    """Scores of the rows whose vectors (R, C) are given, s = uT A v; of whom nothing is known, what is popular.
+    """Return scores s = uT A v of rows whose vectors (R, C) are given; of whom nothing is known, what is popular.
 
     As in an answer, what people turned down is not read, and what is like it falls.
     """
@@ -222,7 +222,7 @@ def rank_each(
 
 
 def target_ranks(scores: Tensor, targets: np.ndarray, missed: int) -> np.ndarray:
-    """(B,) int64 place of each target (B,) among its scores (B, R), 0 is the top; `missed` where its score is -inf.
+    """Return (B,) int64 places of targets (B,) among scores (B, R), 0 is the top; `missed` where a score is -inf.
 
     Ties count against the target: a model to which all items are alike finds none. -inf has a target that is unknown,
     or that the user has had before and is removed with the seen items.

@@ -121,7 +121,7 @@ class Records:
 
     @classmethod
     def none(cls) -> "Records":
-        """Nothing yet."""
+        """Return results of nothing yet."""
         return cls([], [], [])
 
 

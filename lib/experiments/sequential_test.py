@@ -65,7 +65,7 @@ class ArmTotals:
         return unbiased * np.maximum(residual, 0) / np.maximum(self.answers, 1) ** 2
 
     def is_enough(self, rate: Number) -> Number:
-        """Whether so many answers would tell a rate."""
+        """Return whether so many answers would tell a rate."""
         outcomes = self.answers * np.minimum(rate, 1 - rate)
         return (self.users >= LEAST_USERS) & (outcomes >= LEAST_OUTCOMES)
 
@@ -90,7 +90,7 @@ def difference(live: ArmTotals, challenger: ArmTotals) -> tuple[Number, Number]:
 
 
 def evidence(live: ArmTotals, challenger: ArmTotals, effect: float) -> Number:
-    """How many times likelier the data are with a difference of about `effect` than without any; 1 at the start."""
+    """Return how many times likelier the data are with a difference of about `effect` than without; 1 at the start."""
     distance, information = difference(live, challenger)
     scaled = information * effect**2
     exponent = (distance * information * effect) ** 2 / (2 * (1 + scaled))
@@ -98,7 +98,7 @@ def evidence(live: ArmTotals, challenger: ArmTotals, effect: float) -> Number:
 
 
 def interval(rate: float, information: float, alpha: float, effect: float) -> tuple[float, float]:
-    """Bounds that hold at every look at once with a probability of 1 - alpha; infinite while too little is known."""
+    """Return bounds that hold at every look at once with probability 1 - alpha; infinite while too little is known."""
     if information <= 0:
         return -np.inf, np.inf
     scaled = information * effect**2
@@ -107,7 +107,7 @@ def interval(rate: float, information: float, alpha: float, effect: float) -> tu
 
 
 def verdict(live: ArmTotals, challenger: ArmTotals, alpha: float, effect: float) -> str | None:
-    """Whether the challenger is to be promoted ("promote") or given up ("rollback"); None while nobody knows."""
+    """Return "promote" or "rollback" for a challenger to be promoted or given up; None while nobody knows."""
     if evidence(live, challenger, effect) < 1 / alpha:
         return None
     return "promote" if challenger.rate > live.rate else "rollback"

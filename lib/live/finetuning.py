@@ -197,7 +197,7 @@ def _of_users(events: pa.Table, users: pa.Array, share: float, seed: int) -> pa.
 def histories_around(
     events: pa.Table, after: int, catalog: Catalog, event_kinds: Sequence[str], context: int | None = None
 ) -> MarkedHistories:
-    """Histories of events by their times, and of equal times in the order in which they came; mark those that are new.
+    """Make histories of events by time, of equal times in the order in which they came; mark those that are new.
 
     Args:
         events: with their log offsets.
@@ -274,7 +274,7 @@ def count_events(encoder: BehaviourEncoder, trained: MarkedHistories) -> None:
 
 
 def _first_of(values: np.ndarray) -> np.ndarray:
-    """(E,) bool, where each value stands for the first time."""
+    """Return (E,) bool, where each value stands for the first time."""
     first = np.zeros(len(values), dtype=bool)
     first[np.unique(values, return_index=True)[1]] = True
     return first

@@ -70,7 +70,7 @@ class Influence:
         return NewcomerShare(usual=self.usual, updates=self.updates)
 
     def limited(self, targets: Targets, popularity: np.ndarray) -> np.ndarray:
-        """(E,) the weights of the targets of an update within the limits; popularity (R,) of each item row."""
+        """Return (E,) the weights of the targets of an update within the limits; popularity (R,) of each item row."""
         left = self.left(targets, popularity)
         new = np.abs(targets.weights) * targets.new
         total = float(new.sum())
@@ -98,7 +98,7 @@ class Influence:
         self._share = None
 
     def left(self, targets: Targets, popularity: np.ndarray) -> np.ndarray:
-        """(E,) float32 from 0 to 1, what is left of each weight; popularity (R,) of each item row, in any unit."""
+        """Return (E,) float32 from 0 to 1, what is left of each weight; popularity (R,) of item rows, in any unit."""
         weights = np.abs(targets.weights)
         of_user = np.bincount(targets.owners, weights * targets.new, minlength=len(targets.newcomers))
         left = np.where(targets.new, np.sqrt(_part(self.limits.user_limit, of_user))[targets.owners], 1.0)
@@ -114,7 +114,7 @@ class Influence:
         return left.astype(np.float32)
 
     def _room(self, weights: np.ndarray, rows: int) -> np.ndarray:
-        """(R,) what newcomers may still weigh on each item, where it is as many of events of these weights (E,)."""
+        """Return (R,) what newcomers may still weigh on each item; the limit is of events that weigh as these (E,)."""
         counted = weights[weights > 0]
         room = np.full(rows, self.limits.item_limit * min(float(counted.mean()) if len(counted) else 1.0, 1.0))
         if self.taken:
@@ -143,13 +143,13 @@ def _part(most: np.ndarray | float, total: np.ndarray) -> np.ndarray:
 
 
 def newcomers_of(histories: Sequence[History], last_offset: int, limits: InfluenceLimits) -> np.ndarray:
-    """(U,) bool, whose first event is among the latest of the log: nobody can forge offsets, unlike times."""
+    """Return (U,) bool, whose first event is among the latest of the log: nobody can forge offsets, unlike times."""
     latest = max(last_offset - limits.newcomer_events, 0)
     return np.array([history.first_offset > latest for history in histories], dtype=bool)
 
 
 def last_opinions(flat: Histories, owners: np.ndarray, kind_codes: Mapping[str, int]) -> np.ndarray:
-    """(E,) bool, false for a like, a dislike or a rating where its user has a later one of the same item."""
+    """Return (E,) bool, false for a like, dislike or rating where its user has a later one of the same item."""
     counts = np.ones(len(flat.rows), dtype=bool)
     codes = [kind_codes[kind] for kind in OPINIONS if kind in kind_codes]
     opinions = np.flatnonzero(np.isin(flat.kinds, codes))

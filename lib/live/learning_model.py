@@ -96,7 +96,7 @@ class LearningModel:
         return known[(self.encoder.item_attributes[known] != before).any(dim=1)]
 
     def rows_to_publish(self, *changed: Tensor) -> Tensor:
-        """(R,) these rows, and those of the items that no delta has named yet; ascending."""
+        """Return (R,) these rows, and those of the items that no delta has named yet; ascending."""
         unpublished = torch.arange(self.published_items + 1, len(self.catalog) + 1)
         return torch.unique(torch.cat([*changed, unpublished]))
 
@@ -169,7 +169,7 @@ class LearningModel:
         return changes
 
     def _counts_that_differ(self, target: dict[str, Tensor]) -> np.ndarray:
-        """(S,) rows whose counts are not those of the target, and the unpublished ones."""
+        """Return (S,) rows whose counts are not those of the target, and the unpublished ones."""
         differs = torch.zeros(self.encoder.config.item_rows, dtype=torch.bool)
         own = state_of(self.encoder)
         for name in COUNT_TENSORS if self.encoder.counts is not None else ():
@@ -178,7 +178,7 @@ class LearningModel:
         return differs.nonzero().flatten().numpy()
 
     def _rows_that_differ(self, target: dict[str, Tensor], trainer: Trainer) -> Tensor:
-        """(R,) rows whose weights or optimiser state are not those of the target, and the unpublished ones."""
+        """Return (R,) rows whose weights or optimiser state are not the target's, and the unpublished ones."""
         state, own, other = state_of(self.encoder), self.trainer.row_optimizer, trainer.row_optimizer
         pairs = [(state[name], target[name]) for name in ROW_TENSORS]
         pairs += [(own.first, other.first), (own.second, other.second), (own.steps, other.steps)]

@@ -100,7 +100,7 @@ class Arm(Protocol):
     """Something that answers and may learn."""
 
     def ranks(self, contexts: Sequence[History], targets: Sequence[str]) -> Mapping[str, np.ndarray]:
-        """(E,) int64 place of each target in the answer to its context, 0 is the top, MISSED where it is not in it.
+        """Return (E,) int64 places of targets in the answers to their contexts, 0 is the top, MISSED if not in it.
 
         Of the WHOLE answer, and of each source of candidates alone where there are several.
         """
@@ -170,7 +170,7 @@ def ranks_of(
     stage: RankingStage | None = None,
     sources: Sequence[str] = tuple(SOURCES),
 ) -> dict[str, np.ndarray]:
-    """(E,) int64 place of each target among all items, as the ranking stage ranks them, and by each source alone.
+    """Return (E,) int64 places of targets among all items, as the ranking stage ranks, and by each source alone.
 
     Without a stage that is by s = uT A v, or by popularity for an empty history, and there are no sources. Ties count
     against the target; MISSED where the catalog does not know it or it is removed as seen.
@@ -208,7 +208,7 @@ class ModelArm:
         self.stage = stage_of(encoder)
 
     def ranks(self, contexts: Sequence[History], targets: Sequence[str]) -> dict[str, np.ndarray]:
-        """Where the targets rank."""
+        """Return where the targets rank."""
         own = self.encoder, self.catalog
         return ranks_of(*own, contexts, targets, self.exclude_seen, self.stage, self.sources)
 
@@ -221,10 +221,10 @@ class Frozen(ModelArm):
         super().__init__(encoder, catalog, exclude_seen, sources)
 
     def learn(self, events: Sequence[LoggedEvent], histories: UserHistories) -> None:
-        """Nothing is learned."""
+        """Learn nothing."""
 
     def facts(self) -> dict[str, Any]:
-        """Nothing to say."""
+        """Say nothing."""
         return {}
 
 
@@ -250,7 +250,7 @@ class Live(ModelArm):
         self.events_read = 0
 
     def learn(self, events: Sequence[LoggedEvent], histories: UserHistories) -> None:
-        """One micro-batch."""
+        """Learn one micro-batch."""
         learner = self.learner
         batch = micro_batch(events, events[0].offset - 1, histories, learner.sample_sizes, self.generator)
         result = learner.learn(batch)
@@ -259,7 +259,7 @@ class Live(ModelArm):
             self.rejected.append(result.reason)
 
     def facts(self) -> dict[str, Any]:
-        """Versions, and what the gate held back."""
+        """Say how many versions there were, and what the gate held back."""
         return {
             "events_read": self.events_read,
             "version": self.learner.version,
@@ -325,5 +325,5 @@ class Finetuned(ModelArm):
         self.fine_tunes += 1
 
     def facts(self) -> dict[str, Any]:
-        """How often, and how much."""
+        """Say how often, and how much."""
         return {"events_read": self.events_read, "fine_tunes": self.fine_tunes}

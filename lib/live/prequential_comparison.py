@@ -84,7 +84,7 @@ def _written(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
 
 
 def compare_arms(stream: "Stream", outcomes: "Mapping[str, Outcome]", seed: int = 0) -> ReplayComparison:
-    """Every number with the interval that holds it in 95% of resamples of the users, whose events go together."""
+    """Return every number with the interval that holds it in 95% of resamples of users, whose events go together."""
     targets = stream.newest.filter(pa.array(stream.targets))
     groups = dict(_groups(stream.oldest, targets))
     _, users = np.unique(targets["user_id"].to_numpy(zero_copy_only=False), return_inverse=True)
@@ -144,7 +144,7 @@ def _sources(outcome: "Outcome", users: np.ndarray, seed: int) -> dict[str, Sour
 
 
 def _groups(oldest: pa.Table, targets: pa.Table) -> Iterator[tuple[str, np.ndarray]]:
-    """(N,) which targets belong to each group."""
+    """Return (N,) which targets belong to each group."""
     yield "all", np.ones(len(targets), dtype=bool)
     for name, column in (("new users", "user_id"), ("new items", "item_id")):
         known = pc.is_in(targets[column], value_set=oldest[column].unique())
@@ -152,14 +152,14 @@ def _groups(oldest: pa.Table, targets: pa.Table) -> Iterator[tuple[str, np.ndarr
 
 
 def _metrics(ranks: np.ndarray) -> Iterator[np.ndarray]:
-    """(N,) each of METRICS."""
+    """Return (N,) each of METRICS."""
     yield recall_at(ranks, K)
     yield ndcg_at(ranks, K)
     yield np.where(ranks < DEEPEST, reciprocal_rank(ranks), 0.0)
 
 
 def _estimates(values: np.ndarray, resampled: np.ndarray) -> dict[str, Estimate]:
-    """One for each of METRICS: values (3,), resampled (R, 3)."""
+    """Return one for each of METRICS: values (3,), resampled (R, 3)."""
     return {
         name: Estimate(float(value), *interval(column))
         for name, value, column in zip(METRICS, values, resampled.T, strict=True)

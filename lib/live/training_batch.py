@@ -57,7 +57,7 @@ def training_batch(
 def offsets_and_new(
     histories: Sequence[History], new: Sequence[Set[int]], model: LearningModel
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(E,) the log offset, and (E,) bool whether it is new, of every event that `to_histories` reads."""
+    """Return (E,) the log offset, and (E,) bool whether it is new, of each event that `to_histories` reads."""
     row_of, codes = model.catalog.row_of, model.kind_codes
     offsets: list[int] = []
     are_new: list[bool] = []

@@ -48,7 +48,7 @@ class UndoJournal:
         return [(rows, saved[0]) for rows, saved in zip(self.rows, self.saved, strict=True)]
 
     def changed_rows(self) -> Tensor:
-        """(R,) all recorded rows, ascending."""
+        """Return (R,) all recorded rows, ascending."""
         return torch.unique(torch.cat(self.rows)) if self.rows else torch.zeros(0, dtype=torch.long)
 
     def undo(self) -> None:

@@ -19,7 +19,7 @@ from lib.model.encoder import PADDING_ROW, BehaviourEncoderConfig
 
 
 def gap_buckets(timestamps: np.ndarray, first: np.ndarray, buckets: int) -> np.ndarray:
-    """(E,) time since the event before: 0 for a first event, else 1 + log2 of the seconds, capped."""
+    """Return (E,) time since the event before: 0 for a first event, else 1 + log2 of the seconds, capped."""
     gaps = np.diff(timestamps, prepend=timestamps[:1]) / 1000.0
     codes = 1 + np.floor(np.log2(1.0 + np.maximum(gaps, 0.0))).astype(np.int64)
     codes[first] = 0
@@ -27,13 +27,13 @@ def gap_buckets(timestamps: np.ndarray, first: np.ndarray, buckets: int) -> np.n
 
 
 def value_buckets(values: np.ndarray, boundaries: Sequence[float]) -> np.ndarray:
-    """(E,) 0 where there is no value, else 1 + the number of boundaries at or below it."""
+    """Return (E,) 0 where there is no value, else 1 + the number of boundaries at or below it."""
     codes = 1 + np.searchsorted(np.asarray(boundaries, dtype=np.float32), values, side="right")
     return np.where(np.isnan(values), 0, codes)
 
 
 def value_boundaries(values: np.ndarray, buckets: int = 16) -> list[float]:
-    """Boundaries that split the present values into at most `buckets` quantile buckets."""
+    """Return boundaries that split the present values into at most `buckets` quantile buckets."""
     present = values[~np.isnan(values)]
     if len(present) == 0:
         return []
@@ -45,7 +45,7 @@ def value_boundaries(values: np.ndarray, buckets: int = 16) -> list[float]:
 def target_weights(
     kinds: np.ndarray, values: np.ndarray, event_kinds: Sequence[str], ratings: RatingScale = STARS
 ) -> np.ndarray:
-    """(E,) float32 what each event is worth as a target; below 0 for a dislike, a skip and a low rating.
+    """Return (E,) float32 what each event is worth as a target; below 0 for a dislike, a skip and a low rating.
 
     What is below 0 is never a target: it is pushed away from (lib/model/loss.py).
     """
@@ -94,7 +94,7 @@ class SequenceBatches:
         self.rows = np.where(self.weights < 0, PADDING_ROW, histories.rows)
 
     def codes(self) -> np.ndarray:
-        """(4, E) int64 rows, kinds, gaps and values of all events."""
+        """Return (4, E) int64 rows, kinds, gaps and values of all events."""
         return np.stack([self.rows, self.histories.kinds, self.gaps, self.values]).astype(np.int64)
 
     def windows(self, generator: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +128,7 @@ class SequenceBatches:
     def epoch(
         self, events_per_batch: int, generator: np.random.Generator, shard: int = 0, shards: int = 1
     ) -> Iterator[Batch]:
-        """One pass over all windows in random order, in batches of about `events_per_batch` events.
+        """Pass once over all windows in random order, in batches of about `events_per_batch` events.
 
         With `shards` workers every batch is dealt out window by window, so that all workers together see just the
         batches that one worker would see; a worker whose share is empty gets a window without targets.
@@ -143,13 +143,13 @@ class SequenceBatches:
             yield batch
 
     def training_batch(self, starts: np.ndarray, lengths: np.ndarray) -> Batch:
-        """Windows as one batch: each event but the last is an input, each but the first a target."""
+        """Make windows one batch: each event but the last is an input, each but the first a target."""
         return self._batch(starts, lengths - 1, targets=True)
 
     def inference(
         self, users: np.ndarray | None = None, events_per_batch: int = 8192
     ) -> Iterator[tuple[np.ndarray, Batch]]:
-        """(users, batch) pairs with the newest max_length events of every user who has any."""
+        """Yield pairs of users and a batch with the newest max_length events of every user who has any."""
         users = np.arange(len(self.histories)) if users is None else users
         lengths = np.minimum(self.histories.lengths[users], self.max_length)
         users, lengths = users[lengths > 0], lengths[lengths > 0]
@@ -203,7 +203,7 @@ def group_by_length(
 
 
 def _cut(order: np.ndarray, lengths: np.ndarray, events_per_batch: int) -> list[np.ndarray]:
-    """Consecutive runs of `order` (sorted by length) whose padded size stays within the budget."""
+    """Yield consecutive runs of `order` (sorted by length) whose padded size stays within the budget."""
     groups, begin = [], 0
     while begin < len(order):
         end = begin + 1

@@ -69,7 +69,7 @@ class Figures:
         return sum(users for length, users in self.users_of_length if length >= 2)
 
     def miniature(self) -> Histories:
-        """Histories that are as long, and have as many events an item, as all these; exactly so where users are few.
+        """Return histories as long, with as many events an item, as all these; exactly so where users are few.
 
         It is what lib/model/presets.py judges a dataset by; times, kinds and values have no meaning.
         """
@@ -86,7 +86,7 @@ class Figures:
 
 
 def bucket_count(events: int, events_per_bucket: int) -> int:
-    """Into how many buckets so many events are put."""
+    """Return into how many buckets so many events are put."""
     return min(max(-(-events // events_per_bucket), 1), MOST_BUCKETS)
 
 
@@ -173,7 +173,7 @@ class BucketBatches:
     def epoch(
         self, events_per_batch: int, generator: np.random.Generator, shard: int = 0, shards: int = 1
     ) -> Iterator[Batch]:
-        """One pass over all windows: buckets in random order, and in each its batches, dealt out to `shards` workers.
+        """Pass once over all windows: buckets in random order, and in each its batches, dealt out to `shards` workers.
 
         Every worker reads every bucket, so that all of them together see just the batches that one would see.
         """

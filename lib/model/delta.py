@@ -36,7 +36,7 @@ def state_of(encoder: BehaviourEncoder) -> dict[str, Tensor]:
 
 
 def dense_state(encoder: BehaviourEncoder) -> dict[str, Tensor]:
-    """Of the tensors that are no row tensors, those that training may change: what it freezes stays as it is."""
+    """Return those of the tensors without rows that training may change: what it freezes stays as it is."""
     frozen = {name for name, parameter in encoder.named_parameters() if not parameter.requires_grad}
     rows = {*ROW_TENSORS, *COUNT_TENSORS}
     return {name: tensor for name, tensor in state_of(encoder).items() if name not in frozen | rows}
@@ -65,7 +65,7 @@ class Delta:
         return self.count_rows if name in COUNT_TENSORS else None
 
     def to_bytes(self, optimizer: Mapping[str, np.ndarray] | None = None) -> bytes:
-        """Safetensors bytes; with the optimiser's tensors for storage, without them for the way to the replicas."""
+        """Return safetensors bytes; with the optimiser's tensors for storage, without them for the replicas."""
         said = {name: value for name, value in vars(self).items() if name not in ("rows", "count_rows", "tensors")}
         header = json.dumps(said | {"facts": self.facts.model_dump(mode="json"), "format": FORMAT})
         tensors = {"rows": self.rows, "count_rows": self.count_rows, **self.tensors}
@@ -177,7 +177,7 @@ def grow_items(encoder: BehaviourEncoder, item_rows: int) -> None:
 def difference(
     encoder: BehaviourEncoder, target: Mapping[str, Tensor], rows: Tensor | None = None
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Rows and tensors that lead from the encoder's state to the target's, which has as many rows; without counts."""
+    """Return rows and tensors that lead from the encoder's state to the target's, of as many rows; without counts."""
     state = state_of(encoder)
     if rows is None:
         changed = torch.zeros(len(target[ROW_TENSORS[0]]), dtype=torch.bool)

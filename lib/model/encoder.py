@@ -190,7 +190,7 @@ class BehaviourEncoder(nn.Module):
         rows: Tensor | None = None,
         item_vectors: Tensor | None = None,
     ) -> Tensor:
-        """Interest vectors u of every position, of unit length.
+        """Return interest vectors u of every position, of unit length.
 
         Args:
             kinds: (B, T) kind code of each event, oldest first, padded on the right.
@@ -210,7 +210,7 @@ class BehaviourEncoder(nn.Module):
         return unit_length(self.trunk(self.input_dropout(x), lengths))
 
     def embedded(self, kinds: Tensor, gaps: Tensor, values: Tensor, lengths: Tensor, item_vectors: Tensor) -> Tensor:
-        """(B, T, C) what the first block reads: each event's item, place, kind, gap and value added up."""
+        """Return (B, T, C) what the first block reads: each event's item, place, kind, gap and value added up."""
         length = kinds.shape[1]
         places = (lengths[:, None] - 1 - torch.arange(length, device=kinds.device)).clamp(min=0)  # (B, T)
         x = item_vectors + self.position_embeddings(places)
@@ -220,7 +220,7 @@ class BehaviourEncoder(nn.Module):
         return x
 
     def trunk(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C): all blocks and the final norm; in half precision on a GPU without the padding."""
+        """Run all blocks and the final norm, (B, T, C) -> (B, T, C); in half precision on a GPU without the padding."""
         packing = None
         if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
             packing = Packing.of(lengths, x.shape[1])
@@ -245,16 +245,16 @@ class BehaviourEncoder(nn.Module):
         return unit_length(self.final_norm(last.weights().newest(x, newest, padding)).float())
 
     def queries(self, interests: Tensor) -> Tensor:
-        """(B, C) u -> (B, C) uT A, whose inner product with an item vector v is the score s = uT A v."""
+        """Return (B, C) uT A of (B, C) u, whose inner product with an item vector v is the score s = uT A v."""
         return interests @ self.interest_to_item
 
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
-        """(N, C) item vectors v of unit length, of the given rows or of all."""
+        """Return (N, C) item vectors v of unit length, of the given rows or of all."""
         rows = torch.arange(self.config.item_rows, device=self.item_embeddings.weight.device) if rows is None else rows
         return unit_length(self.described(self.item_embeddings.weight[rows], rows))
 
     def described(self, embeddings: Tensor, rows: Tensor) -> Tensor:
-        """(..., C) an item's own embedding plus the mean of its attributes', so that items of a kind stand together."""
+        """Return (..., C) an item's embedding plus the mean of its attributes': items of a kind stand together."""
         if not self.config.attribute_values:
             return embeddings
         codes = self.item_attributes[rows]  # (..., F)

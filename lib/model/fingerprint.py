@@ -66,7 +66,7 @@ def fingerprint(encoder: BehaviourEncoder) -> str:
 
 
 def _hash_lines(name: str, lines: Tensor, places: np.ndarray) -> np.ndarray:
-    """(L,) uint64 hash of each line of a tensor, bound to the tensor's name and the line's place."""
+    """Return (L,) uint64 hash of each line of a tensor, bound to the tensor's name and the line's place."""
     words = lines.reshape(len(places), math.prod(lines.shape[1:])).cpu().contiguous().numpy().view(np.uint32)
     seed = zlib.crc32(name.encode())
     coefficients = np.random.Generator(np.random.PCG64(seed)).integers(

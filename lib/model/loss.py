@@ -15,12 +15,12 @@ from lib.model.encoder import BehaviourEncoder, unit_length
 
 
 def uniform_negatives(count: int, items: int, generator: torch.Generator) -> Tensor:
-    """(N,) rows drawn uniformly from the catalog's rows 1..items, with replacement."""
+    """Return (N,) rows drawn uniformly from the catalog's rows 1..items, with replacement."""
     return torch.randint(1, items + 1, (count,), generator=generator)
 
 
 def next_item_losses(margins: Tensor, signs: Tensor) -> Tensor:
-    """(M,) loss of each target from its `sampled_margins`.
+    """Return (M,) loss of each target from its `sampled_margins`.
 
     Where the sign is positive it is the cross entropy of the sampled softmax, -log p = softplus(-margin); where it is
     negative it is the unlikelihood loss -log(1 - p) = softplus(margin) (Welleck et al. 2020), which pushes what the
@@ -37,7 +37,7 @@ def sampled_margins(
     negative_rows: Tensor,
     temperature: float,
 ) -> Tensor:
-    """(M,) logit of each target less the log-sum-exp of the logits of the shared negatives.
+    """Return (M,) logit of each target less the log-sum-exp of the logits of the shared negatives.
 
     Sampled softmax with shared negatives (Jean et al. 2015); a negative that is the target itself, an accidental hit,
     is left out. The memory is M x N, whatever the size of the catalog.

@@ -253,7 +253,7 @@ class Trainer:
         return StepResult(float(loss), float(total_weight), float(norm), rows)
 
     def _weights(self, batch: Batch) -> Tensor:
-        """(B, T) what each target counts: below zero where the person disliked it, zero where there is none."""
+        """Return (B, T) what each target counts: below zero where the person disliked it, zero where there is none."""
         weights = batch.target_weights
         return torch.where(weights < 0, weights * self.config.dislike_weight, weights)
 

@@ -79,7 +79,7 @@ class Log(Protocol):
 
 
 def lineage(accounts: Mapping[int, Account], newest: int) -> list[Account]:
-    """From the first version to the newest, by their parents; it ends early where an account is missing."""
+    """Return accounts from the first version to the newest, by their parents, up to one that is missing."""
     chain: list[Account] = []
     version: int | None = newest
     while version is not None and (account := accounts.get(version)) is not None:

@@ -58,7 +58,7 @@ class Rejections:
         self.remember(*self.all())
 
     def __len__(self) -> int:
-        """How many updates were ever rejected."""
+        """Return how many updates were ever rejected."""
         return self.first - 1 + len(self.lines)
 
     @property
@@ -96,14 +96,14 @@ class Rejections:
         return replace(loaded, log_offset=newest.last_offset, facts=facts)
 
     def cover(self, offsets: np.ndarray) -> np.ndarray:
-        """(E,) bool, which events are of a harmful update, by their log offsets (0: in no log)."""
+        """Return (E,) bool, which events are of a harmful update, by their log offsets (0: in no log)."""
         if len(self._spans) == 0:
             return np.zeros(len(offsets), dtype=bool)
         place = np.searchsorted(self._spans[:, 0], offsets) - 1  # of the newest span that begins before
         return (place >= 0) & (offsets <= self._spans[np.maximum(place, 0), 1])
 
     def all(self) -> list[Rejection]:
-        """Every one, the oldest first."""
+        """Return every one, the oldest first."""
         names = [f"{REJECTIONS}/{name}" for name in self.store.files(REJECTIONS)]
         lines = [line for name in names for line in self.store.read(name).decode().splitlines()]
         return [_rejection(line) for line in lines]
