@@ -33,6 +33,7 @@ from lib.settings import Settings
 LAST = 1e6  # far more than scores and weights can make up for
 MOST_RULES = 100  # of a kind: each costs a filter whenever the catalog changes
 MOST_CATEGORIES = 256  # of one item that a limit counts
+LONGEST_PARTED = 1000  # characters; a longer text names no categories and is one value: answers wait while it is read
 MOST_GROUPS = 16  # of rows with equal weights, each of which is one search; with more, one search weighs every row
 
 
@@ -429,7 +430,7 @@ def _values_of(value: Any, split: str) -> list[Any]:
         return [str(member) for member in value if member is not None]
     if isinstance(value, bool):
         return [str(value).lower()]  # as Arrow writes it
-    return parts_of(value, split) if isinstance(value, str) else [value]
+    return parts_of(value, split) if isinstance(value, str) and len(value) <= LONGEST_PARTED else [value]
 
 
 def _codes(values: Iterable[Any], code_of: dict[Any, int]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from lib.data.catalog import Catalog
 from lib.errors import InputError
 from lib.ranking.off_policy import estimated_value, propensities_of
 from lib.ranking.rerank import RankedRows, rerank
-from lib.ranking.rules import BoundRules, RankingRules
+from lib.ranking.rules import LONGEST_PARTED, BoundRules, RankingRules
 
 ITEMS = 60
 COLOURS = ("red", "blue", "green")
@@ -498,6 +498,14 @@ def test_the_words_of_a_text_are_categories_where_texts_share_them(catalog, scor
     rules = bound(other, at_most={"brand": 1})
     found = rerank(rows, values, 4, rules, vectors, np.random.default_rng(0))
     assert found.rows.tolist() == [1, 2, 4]
+
+
+def test_a_long_text_is_one_category():
+    parted, long = ";".join(["red"] * (LONGEST_PARTED // 4)), "red;" * LONGEST_PARTED
+    colours = pa.table({"item_id": list("abcd"), "colour": ["red;blue", "red", "blue", "green"]})
+    catalog, rules = Catalog(list("abcd"), colours), RankingRules(at_most={"colour": 1})
+    catalog.change({"b": {"colour": parted}, "c": {"colour": long}, "d": {"colour": long}})
+    assert counted(BoundRules.of(rules, catalog), catalog) == [[set(), {"red", "blue"}, {"red"}, {long}, {long}]]
 
 
 def test_the_limit_is_hard(catalog, scores, vectors):
