@@ -187,8 +187,13 @@ def benchmark(
     for read in (True, False):
         with tempfile.TemporaryDirectory() as folder:
             many.append(measure_new(Path(folder), every, new, read))
-    console = Console()
     index = single.pop("index_ms")
+    if json_file is not None:
+        write_json(
+            json_file,
+            {"machine": machine, "items": items, "index_ms": index, "puts": single, "text": text, "new": many},
+        )
+    console = Console()
     table = Table("puts", *single, title=f"{puts:,} single puts among {items:,} items: p50 and p99 of each step, ms")
     for place, tenth in enumerate(zip(*single.values(), strict=True)):
         table.add_row(
@@ -208,11 +213,6 @@ def benchmark(
             steps = result[turn].values()
             table.add_row(str(result["read"]), turn, *(f"{ms:.0f}" for ms in steps), f"{sum(steps):.0f}")
     console.print(table)
-    if json_file is not None:
-        write_json(
-            json_file,
-            {"machine": machine, "items": items, "index_ms": index, "puts": single, "text": text, "new": many},
-        )
 
 
 if __name__ == "__main__":
