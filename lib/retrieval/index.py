@@ -16,7 +16,7 @@ from lib.retrieval.faiss_lists import search_device
 
 # measured on a CPU: beyond it inverted lists are faster; up to as many filtered rows are searched exactly
 EXACT_ROWS = 50_000
-DENSE_PAIRS = 1 << 18  # queries times rows up to which all pairs are scored
+DENSE_SHARE = 8  # of all pairs an eighth is asked for: then scoring all of them is faster than gathering some
 SPARE_SHARE = 8  # room for an eighth more rows before all are copied
 
 
@@ -129,16 +129,27 @@ class ItemIndex:
 
         Args:
             queries: (B, C) float32.
-            lines: (P,) place of each pair's query.
+            lines: (P,) place of each pair's query, ascending.
             rows: (P,) row of its item.
         """
         vectors, given = self._tensor[: self._count], queries.to(self._device, torch.float32)
-        if len(given) * len(vectors) <= DENSE_PAIRS:  # a product of all is faster than gathering some
+        if len(given) * len(vectors) <= DENSE_SHARE * len(rows):
             found = (given @ vectors.T).view(-1)[torch.from_numpy(lines * len(vectors) + rows).to(self._device)]
-        else:
-            pairs = given[torch.from_numpy(lines).to(self._device)], vectors[torch.from_numpy(rows).to(self._device)]
-            found = torch.linalg.vecdot(*pairs)
+        elif given.is_cuda:
+            places, own = (torch.from_numpy(each).to(self._device) for each in (lines, rows))
+            found = torch.linalg.vecdot(given[places], vectors[own])
+        else:  # a query at a time: what is gathered stays in the cache
+            return _products(given.numpy(), self.vectors, lines, rows)
         return found.cpu().numpy()
 
     def _are_few(self, mask: np.ndarray | None) -> bool:
         return mask is not None and int(np.count_nonzero(mask)) <= self._exact_rows
+
+
+def _products(queries: np.ndarray, vectors: np.ndarray, lines: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return (P,) the products of queries (B, C) at `lines` (P,), ascending, and vectors (N, C) at `rows` (P,)."""
+    found = np.empty(len(rows), dtype=np.float32)
+    stops = np.searchsorted(lines, np.arange(len(queries)), side="right").tolist()
+    for query, start, stop in zip(queries, [0, *stops], stops, strict=False):
+        np.dot(vectors[rows[start:stop]], query, out=found[start:stop])
+    return found

@@ -395,3 +395,14 @@ def test_the_lists_for_a_gpu_find_the_best_and_follow_a_merge(items, queries):
         places = inner_products(torch.from_numpy(vectors), asked, rows).topk(100).indices
         assert recall(rows.gather(1, places).numpy(), brute_force(vectors, queries, 100)) >= 0.98
     assert merged.ntotal == ITEMS - 2
+
+
+@pytest.mark.parametrize("asked", [3, 400])
+def test_scores_of_pairs_are_inner_products(asked):
+    # few of all pairs, which are gathered, and many, for which all are scored
+    generator = np.random.default_rng(0)
+    vectors, queries = generator.normal(size=(60, 8)).astype("f4"), generator.normal(size=(4, 8)).astype("f4")
+    lines, rows = np.sort(generator.integers(0, 4, asked)), generator.integers(0, 60, asked)
+    found = ItemIndex(vectors).scores(torch.from_numpy(queries), lines, rows)
+    assert found == pytest.approx((queries[lines] * vectors[rows]).sum(axis=1), abs=1e-5)
+    assert len(ItemIndex(vectors).scores(torch.from_numpy(queries), lines[:0], rows[:0])) == 0
