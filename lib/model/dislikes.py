@@ -4,10 +4,12 @@ The encoder is trained to find the next event, and whoever rates five horror fil
 events, dislikes raise what is like them. So they are left out of what the encoder reads, and beside it each candidate v
 is compared with the person's newest events e, weighted by recency r. It falls by
 
-    weight * share * sum over disliked e of r K(v, e) / (K0 + sum over all e of r K(v, e)),   K = exp((cos - 1) / h)
+    weight * share^2 * sum over disliked e of r K(v, e) / (K0 + sum over all e of r K(v, e)),   K = exp((cos - 1) / h)
 
-which is the share of dislikes in the weight of the events times the probability that v is disliked, of a classifier by
-kernels (Nadaraya 1964; Watson 1964). What is as near to what was liked falls by less, and what is near to nothing, by
+which is the square of the share of dislikes in the weight of the events times the probability that v is disliked, of a
+classifier by kernels (Nadaraya 1964; Watson 1964). A square, because people who choose what they then rate low now and
+then are to be answered with what they choose: a few dislikes among many likes hardly push, most of the newest events
+do. What is as near to what was liked falls by less, and what is near to nothing, by
 nothing; K0 is the kernel of a cosine at which items have nothing to do with each other.
 tests/benchmarks/results/2026-11-30-dislikes.md has what was measured.
 """
@@ -103,7 +105,7 @@ def push_down(
     disliked, total = sides.sum(axis=1)[:, None].transpose(2, 0, 1)
     share = disliked / total  # (L, 1)
     scores, rows = scores.copy(), rows.copy()
-    scores[lines] -= weight * share * chance
+    scores[lines] -= weight * share**2 * chance
     order = np.argsort(-scores[lines], axis=1, kind="stable")
     scores[lines] = np.take_along_axis(scores[lines], order, axis=1)
     rows[lines] = np.take_along_axis(rows[lines], order, axis=1)

@@ -72,7 +72,7 @@ def test_a_dislike_of_long_ago_is_no_opinion_of_late_and_still_not_read():
     assert opinions == [None]
 
 
-def test_a_score_falls_by_the_share_of_dislikes_times_the_chance_that_the_item_is_one():
+def test_a_score_falls_by_the_squared_share_of_dislikes_times_the_chance_that_the_item_is_one():
     generator = np.random.default_rng(0)
     vectors = generator.normal(size=(30, 4)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -100,7 +100,7 @@ def test_a_score_falls_by_the_share_of_dislikes_times_the_chance_that_the_item_i
             ]
             disliked = sum(k for k, weight in zip(near, own.weights, strict=True) if weight < 0)
             share = -own.weights[own.weights < 0].sum() / np.abs(own.weights).sum()
-            assert score == pytest.approx(before[row] - 0.5 * share * disliked / (UNRELATED + sum(near)), abs=1e-5)
+            assert score == pytest.approx(before[row] - 0.5 * share**2 * disliked / (UNRELATED + sum(near)), abs=1e-5)
     same = push_down(scores, rows, [some, None, all_], vectors, 0.0)
     assert same[0] is scores
 
