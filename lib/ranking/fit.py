@@ -32,7 +32,8 @@ EVENTS_AT_ONCE = 256
 LEAST_EVENTS = 200  # kept back: with fewer there is no ranker, and answers are the encoder's
 # what a deviation of a feature weighs before anything is learned: about what it comes to on films, shops and music
 PRIOR = {"interest": 1.3, "follows": 0.25, "together": 0.35, "together_long": 0.35, "age": -0.2}
-LEAST_NEIGHBOURS, MOST_NEIGHBOURS = 32, 128  # of an item
+LEAST_NEIGHBOURS, MOST_NEIGHBOURS = 32, 256  # of an item
+LISTS_BYTES, NEIGHBOUR_BYTES = 64 << 20, 16  # of all lists, unless each is of the least length; of both lists' entries
 EXTRA_EPOCHS = 0.2  # of the epochs: after the ranker is fitted, with what was kept back
 EXTRA_RATE = 0.3  # of the learning rate, at the beginning of these
 
@@ -47,10 +48,11 @@ class Examples(NamedTuple):
 
 
 def neighbours_for(histories: Histories) -> int:
-    """Return how many neighbours of each kind an item keeps: more where items have many events."""
+    """Return how many neighbours of each kind an item keeps: more where items have many events, and there is room."""
     items = max(len(np.unique(histories.rows)), 1)
-    wanted = 2 ** math.ceil(math.log2(max(2 * len(histories.rows) / items, 1)))
-    return min(max(wanted, LEAST_NEIGHBOURS), MOST_NEIGHBOURS)
+    wanted = math.ceil(math.log2(max(4 * len(histories.rows) / items, 1)))
+    room = math.floor(math.log2(LISTS_BYTES / (NEIGHBOUR_BYTES * items)))
+    return min(max(2 ** min(wanted, room), LEAST_NEIGHBOURS), MOST_NEIGHBOURS)
 
 
 def people_come_back(histories: Histories) -> bool:

@@ -10,7 +10,7 @@ from lib.model.encoder import BehaviourEncoder
 from lib.model.item_counts import NEVER
 from lib.ranking import fit
 from lib.ranking.features import FEATURES
-from lib.ranking.fit import count_all, fit_ranker, held_back, likes, order_of
+from lib.ranking.fit import count_all, fit_ranker, held_back, likes, neighbours_for, order_of
 from lib.ranking.stage import stage_of
 from tests.helpers.tiny import NOW, SECOND, random_histories, tiny_config, tiny_encoder
 
@@ -122,6 +122,21 @@ def test_counts_do_not_know_what_is_kept_back_for_leave_one_out():
     assert not own["events"][6:36].any()
     assert (own["first_at"][6:36] == NEVER).all()
     assert own["next_rows"].max() == own["together_rows"].max() == 4
+
+
+@pytest.mark.parametrize(
+    ("items", "events_of_each", "neighbours"),
+    [
+        (50, 3, 32),  # few events: few neighbours
+        (50, 20, 128),
+        (50, 60, 256),
+        (50, 1_000, 256),  # never more
+        (40_000, 30, 64),  # 128 would take 80 MB
+    ],
+)
+def test_neighbours_by_the_events_of_an_item_within_a_bound_of_memory(items, events_of_each, neighbours):
+    histories = histories_of(np.tile(np.arange(1, items + 1), (events_of_each, 1)))
+    assert neighbours_for(histories) == neighbours
 
 
 # ---------------------------------------------------------------------------------------------------------------------
