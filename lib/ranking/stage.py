@@ -30,13 +30,15 @@ class RankingStage:
         self.encoder, self.counts, self.ranker = encoder, encoder.counts, encoder.ranker
         self.repeats = encoder.config.repeats
         self.index = index
-        self.standing = Standing(self.counts.arrays())
+        self._counted = self.counts.arrays()
+        self.standing = Standing(self._counted)
         self.popularity = _popularity(encoder)
         self.scorer = self.ranker.scorer()
 
     def follow(self, rows: np.ndarray) -> None:
         """Take over the encoder's next version, which has changed these rows (R,) of the counts."""
-        self.standing.update(self.counts.arrays(), rows)
+        self._counted = self.counts.arrays()  # which may have grown
+        self.standing.update(self._counted, rows)
         self.popularity = _popularity(self.encoder)
         self.scorer = self.ranker.scorer()
 
@@ -71,7 +73,7 @@ class RankingStage:
             weights=weights,
             index=self.index,
             popularity=self.popularity,
-            counts=self.counts.arrays(),
+            counts=self._counted,
             standing=self.standing,
         )
         return find_candidates(asked, sources)
@@ -119,7 +121,7 @@ class RankingStage:
             count: how many are wanted.
             mask: (R,) bool, the rows that may be found.
         """
-        own = self.counts.arrays()
+        own = self._counted
         rows, pairs = own["together_rows"][row].astype(np.int64), own["together_counts"][row]
         kept = mask[rows] & (pairs > 0)
         rows, pairs = rows[kept], pairs[kept]
