@@ -133,11 +133,11 @@ def kafka_topic(kafka_brokers: str) -> str:
 
 @pytest.fixture(scope="session")
 def shop_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a small synthetic dataset: 150 visitors, 200 items."""
+    """Write a small synthetic dataset: 300 visitors, 200 items; enough for a ranker (lib/ranking/fit.py)."""
     from jobs.demo.shop import Shop
 
     folder = tmp_path_factory.mktemp("shop")
-    Shop(seed=1, visitors=150, items=200).write_dataset(folder)
+    Shop(seed=1, visitors=300, items=200).write_dataset(folder)
     return folder
 
 

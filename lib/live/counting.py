@@ -69,10 +69,13 @@ def learn_ranking(events: NewEvents, model: LearningModel) -> None:
 def _step(events: NewEvents, model: LearningModel) -> None:
     stage = model.stage
     assert stage is not None
-    if not len(events.places):
+    known = events.histories.rows < len(stage.index)  # not so of items that are new with these events
+    answered = known[events.places]
+    if not answered.any():
         return
-    examples = examples_at(stage, events.histories, events.places)
-    weights = torch.from_numpy(events.weights[examples.found])
+    places = (np.cumsum(known) - 1)[events.places[answered]]
+    examples = examples_at(stage, events.histories.select(known), places)
+    weights = torch.from_numpy(events.weights[answered][examples.found])
     if float(weights.sum()) > 0:
         rate = LEARNING_RATE * min(float(events.weights.mean()), 1.0)
         stage.ranker.step(examples.features, examples.kinds, examples.targets, weights, rate)
@@ -88,3 +91,4 @@ def count_events(events: NewEvents, model: LearningModel, journal: UndoJournal) 
     journal.record_counts(torch.from_numpy(counts.rows_of(contexts, items)))
     times = int(counts.clock) + 1 + np.arange(len(items))
     counts.count(contexts, items, events.weights.astype(np.float64), times)
+    model.follow_counts(journal.count_rows)  # the gate judges what is answered with them

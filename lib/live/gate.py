@@ -7,16 +7,20 @@ Five questions, each of which has its own blind spot, so that all are asked:
   updates and their median absolute deviation, which a few outliers cannot move (Hampel 1974).
 - Have the weights moved as far as they usually do? A learning rate that is wrong shows here first.
 - Does the update rank the held-out window no worse than the live version? The window (lib/data/user_histories.py) holds
-  the newest event of many users who act now, none of them in the update, few for any one item.
+  the newest event of many users who act now, none of them in the update, few for any one item. What is judged is the
+  answer: of a model with a ranker its order of what the ranking stage finds, so that an update that spoils ranker or
+  counts is held back as one is that spoils the encoder.
 - Have the updates of late, taken together, done harm? Each may stay within its tolerance while their sum does not. So
   new events are ranked before they are learned, by the live version and by a reference: the live version of some
   updates ago. Neither has seen them, so that the newer ought to be the better one. Where it is significantly worse, the
   learner goes back to the reference; and only a version that is no worse than the reference takes its place. Losses
   say sooner than ranks whether a difference is more than chance, so both must be worse.
 
-What the gate remembers is of this process: after a restart the live version is the reference.
+What the gate remembers is of this process: after a restart the live version is the reference. The reference is asked
+with the counts as they are now: new counts serve its encoder and its ranker as well, and would hide what these lost.
 """
 
+import copy
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,18 +37,25 @@ from lib.data.history import History, to_histories
 from lib.evaluation.metrics import ndcg_at
 from lib.live.micro_batch import MicroBatch
 from lib.model.batches import SequenceBatches, target_weights
-from lib.model.delta import ROW_TENSORS, dense_state, state_of
+from lib.model.delta import NO_ROWS, ROW_TENSORS, dense_state, state_of
+from lib.model.dislikes import without_dislikes
 from lib.model.encoder import BehaviourEncoder
+from lib.model.item_counts import COUNT_TENSORS, people_of
 from lib.model.ranker import RANKER_PREFIX
+from lib.ranking.features import padded
+from lib.ranking.stage import RankingStage, queries_of
+from lib.retrieval.index import SomeRows
 from lib.settings import Settings
 
 TABLE = ROW_TENSORS[0]
+COUNTS_PREFIX = "counts."
 TO_SIGMA = 1.4826  # of a median absolute deviation, where what deviates is normal
 FEWEST_LOSSES = 16  # that a baseline is made of
 FEWEST_MOVEMENTS = 8  # that say what is usual
 FEWEST_PAIRS = 64  # new events that the reference is judged by
 FIRST_REST, LONGEST_REST = 8, 512  # updates
 MOST_OF_AN_ITEM = 2  # of the new events of an update
+ANSWER = 10  # items of the answer that is judged
 
 
 class GateConfig(Settings):
@@ -109,14 +120,15 @@ NOTHING = Standing(np.zeros(0), np.zeros(0))
 
 
 class Reference:
-    """What the weights were at an earlier version, of just what has changed since."""
+    """What the weights were at an earlier version, of just what has changed since; counts are always those of now."""
 
     def __init__(self, encoder: BehaviourEncoder, version: int, log_offset: int):
         self.version = version
         self.log_offset = log_offset
         self.updates = 0
         self.events = 0  # learned since
-        self.dense = {name: tensor.clone() for name, tensor in dense_state(encoder).items()}
+        dense = dense_state(encoder).items()
+        self.dense = {name: tensor.clone() for name, tensor in dense if not name.startswith(COUNTS_PREFIX)}
         self.places = torch.full((encoder.config.item_rows,), -1)  # of a row in `values`, -1 where it has not changed
         self.values = encoder.item_embeddings.weight.new_zeros(0, encoder.config.hidden_size)
         self.count = 0
@@ -163,11 +175,23 @@ class Gate:
         catalog: Catalog,
         kind_codes: dict[str, int],
         seed: int = 0,
+        stage: RankingStage | None = None,
     ):
+        """Judge an encoder.
+
+        Args:
+            config: how strictly.
+            encoder: whose updates are judged, in place.
+            catalog: its items.
+            kind_codes: its kinds of events.
+            seed: draws the candidates.
+            stage: that ranks by the encoder, and follows its counts; None where the encoder's order is the answer.
+        """
         self.config = config
         self.encoder = encoder
         self.catalog = catalog
         self.kind_codes = kind_codes
+        self.stage = stage
         self.spread = np.random.default_rng(seed).random(config.held_out_candidates)
         self.losses = {name: deque(maxlen=config.usual_updates) for name in ("training", "held-out")}
         self.movements: deque[float] = deque(maxlen=config.usual_updates)
@@ -234,7 +258,12 @@ class Gate:
         )
 
     def objection(
-        self, loss: float | None, rows: Tensor, dense: Mapping[str, Tensor], counted: float = 1.0
+        self,
+        loss: float | None,
+        rows: Tensor,
+        dense: Mapping[str, Tensor],
+        counted: float = 1.0,
+        count_rows: np.ndarray = NO_ROWS,
     ) -> str | None:
         """Return why an update must not go live, or None.
 
@@ -243,8 +272,9 @@ class Gate:
             rows: (R,) rows of the item table that it has changed.
             dense: the other tensors before it.
             counted: the share of its learning rate that it was made with.
+            count_rows: (S,) rows of the counts that it has changed.
         """
-        if not self._finite(rows) or (loss is not None and not np.isfinite(loss)):
+        if not self._finite(rows, count_rows) or (loss is not None and not np.isfinite(loss)):
             return "a loss or a weight is not finite"
         after = self._standing(self.window)
         return (
@@ -278,9 +308,11 @@ class Gate:
         _, _, quality, earlier_quality = np.array(self.pairs).T
         return bool(quality.mean() >= earlier_quality.mean())
 
-    def _finite(self, rows: Tensor) -> bool:
+    def _finite(self, rows: Tensor, count_rows: np.ndarray) -> bool:
         state = state_of(self.encoder)
         changed = [*dense_state(self.encoder).values(), *(state[name][rows] for name in ROW_TENSORS)]
+        if len(count_rows):
+            changed += [state[name][torch.from_numpy(count_rows)] for name in COUNT_TENSORS]
         return all(bool(torch.isfinite(tensor).all()) for tensor in changed)
 
     def _too_far(self, dense: Mapping[str, Tensor], counted: float) -> str | None:
@@ -343,25 +375,55 @@ class Gate:
 
     @torch.no_grad()
     def _standing(self, flat: Histories) -> Standing:
-        """How the encoder as it is ranks the newest event of each history among the candidates."""
-        losses, ndcg = np.zeros(len(flat)), np.zeros(len(flat))
+        """How the model as it is ranks the newest event of each history among the candidates."""
         if len(flat) == 0:
             return NOTHING
         self.encoder.eval()
-        targets = torch.from_numpy(flat.rows[flat.offsets[1:] - 1].astype(np.int64))
+        targets = flat.rows[flat.offsets[1:] - 1].astype(np.int64)
+        if self.stage is None:
+            return self._of_the_encoder(flat.without_newest(), torch.from_numpy(targets))
+        return self._of_the_answer(self.stage, flat.without_newest(), targets)
+
+    def _of_the_encoder(self, flat: Histories, targets: Tensor) -> Standing:
+        losses, ndcg = np.zeros(len(flat)), np.zeros(len(flat))
         vectors = self.encoder.item_vectors(self.candidates)
-        for places, part in SequenceBatches(flat.without_newest(), self.encoder.config).inference():
+        for places, part in SequenceBatches(flat, self.encoder.config).inference():
             u = self.encoder.interests(part.kinds, part.gaps, part.values, part.lengths, part.rows)
             queries = self.encoder.queries(u)
             wanted = targets[torch.from_numpy(places)]
-            own = (queries * self.encoder.item_vectors(wanted)).sum(-1, keepdim=True)
+            own = (queries * self.encoder.item_vectors(wanted)).sum(-1)
             rest = queries @ vectors.T
             rest = rest.masked_fill(wanted[:, None] == self.candidates[None, :], float("-inf"))
-            ranks = (rest >= own).sum(1).numpy()  # ties count against it: where all are alike, nothing is found
-            logits = torch.cat([own, rest], dim=1) / self.encoder.config.temperature
-            ndcg[places] = ndcg_at(ranks, 10)
-            losses[places] = (torch.logsumexp(logits, dim=1) - logits[:, 0]).numpy()
+            temperature = self.encoder.config.temperature
+            losses[places], ndcg[places] = _losses_and_ndcg(own / temperature, rest / temperature)
         return Standing(losses, ndcg)
+
+    def _of_the_answer(self, stage: RankingStage, flat: Histories, targets: np.ndarray) -> Standing:
+        """How the stage ranks targets (U,) among what it finds of the candidates; one that it misses is its last."""
+        among = np.union1d(self.candidates.numpy(), targets)
+        among = among[among < len(stage.popularity)]  # of new items it knows what is counted
+        stage = copy.copy(stage)
+        stage.index = SomeRows(among, self.encoder.item_vectors(torch.from_numpy(among)).numpy())
+        mask = np.zeros(self.encoder.config.item_rows, dtype=bool)
+        mask[among] = True
+        liked, _ = without_dislikes(flat, self.encoder.config)
+        people = people_of(flat, liked)
+        features, rows = padded(stage.candidates(people, queries_of(self.encoder, liked), ANSWER, mask), len(people))
+        kinds = torch.tensor([person.kind for person in people], dtype=torch.int64)
+        absent = torch.isneginf(features[..., 0])
+        logits = stage.ranker.logits(features.masked_fill(absent[..., None], 0.0), kinds[:, None].expand(absent.shape))
+        hits = torch.from_numpy(rows == targets[:, None]) & ~absent
+        last = logits.masked_fill(absent, float("inf")).amin(dim=1)
+        last = last.where(torch.isfinite(last), 0.0)  # nothing is found for who has seen all of them
+        own = torch.where(hits.any(dim=1), logits.masked_fill(~hits, float("-inf")).amax(dim=1), last)
+        return Standing(*_losses_and_ndcg(own, logits.masked_fill(absent | hits, float("-inf"))))
+
+
+def _losses_and_ndcg(own: Tensor, rest: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return the cross-entropy and the NDCG@10 of logits (U,) beside those of other candidates (U, K)."""
+    ranks = (rest >= own[:, None]).sum(dim=1).numpy()  # ties count against it: where all are alike, nothing is found
+    losses = torch.logsumexp(torch.cat([own[:, None], rest], dim=1), dim=1) - own
+    return losses.numpy(), ndcg_at(ranks, ANSWER)
 
 
 def first_new_events(batch: MicroBatch, count: int) -> list[History]:

@@ -61,7 +61,9 @@ class NearlineLearner:
     def _learn_from(self, model: LearningModel) -> None:
         self.model = model
         model.likes.prepare()
-        self.gate = Gate(self.config.gate, model.encoder, model.catalog, model.kind_codes, self.config.seed)
+        self.gate = Gate(
+            self.config.gate, model.encoder, model.catalog, model.kind_codes, self.config.seed, model.stage
+        )
         self.item_revision = 0  # of changed items: deltas do not hold their attributes, so all of them are asked for
 
     @property
@@ -103,7 +105,9 @@ class NearlineLearner:
             count_events(events, self.model, journal)
         if (objection := self._objection(loss, journal)) is not None:
             journal.undo()
-            return self._reject(batch, objection)
+            rejection = self._reject(batch, objection)
+            self.model.follow_counts(journal.count_rows)
+            return rejection
         self.lineage.events_trained += batch.events
         self.influence.passed()
         self.lineage.unknown_items.count(met)
@@ -137,7 +141,8 @@ class NearlineLearner:
 
     def _objection(self, loss: float | None, journal: UndoJournal) -> str | None:
         rows = self.model.rows_to_publish(journal.changed_rows())
-        return broadcast_from_rank_0(lambda: self.gate.objection(loss, rows, journal.dense, self.influence.kept))
+        judged = loss, rows, journal.dense, self.influence.kept, journal.count_rows.numpy()
+        return broadcast_from_rank_0(lambda: self.gate.objection(*judged))
 
     def _publish(
         self, journal: UndoJournal, facts: VersionFacts, *changed: torch.Tensor, log_offset: int | None = None

@@ -62,7 +62,8 @@ class LearningModel:
         add_rows(self.trainer, self.catalog, known=len(loaded.catalog), seed=config.seed, likes=self.likes)
         self.published_items = len(self.catalog)  # later ones are named by the next delta
         self.fingerprint = Fingerprint(self.encoder)  # of the published weights
-        self.stage = stage_of(self.encoder)  # of the published weights; None where the model has no ranker
+        # of the published weights, and of counts as they are; None where the model has no ranker
+        self.stage = stage_of(self.encoder)
 
     def add_items(self, item_ids: Iterable[str]) -> None:
         """Give rows to the unknown ones among these items: the mean of those that are like each, a little apart."""
@@ -130,6 +131,11 @@ class LearningModel:
         with torch.inference_mode():
             index.update(rows, self.encoder.item_vectors(torch.from_numpy(rows)).cpu().numpy())
         self.stage.follow(changes.count_rows)
+
+    def follow_counts(self, rows: Tensor) -> None:
+        """Rank by the counts as they are now, of which these rows (S,) have changed."""
+        if self.stage is not None:
+            self.stage.follow(rows.numpy())
 
     def _counts_at(self, rows: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Return rows, and the counts there by the names of their tensors; none where nothing is counted."""

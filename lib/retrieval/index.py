@@ -146,6 +146,43 @@ class ItemIndex:
         return mask is not None and int(np.count_nonzero(mask)) <= self._exact_rows
 
 
+class SomeRows(ItemIndex):
+    """An index of a few rows of the item table, which it names by their numbers there.
+
+    Args:
+        rows: (K,) int64, ascending.
+        vectors: (K, C) float32, theirs.
+    """
+
+    def __init__(self, rows: np.ndarray, vectors: np.ndarray):
+        super().__init__(vectors)
+        self._rows = np.append(rows, -1)  # the place -1 stands for the row -1
+
+    def search(
+        self,
+        queries: np.ndarray | torch.Tensor,
+        k: int,
+        mask: np.ndarray | None = None,
+        seen: Sequence[np.ndarray] | None = None,
+        weights: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Search as any index does; what is given by row of the table may name rows that are not among these."""
+        own = self._rows[:-1]
+        places = None if seen is None else [np.flatnonzero(np.isin(own, rows)) for rows in seen]
+        found = super().search(
+            queries,
+            k,
+            None if mask is None else mask[own],
+            places,
+            None if weights is None else weights[own],
+        )
+        return found[0], self._rows[found[1]]
+
+    def scores(self, queries: torch.Tensor, lines: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return (P,) float32 the inner products of pairs, all of rows that are among these."""
+        return super().scores(queries, lines, np.searchsorted(self._rows[:-1], rows))
+
+
 def _products(queries: np.ndarray, vectors: np.ndarray, lines: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Return (P,) the products of queries (B, C) at `lines` (P,), ascending, and vectors (N, C) at `rows` (P,)."""
     found = np.empty(len(rows), dtype=np.float32)

@@ -10,6 +10,7 @@ from lib.live.training_batch import training_batch
 from lib.model.batches import Batch
 from lib.model.delta import Delta
 from lib.ranking.recommender import Recommender
+from lib.ranking.stage import RankingStage
 from lib.versions.registry import Registry
 from tests.helpers.tiny import (
     assert_same_state,
@@ -56,5 +57,19 @@ def assert_same_learners(one: NearlineLearner, other: NearlineLearner) -> None:
     assert_same_optimizer(optimizer_of(one), optimizer_of(other))
     assert one.model.catalog.item_ids == other.model.catalog.item_ids
     assert one.model.checksum == other.model.checksum
+    assert_same_stages(one.model.stage, other.model.stage)
     for name in ("version", "log_offset", "events_trained", "events_rejected"):
         assert getattr(one.lineage, name) == getattr(other.lineage, name), name
+
+
+def assert_same_stages(one: RankingStage | None, other: RankingStage | None) -> None:
+    """They rank alike."""
+    if one is None or other is None:
+        assert one is other
+        return
+    rows = np.arange(1, len(one.index))
+    assert np.array_equal(one.index.vectors, other.index.vectors)
+    assert np.array_equal(one.popularity, other.popularity)
+    assert np.array_equal(one.standing.trends(rows), other.standing.trends(rows))
+    assert np.array_equal(one.standing.trending(None, 5), other.standing.trending(None, 5))
+    assert np.array_equal(one.standing.newest(None), other.standing.newest(None))

@@ -15,10 +15,12 @@ from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
 from lib.model.folder import Manifest
 from lib.model.item_counts import HALF_LIVES, ItemCounts
 from lib.model.presets import INPUTS
+from lib.ranking.features import FEATURES
 from lib.versions.registry import Registry
 
 NOW = 1_700_000_000_000
 SECOND = 1000  # milliseconds
+COUNTED = {"neighbours": 4, "ranker_features": len(FEATURES)}  # settings of an encoder with counts and a ranker
 
 torch.set_num_threads(1)  # threads that wait for each other cost more than so small a model has to compute
 

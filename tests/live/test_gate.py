@@ -30,7 +30,10 @@ from lib.live.settings import LearnerConfig, ReplayConfig
 from lib.model.batches import SequenceBatches
 from lib.model.delta import Delta, apply_delta, dense_state, state_of
 from lib.model.encoder import BehaviourEncoder
+from lib.model.ranker import TEMPERATURE
 from lib.model.trainer import Trainer, TrainingConfig
+from lib.ranking.features import FEATURES
+from lib.ranking.stage import stage_of
 from lib.versions.rejections import LINES_A_FILE, Rejection, Rejections
 from tests.helpers.learners import training_batch_of
 from tests.helpers.tiny import (
@@ -104,6 +107,85 @@ def test_an_update_that_ranks_the_window_worse_is_held_back(gate, encoder):
     reason = judged(gate, 1.0)
     assert reason is not None
     assert reason.startswith("the held-out ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ranked answer
+
+
+@pytest.fixture
+def counted(encoder: BehaviourEncoder) -> BehaviourEncoder:
+    """One that has counted that items follow each other, too, and whose ranker asks for that alone."""
+    encoder.add_ranker(8, len(FEATURES))
+    assert encoder.counts is not None
+    assert encoder.ranker is not None
+    flat = to_histories(
+        [history([place, place + 1, place + 2]) for place in range(1, 23)], Catalog(item_ids(24)), CODES
+    )
+    encoder.counts.count_histories(flat, np.ones(len(flat.rows)), np.arange(1, len(flat.rows) + 1))
+    encoder.ranker.weights[: len(FEATURES)] = 0.0
+    encoder.ranker.weights[FEATURES.index("follows")] = 5.0
+    return encoder
+
+
+@pytest.fixture
+def answer_gate(counted: BehaviourEncoder) -> Gate:
+    config = GateConfig(held_out_candidates=12)
+    return Gate(config, counted, Catalog(item_ids(24)), CODES, stage=stage_of(counted))
+
+
+def test_an_update_that_spoils_the_ranker_is_held_back(answer_gate, counted):
+    answer_gate.before(micro_batch(1, [history([1, 2, 3])], held_out=HELD_OUT), 1, 0)
+    assert answer_gate.live.quality > 0.9
+    assert judged(answer_gate, 1.0) is None
+    counted.ranker.weights[FEATURES.index("follows")] = -5.0
+    assert (judged(answer_gate, 1.0) or "").startswith("the held-out ")
+
+
+def test_an_update_that_spoils_the_counts_is_held_back(answer_gate, counted):
+    answer_gate.before(micro_batch(1, [history([1, 2, 3])], held_out=HELD_OUT), 1, 0)
+    counted.counts.next_rows[1:] = counted.counts.next_rows[1:].roll(7, dims=0)  # what follows is of other items
+    answer_gate.stage.follow(np.arange(25))
+    assert (judged(answer_gate, 1.0) or "").startswith("the held-out ")
+
+
+def test_an_update_that_spoils_the_encoder_is_held_back_where_the_ranker_asks_it(answer_gate, counted):
+    counted.ranker.weights[FEATURES.index("interest")] = 1 / TEMPERATURE
+    counted.ranker.weights[FEATURES.index("follows")] = 0.0
+    answer_gate.before(micro_batch(1, [history([1, 2, 3])], held_out=HELD_OUT), 1, 0)
+    with torch.no_grad():
+        counted.interest_to_item.mul_(-1.0)
+    assert (judged(answer_gate, 1.0) or "").startswith("the held-out ")
+
+
+@pytest.mark.parametrize("name", ["next_counts", "trends"])
+def test_a_count_that_is_not_finite_is_held_back(answer_gate, counted, name):
+    answer_gate.before(micro_batch(1, [history([1, 2, 3])], held_out=HELD_OUT), 1, 0)
+    getattr(counted.counts, name)[5] = float("inf")
+    said = answer_gate.objection(1.0, torch.zeros(0, dtype=torch.long), state_of(counted), count_rows=np.array([5]))
+    assert said == "a loss or a weight is not finite"
+
+
+def test_a_target_that_is_not_found_is_last(answer_gate, counted):
+    counted.counts.clear()
+    answer_gate.stage.follow(np.arange(25))
+    before = [history([place + 1, place, place + 1]) for place in range(1, 21)]  # who has seen it does not get it again
+    answer_gate.before(micro_batch(1, [history([1, 2, 3])], held_out=before), 1, 0)
+    assert answer_gate.live.quality == 0.0
+    assert np.isfinite(answer_gate.live.losses).all()
+
+
+def test_slow_harm_to_the_ranker_is_told_by_the_reference(answer_gate, counted):
+    told = None
+    for number in range(60):
+        new = [history([place, place + 1, place + 2]) for place in range(1, 21)]
+        answer_gate.before(micro_batch(number, new), number, number)
+        if (told := answer_gate.harm()) is not None:
+            break
+        answer_gate.passed(20, number + 1, number + 1, [])
+        counted.ranker.weights[FEATURES.index("follows")] -= 0.5  # a little each time
+    assert told is not None
+    assert "of new events the NDCG@10 is" in told
 
 
 def test_weights_that_move_farther_are_held_back_until_that_is_usual(gate, encoder):
