@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lib.evaluation.comparison import Comparison
     from lib.live.finetuning import Cut
     from lib.live.learning_model import LearningModel
+    from lib.versions.folder import LoadedVersion
     from lib.versions.registry import Registry
 
 FOLDER = "finetuning"
@@ -226,7 +227,7 @@ def _plan(
     import pyarrow as pa
 
     from lib.data.dataset import check_rating_scale
-    from lib.live.finetuning import cut_feedback, feedback, of_known_items, older_events
+    from lib.live.finetuning import cut_feedback, feedback, of_known_items, older_events, recount
     from lib.live.learning_model import LearningModel, popularity_half_life
     from lib.live.settings import LearnerConfig
     from lib.log.layout import read_log
@@ -259,6 +260,8 @@ def _plan(
     model = LearningModel(begun, learner, live.catalog)
     events = of_known_items(pa.concat_tables([older, new]), model.catalog, learner.new_item_users)
     model.add_items(events["item_id"].unique().to_pylist())
+    with read_log(state) as log:
+        recount(model.encoder, model.catalog, _origin(registry, begun), log, data, cut.until, rejections)
     _write_material(storage, model, events, cut, settings)
     plan = {
         "name": f"{time.time_ns() // 1_000_000:013d}-{uuid.uuid4().hex}",
@@ -285,7 +288,7 @@ def _write_material(
     """Write the model that training starts from, what it learns from, and the histories that end in held-out events."""
     import pyarrow as pa
 
-    from lib.live.finetuning import TooFewEvents, count_events, count_popularity, histories_around, of_users
+    from lib.live.finetuning import TooFewEvents, count_popularity, histories_around, of_users
     from lib.model.folder import Manifest
     from lib.versions.folder import save_with_optimizer
 
@@ -297,10 +300,17 @@ def _write_material(
     if not trained.targets.any():
         raise TooFewEvents("since: no event follows another one of its user; wait for more feedback")
     count_popularity(encoder, catalog, events, cut, model.popularity_half_life)
-    count_events(encoder, trained)
     trained.save(storage / TRAINED_FILE)
     histories_around(of_users(events, judges), cut.until, catalog, kinds).save(storage / HELD_OUT_FILE)
     save_with_optimizer(storage / START, encoder, catalog, Manifest(), model.trainer.optimizer_state())
+
+
+def _origin(registry: "Registry", begun: "LoadedVersion") -> "LoadedVersion":
+    """Return the version with which the lineage of one began, or itself where that is not stored any more."""
+    from lib.versions.accounts import Accounts
+
+    origin = Accounts(registry).origin_of(begun.version)
+    return begun if origin is None or origin not in registry.snapshots() else registry.load(origin)
 
 
 def _item_changes(state: Path) -> dict[str, dict[str, Any] | None]:

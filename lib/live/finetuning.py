@@ -26,6 +26,7 @@ from lib.data.formats.files import parquet_file
 from lib.data.histories import Histories, histories_of
 from lib.data.popularity import event_counts, start_weights
 from lib.data.tables import order_events
+from lib.data.user_hash import part_of
 from lib.errors import InputError
 from lib.evaluation.comparison import Comparison, compare
 from lib.evaluation.protocols import Cases, rank
@@ -35,13 +36,16 @@ from lib.log.reader import LogReader
 from lib.model.batches import SequenceBatches
 from lib.model.buckets import histories_in, table_of
 from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
+from lib.model.item_counts import NEVER, ItemCounts
 from lib.ranking.contender import answer_contender
 from lib.ranking.fit import likes
 from lib.versions.accounts import Accounts
 from lib.versions.folder import LoadedVersion
 from lib.versions.registry import Registry, VersionInfo
+from lib.versions.rejections import Rejections
 
 CHUNK = 10_000  # events that are read at once
+EVENTS_AT_ONCE = 4_000_000  # of a log, that are counted anew at once: a gigabyte
 LEAST_HELD_OUT = 20  # events; fewer say nothing
 SCHEMA = pa.schema([EVENT_SCHEMA.field(name) for name in HISTORY_FIELDS])
 
@@ -206,9 +210,8 @@ def histories_around(
         event_kinds: others are left out.
         context: of a user who has new events, at most so many before the first of them are kept.
     """
-    events = order_events(events.filter(pc.is_in(events["event"], pa.array(event_kinds))))
-    histories = histories_of(events, catalog.row_of, event_kinds)
-    marked = events["offset"].to_numpy() > after
+    histories, offsets = _in_order(events, catalog, event_kinds)
+    marked = offsets > after
     if context is None:
         return MarkedHistories(histories, marked)
     new = np.append(np.flatnonzero(marked), len(marked))
@@ -216,6 +219,12 @@ def histories_around(
     begin = np.where(first < histories.offsets[1:], first - context, 0)
     kept = np.arange(len(marked)) >= np.repeat(begin, histories.lengths)
     return MarkedHistories(histories.select(kept), marked[kept])
+
+
+def _in_order(events: pa.Table, catalog: Catalog, event_kinds: Sequence[str]) -> tuple[Histories, np.ndarray]:
+    """Return the histories of events of these kinds, and (E,) the log offset of each event."""
+    events = order_events(events.filter(pc.is_in(events["event"], pa.array(event_kinds, pa.string()))))
+    return histories_of(events, catalog.row_of, event_kinds), events["offset"].to_numpy()
 
 
 class WeightedBatches(SequenceBatches):
@@ -231,12 +240,14 @@ def of_users(events: pa.Table, users: pa.Array) -> pa.Table:
     return events.filter(pc.is_in(events["user_id"], users))
 
 
-def of_known_items(events: pa.Table, catalog: Catalog, users: int) -> pa.Table:
+def of_known_items(events: pa.Table, catalog: Catalog, users: int | None = None) -> pa.Table:
     """Return the events of items that the catalog has, or that so many users have met."""
+    known = pc.is_in(events["item_id"], pa.array(catalog.item_ids[1:], pa.string()))
+    if users is None:
+        return events.filter(known)
     met = events.select(["item_id", "user_id"]).group_by("item_id").aggregate([("user_id", "count_distinct")])
     enough = met.filter(pc.greater_equal(met["user_id_count_distinct"], users))["item_id"].combine_chunks()
-    known = pc.or_(pc.is_in(events["item_id"], pa.array(catalog.item_ids)), pc.is_in(events["item_id"], enough))
-    return events.filter(known)
+    return events.filter(pc.or_(known, pc.is_in(events["item_id"], enough)))
 
 
 def count_popularity(encoder: BehaviourEncoder, catalog: Catalog, events: pa.Table, cut: Cut, half_life: float) -> None:
@@ -258,19 +269,69 @@ def count_popularity(encoder: BehaviourEncoder, catalog: Catalog, events: pa.Tab
     encoder.item_popularity.index_add_(0, torch.from_numpy(rows[counted]), counts)
 
 
-def count_events(encoder: BehaviourEncoder, trained: MarkedHistories) -> None:
-    """Count the marked events, those that are learned, in what goes together, follows and trends."""
-    counts, histories = encoder.counts, trained.histories
-    if counts is None:
+def recount(
+    encoder: BehaviourEncoder,
+    catalog: Catalog,
+    origin: LoadedVersion,
+    log: LogReader,
+    data: str | Path | None,
+    until: int,
+    rejections: Rejections,
+) -> None:
+    """Count anew what goes together, follows and trends: what the log holds now, on top of an origin's counts.
+
+    So what was erased from the log is in no count any more.
+
+    Args:
+        encoder: whose counts they are.
+        catalog: its items, of which the origin has the first.
+        origin: the version with which its lineage began, as pretraining has counted it.
+        log: all of it, as events are counted with what came before them.
+        data: what came before the log.
+        until: the log offset of the newest event that is counted.
+        rejections: events that are not counted.
+    """
+    counts, first = encoder.counts, origin.encoder.counts
+    if counts is None or first is None:
         return
-    liked = likes(histories, encoder.config) > 0
-    kept = histories.select(liked)
-    places = np.flatnonzero(trained.marked[liked])
-    places = places[np.argsort(kept.timestamps[places], kind="stable")]
-    times = int(counts.clock) + 1 + np.arange(len(places))
-    for start in range(0, len(places), CHUNK):
-        part = slice(start, start + CHUNK)
-        counts.count_events(kept, places[part], np.ones(len(places[part])), times[part])
+    since = _begin_anew(counts, first)
+    parts = max(-(-until // EVENTS_AT_ONCE), 1)
+    for number in range(parts):
+        own = [_of_part(_table(chunk), number, parts) for chunk in _chunks(log, 0, until)]
+        events = pa.concat_tables([_table([]), *own])
+        users = events["user_id"].unique()
+        before = [of_users(piece, users) for piece in (dataset_events(data) if data is not None else ())]
+        events = of_known_items(pa.concat_tables([*before, events]), catalog)
+        histories, offsets = _in_order(events, catalog, encoder.config.event_kinds or [])
+        liked = likes(histories, encoder.config) > 0
+        histories, offsets = histories.select(liked), offsets[liked]
+        places = np.flatnonzero((offsets > origin.log_offset) & ~rejections.cover(offsets))
+        places = places[np.argsort(offsets[places], kind="stable")]
+        times = int(first.clock) + offsets[places] - origin.log_offset
+        for start in range(0, len(places), CHUNK):
+            part = slice(start, start + CHUNK)
+            counts.count_events(histories, places[part], np.ones(len(places[part])), times[part])
+    unmet = (counts.first_at == NEVER) & (since != NEVER)  # put into the catalog, and nobody has met them since
+    counts.first_at[unmet] = since[unmet]
+
+
+def _begin_anew(counts: ItemCounts, first: ItemCounts) -> torch.Tensor:
+    """Put counts back to those of an earlier version; return since when there were the items that it did not have."""
+    since = counts.first_at.clone()
+    since[: len(first.events)] = NEVER
+    counts.clear()
+    for name, values in first.named_buffers():
+        getattr(counts, name)[: len(values)] = values
+    return since
+
+
+def _of_part(events: pa.Table, number: int, parts: int) -> pa.Table:
+    """Return the events of the users of one of several parts."""
+    if parts == 1:
+        return events
+    codes = events["user_id"].combine_chunks().dictionary_encode()
+    own = np.array([part_of(user, parts) == number for user in codes.dictionary.to_pylist()], bool)
+    return events.filter(pa.array(own[codes.indices.to_numpy()]))
 
 
 def _first_of(values: np.ndarray) -> np.ndarray:

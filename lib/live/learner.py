@@ -282,7 +282,7 @@ class NearlineLearner:
             InputError: the two models describe their items differently; nothing has changed.
         """
         model = LearningModel(loaded, self.config, catalog=self.model.catalog)
-        if parent is not None and not self.lineage.accounts.traces(parent):
+        if parent is not None and self.lineage.accounts.origin_of(parent) is None:
             parent = None
         self.lineage.follow(replace(loaded, parent=parent))
         self.lineage.unknown_items.forget(model.catalog.row_of.keys())

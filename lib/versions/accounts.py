@@ -31,10 +31,10 @@ class Accounts:
         accounts = self._all()
         return lineage(accounts, max(accounts)) if accounts else []
 
-    def traces(self, version: int) -> bool:
-        """Return whether it is known what a version and all that it follows from have learned."""
+    def origin_of(self, version: int) -> int | None:
+        """Return the version with which the lineage of one began; None where it is not known any more."""
         chain = lineage(self._all(), version)
-        return bool(chain) and chain[0].parent is None
+        return chain[0].version if chain and chain[0].parent is None else None
 
     def log_offset(self) -> int:
         """Return the highest log offset that any version has learned up to, 0 where there is none."""

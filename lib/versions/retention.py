@@ -1,7 +1,8 @@
 """Which versions are kept, which deleted to make room, and when one is stored whole, so that loading needs few deltas.
 
 Deltas are kept since the newest snapshot but one, so each of these versions can be loaded. Of the older ones snapshots
-stay, as long as there is room; the first one, the present base and what the gate may go back to stay in any case.
+stay, as long as there is room; the first one, that with which the newest lineage began (a fine-tune counts anew from
+it), the present base and what the gate may go back to stay in any case.
 """
 
 from lib.model.folder import MANIFEST
@@ -55,7 +56,8 @@ class Retention:
         below = max((version for version in snapshots if version <= (reference or 0)), default=0)
         leading = range(below + 1, (reference or 0) + 1)  # the deltas that lead to the reference
         old_deltas = [version for version in deltas if version <= newest[0] and version not in leading]
-        old_snapshots = self._superfluous(snapshots, {min(snapshots), base, below, *newest})
+        origin = self.accounts.origin_of(newest[-1]) or base
+        old_snapshots = self._superfluous(snapshots, {min(snapshots), origin, base, below, *newest})
         if old_deltas or old_snapshots:
             left = snapshots.keys() - set(old_snapshots)
             self.accounts.fold(newest[0], left | {base})

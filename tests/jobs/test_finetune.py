@@ -1,13 +1,17 @@
 """`afterclick finetune`: a new base takes the place of the live weights under traffic, or leaves them as they are."""
 
 import json
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 import jobs.finetune
 from jobs import training_workers
@@ -19,6 +23,7 @@ from lib.data.events import EVENT_SCHEMA, Event
 from lib.data.history import History
 from lib.data.ratings import RatingScale
 from lib.errors import InputError
+from lib.live import finetuning
 from lib.live.learner import NearlineLearner
 from lib.log.feedback import FeedbackLog
 from lib.log.layout import ORDER_FILE, LogLayout, read_log
@@ -26,6 +31,8 @@ from lib.log.order import LogOrder
 from lib.log.reader import FeedbackLogReader
 from lib.log.shard import shard_of
 from lib.model.folder import Manifest
+from lib.model.item_counts import WINDOW, ItemCounts
+from lib.ranking.features import FEATURES
 from lib.versions.accounts import Accounts
 from lib.versions.folder import load_folder, save_with_optimizer
 from lib.versions.ledger import check
@@ -87,8 +94,12 @@ def test_a_new_base_goes_live_without_a_failed_request_and_learning_goes_on(
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
     """A log of two hundred events, all of them learned by a small model."""
-    folder = tmp_path / "live"
-    registry = started_registry(folder)
+    return learned_state(tmp_path / "live")
+
+
+def learned_state(folder: Path, **settings: int) -> Path:
+    """Return the folder with such a log and model; settings of its encoder."""
+    registry = started_registry(folder, **settings)
     with FeedbackLog.open(folder / "feedback.sqlite") as log:
         events = [
             Event(f"u{n % 20}", f"i{(n % 20 + n // 20) % 24 + 1}", "click", None, NOW + n * SECOND, str(n))
@@ -286,6 +297,52 @@ def test_feedback_of_several_shards_is_learned_in_their_order(tmp_path, trained)
         log.close()
 
 
+@pytest.mark.parametrize("at_once", [finetuning.EVENTS_AT_ONCE, 60], ids=["at once", "in parts"])
+def test_what_an_erased_user_added_is_in_no_count_of_the_next_base(tmp_path, trained, monkeypatch, at_once):
+    state = learned_state(tmp_path / "live", neighbours=24, ranker_features=len(FEATURES))  # no list is ever full
+    monkeypatch.setattr(finetuning, "EVENTS_AT_ONCE", at_once)
+    registry = Registry(state)
+    expected = registry.load(1).encoder.counts
+    assert expected is not None
+    before = registry.load().encoder.counts
+    assert before is not None
+    with FeedbackLog.open(state / "feedback.sqlite") as log:
+        assert log.erase("u3") == 10
+    outcome = finetune(state, settings=SETTINGS)
+    with FeedbackLogReader(state / "feedback.sqlite") as log:
+        histories: dict[str, list[int]] = {}
+        for entry in log.replay():
+            if entry.offset > outcome.log_offset:
+                break
+            rows = histories.setdefault(entry.event.user_id, [])
+            context = np.zeros((1, WINDOW), dtype=np.int64)
+            newest = list(dict.fromkeys(rows[::-1]))[:WINDOW]
+            context[0, : len(newest)] = newest
+            rows.append(int(entry.event.item_id.removeprefix("i")))
+            expected.count(context, np.array(rows[-1:]), np.ones(1), np.array([entry.offset]))
+    [name] = registry.offers.names()
+    counts = registry.offers.load(name).encoder.counts
+    assert counts is not None
+    assert "u3" not in histories
+    assert float(counts.events.sum()) == sum(map(len, histories.values())) < float(before.events.sum())
+    for kind in ("next", "together"):
+        assert pairs_of(counts, kind) == pytest.approx(pairs_of(expected, kind), rel=1e-5)
+    for counted in ("events", "followed", "trends", "counted_at", "first_at"):
+        assert torch.allclose(getattr(counts, counted).double(), getattr(expected, counted).double(), rtol=1e-5)
+
+
+def pairs_of(counts: ItemCounts, kind: str) -> dict[tuple[int, int], float]:
+    """Return what is counted of each pair."""
+    rows, values = getattr(counts, f"{kind}_rows"), getattr(counts, f"{kind}_counts")
+    owners, places = (rows > 0).nonzero(as_tuple=True)
+    return {
+        (owner, other): value
+        for owner, other, value in zip(
+            owners.tolist(), rows[owners, places].tolist(), values[owners, places].tolist(), strict=True
+        )
+    }
+
+
 def test_a_job_that_repeats_outlives_a_run_that_fails(state, trained, monkeypatch, capsys):
     waited: list[float] = []
     plan = jobs.finetune._plan
@@ -302,7 +359,9 @@ def test_a_job_that_repeats_outlives_a_run_that_fails(state, trained, monkeypatc
     def fail(*arguments: Any) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr("time.sleep", wait)
+    # its own clock alone: other threads of this process sleep, too
+    clock = SimpleNamespace(monotonic=time.monotonic, time_ns=time.time_ns, sleep=wait)
+    monkeypatch.setattr(jobs.finetune, "time", clock)
     with pytest.raises(SystemExit) as end:
         run_command(
             finetune_command,

@@ -205,7 +205,7 @@ def test_a_base_whose_parent_was_deleted_starts_a_lineage_of_its_own(tmp_path):
         learned(registry, log, 2, config)
         offer(registry, tmp_path / "late", "late", since=3, events=4, log_offset=8)
         learner = learned(registry, log, 8, config)
-        assert not Accounts(registry).traces(3)
+        assert Accounts(registry).origin_of(3) is None
         learner.take_over("late")
         assert (learner.lineage.parent, learner.log_offset) == (None, 8)
         ledger = check(Accounts(registry).newest_lineage(), log)
