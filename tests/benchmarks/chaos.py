@@ -5,7 +5,9 @@
 Starts `afterclick serve` on a copy of the model (without one, on a synthetic shop with a quickly pretrained model),
 sends it 200 events and 100 questions a second, and kills at random (kill -9) its aggregator, its learner, replicas,
 HAProxy and its manager, the Serve controller, and now and then all of its processes at once, which it then starts
-again. An event is sent again until it is acknowledged. Exit status 1, with the proofs that failed, where any did.
+again. An event is sent again until it is acknowledged. No limit of influence lowers what an event counts, so that the
+counts of the ranking stage must be those of the log to the bit. Exit status 1, with the proofs that failed, where any
+did.
 """
 
 import asyncio
@@ -44,6 +46,7 @@ from tests.helpers.chaos import (
     recovered,
     strike,
 )
+from tests.helpers.service import NO_LIMITS
 
 EVERYTHING = "everything"
 WEIGHTS = {"replica": 5, "aggregator": 4, "learner": 4, "controller": 2, "proxy manager": 2, PROXY: 2, EVERYTHING: 1}
@@ -270,8 +273,10 @@ def chaos_command(
         model, data = synthetic(folder)
     shutil.copytree(model, folder / "model", ignore=shutil.ignore_patterns("live"))
     items = sorted(set(pq.read_table(data / "events.parquet", columns=["item_id"])["item_id"].to_pylist()))
-    options = ("--aggregators", str(aggregators), "--learner-workers", str(learner_workers))
-    server = Server(folder / "model", data, folder / "serve.out", options)
+    options = ["--aggregators", str(aggregators), "--learner-workers", str(learner_workers)]
+    for name, limit in NO_LIMITS.items():
+        options += ["--set", f"learner.influence.{name}={limit}"]
+    server = Server(folder / "model", data, folder / "serve.out", tuple(options))
     load = Load(server.url, "chaos", items, events_per_second=events, questions_per_second=questions)
     chaos = Chaos(server, load, random.Random(seed))
     try:

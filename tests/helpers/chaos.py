@@ -24,8 +24,10 @@ from lib.log.layout import read_log
 from lib.log.reader import LogReader
 from lib.model.fingerprint import fingerprint
 from lib.versions.accounts import Accounts
+from lib.versions.folder import LoadedVersion
 from lib.versions.ledger import check
 from lib.versions.registry import Registry
+from lib.versions.rejections import Rejections
 
 SENDERS = 16
 LARGEST_REQUEST = 50  # events that waited meanwhile go out together
@@ -373,7 +375,40 @@ async def proofs(load: Load, state: Path) -> tuple[list[str], dict[str, Any]]:
         faults.append(f"a stored version is damaged: {loaded.damage}")
     if (loaded.version, fingerprint(loaded.encoder)) != (learner["version"], learner["checksum"]):
         faults.append(f"version {loaded.version} is stored with other weights than version {learner['version']} has")
+    with read_log(state) as log:
+        faults += _count_faults(registry, loaded, log)
     return faults + await _liveness_faults(load, status), asdict(ledger)
+
+
+def _count_faults(registry: Registry, loaded: LoadedVersion, log: LogReader) -> list[str]:
+    """What is counted of each item is what pretraining counted, and each learned event once; no limit may lower one."""
+    counts = loaded.encoder.counts
+    if counts is None:
+        return []
+    origin = Accounts(registry).origin_of(loaded.version)
+    assert origin is not None
+    first = registry.load(origin).encoder.counts
+    assert first is not None
+    passed_by = [(each.after_offset, each.last_offset) for each in Rejections(registry.store).all()]
+    learned = Counter(
+        entry.event.item_id
+        for entry in log.replay()
+        if entry.offset <= loaded.log_offset and not any(after < entry.offset <= last for after, last in passed_by)
+    )
+    faults = []
+    expected = counts.events.new_zeros(len(counts.events))
+    expected[: len(first.events)] = first.events
+    for item_id, events in learned.items():
+        expected[loaded.catalog.row_of[item_id]] += events
+    if wrong := (counts.events != expected).nonzero().flatten().tolist():
+        row = wrong[0]
+        faults.append(
+            f"the counts of {len(wrong)} items are not their events, such as {loaded.catalog.item_ids[row]}: "
+            f"{float(counts.events[row])} instead of {float(expected[row])}"
+        )
+    if (counted := int(counts.clock - first.clock)) != learned.total():
+        faults.append(f"the counts say that {counted} events were counted, of {learned.total()} that were learned")
+    return faults
 
 
 def _log_faults(load: Load, log: LogReader) -> list[str]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lib.live.settings import LearnerConfig
     from serving.app import ServeArguments
 
+NO_LIMITS = {"user_limit": 1e9, "newcomer_share": 1e9, "item_limit": 1e9}  # of influence: an event counts 1
 PATIENCE = 60.0  # seconds until a wait is given up; nothing is judged by how long it took
 Found = TypeVar("Found")
 
@@ -34,12 +35,15 @@ class RaySession:
 def learner_config(**gate: Any) -> LearnerConfig:
     """Settings of a learner for the service under test, with these of its gate.
 
-    What tests click is random: learned for long it is harm, and would be taken back as such.
+    What tests click is random: learned for long it is harm, and would be taken back as such. Each event counts in full,
+    however new its user is, so that counts can be compared with the log.
     """
     from lib.live.gate import GateConfig
+    from lib.live.influence import InfluenceLimits
     from lib.live.settings import LearnerConfig
 
-    return LearnerConfig(gate=GateConfig(reference_users=0, **gate))
+    influence = InfluenceLimits.model_validate(NO_LIMITS)
+    return LearnerConfig(gate=GateConfig(reference_users=0, **gate), influence=influence)
 
 
 @dataclass
