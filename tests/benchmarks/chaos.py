@@ -275,7 +275,7 @@ def chaos_command(
     items = sorted(set(pq.read_table(data / "events.parquet", columns=["item_id"])["item_id"].to_pylist()))
     options = ["--aggregators", str(aggregators), "--learner-workers", str(learner_workers)]
     for name, limit in NO_LIMITS.items():
-        options += ["--set", f"learner.influence.{name}={limit}"]
+        options += ["--set", f"influence.{name}={limit}"]
     server = Server(folder / "model", data, folder / "serve.out", tuple(options))
     load = Load(server.url, "chaos", items, events_per_second=events, questions_per_second=questions)
     chaos = Chaos(server, load, random.Random(seed))

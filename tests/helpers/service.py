@@ -94,9 +94,10 @@ class LiveService:
         """POST events; the answer."""
         return self.client.post("/v1/events", json={"events": list(events)}).raise_for_status().json()
 
-    def recommend(self, user_id: str, k: int = 10) -> dict[str, Any]:
+    def recommend(self, user_id: str, k: int = 10, **fields: Any) -> dict[str, Any]:
         """A user's recommendations; the answer."""
-        return self.client.post("/v1/recommendations", json={"user_id": user_id, "k": k}).raise_for_status().json()
+        body = {"user_id": user_id, "k": k, **fields}
+        return self.client.post("/v1/recommendations", json=body).raise_for_status().json()
 
     def items(self) -> list[str]:
         """Ids of items that the catalog has, the most popular first."""

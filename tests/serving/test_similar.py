@@ -1,4 +1,4 @@
-"""The route of similar items, with a model that has counts: that of the running service has too few events for them."""
+"""The route of similar items, with a model whose counts are known."""
 
 from types import SimpleNamespace
 
