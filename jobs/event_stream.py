@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -37,6 +38,7 @@ from lib.model.buckets import (
     BucketBatches,
     BucketFigures,
     Figures,
+    Moments,
     bucket_count,
     figures_of,
     figures_of_all,
@@ -46,12 +48,14 @@ from lib.model.buckets import (
     with_bucket,
 )
 from lib.model.encoder import BehaviourEncoderConfig
+from lib.ranking.fit import Held, order_of
 
 EVENTS_PER_BUCKET = 2_000_000  # 35 MB of histories, and what one task holds of the events
 IN_MEMORY_BYTES = 250  # of an event, at the peak, where a process reads all of them at once
 MEMORY_SHARE = 0.5  # of the machine's, that reading all at once may take
 PLACES_A_TASK = 4  # of the cluster's CPUs, while the stream is prepared: each task holds a bucket
 FIGURES_FILE, ITEMS_FILE, PARTS_FOLDER, BUCKETS_FOLDER = "figures.json", "items.parquet", "parts", "buckets"
+MOMENTS_FILE = "moments.npy"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -65,14 +69,26 @@ class StreamedData:
     catalog: Catalog  # of all items
     figures: Figures  # of the events that are trained on
     ratings: RatingScale
+    moments: Moments
 
     def parts(self, buckets: Sequence[int] | None = None) -> Iterator[Histories]:
         """Stream the histories of these buckets (or of all), one bucket after another."""
         return stream_buckets(self.folder, self.figures.buckets if buckets is None else buckets)
 
-    def batches(self, config: BehaviourEncoderConfig) -> BucketBatches:
-        """Make the training batches of an encoder."""
-        return BucketBatches(self.parts, self.figures.buckets, config)
+    def order(self, histories: Histories) -> np.ndarray:
+        """Return (E,) int64 where the events of a bucket stand in the order of time of all, from 1."""
+        single = len(self.figures.buckets) == 1
+        return order_of(histories) if single else self.moments.places(histories.timestamps)
+
+    def batches(self, config: BehaviourEncoderConfig, without: Held | None = None) -> BucketBatches:
+        """Make the training batches of an encoder, without some of the events."""
+        if without is None:
+            return BucketBatches(self.parts, self.figures.buckets, config)
+
+        def parts(buckets: Sequence[int]) -> Iterator[Histories]:
+            return (histories.select(~without(histories)) for histories in self.parts(buckets))
+
+        return BucketBatches(parts, self.figures.buckets, config)
 
 
 def prepare_stream(
@@ -101,17 +117,22 @@ def prepare_stream(
         span=(whole.oldest, whole.newest),
         value_share=SAMPLED_VALUES / max(whole.values, 1),
         seed=seed,
+        ratings=read_rating_scale(data),
+        step=Moments.step_of(whole.events),
     )
     found: list[BucketFigures] = []
+    times: list[np.ndarray] = []
     held = 0
-    for figures, events in _mapped(_buckets_in(folder / PARTS_FOLDER), finish, tasks):
+    for figures, moments, events in _mapped(_buckets_in(folder / PARTS_FOLDER), finish, tasks):
         shutil.rmtree(_part(folder, figures.bucket))
         found.append(figures)
+        times.append(moments)
         held += events
     (folder / PARTS_FOLDER).rmdir()
     if held != whole.events:
         raise RuntimeError(f"{folder}: the buckets hold {held} of {whole.events} events; start again")
     figures = figures_of_all(found)
+    np.save(folder / MOMENTS_FILE, np.sort(np.concatenate(times)))
     # the last step: where it is, everything is
     write_durably(folder / FIGURES_FILE, f"{json.dumps(asdict(figures), indent=2)}\n".encode())
     return figures
@@ -121,7 +142,9 @@ def read_stream(data: str | Path, folder: Path) -> StreamedData:
     """Return what `prepare_stream` has made of a dataset."""
     item_ids = pq.read_table(folder / ITEMS_FILE)["item_id"].to_pylist()
     catalog = Catalog.of_dataset(item_ids, read_items(data))
-    return StreamedData(folder, catalog, _read_figures(folder), read_rating_scale(data))
+    figures = _read_figures(folder)
+    moments = Moments(np.load(folder / MOMENTS_FILE), Moments.step_of(figures.events))
+    return StreamedData(folder, catalog, figures, read_rating_scale(data), moments)
 
 
 def stream_buckets(folder: Path, buckets: Sequence[int]) -> Iterator[Histories]:
@@ -218,9 +241,20 @@ def _bucket_file(folder: Path, bucket: int) -> Path:
 
 
 def _finish_bucket(
-    bucket: int, folder: Path, holdout: str, span: tuple[int, int], value_share: float, seed: int
-) -> tuple[BucketFigures, int]:
-    """Write a bucket's histories without what is held out; what they hold, and how many events there were before."""
+    bucket: int,
+    folder: Path,
+    holdout: str,
+    span: tuple[int, int],
+    value_share: float,
+    seed: int,
+    ratings: RatingScale,
+    step: int,
+) -> tuple[BucketFigures, np.ndarray, int]:
+    """Write a bucket's histories without what is held out.
+
+    Returns:
+        What they hold, the times of every `step`th event, and how many events there were before.
+    """
     # by ParquetFile, because read_table would take a column from the name of the folder
     parts = [pq.ParquetFile(path).read() for path in sorted(_part(folder, bucket).iterdir())]
     events = order_events(pa.concat_tables(parts).sort_by("position"))
@@ -229,7 +263,7 @@ def _finish_bucket(
     trained = part_to_train(histories, holdout, *span)
     # a task may be started again while its first try still runs
     make_durably(_bucket_file(folder, bucket), lambda unfinished: pq.write_table(table_of(trained), unfinished))
-    return figures_of(bucket, trained, value_share, seed), len(events)
+    return figures_of(bucket, trained, value_share, seed, ratings), Moments.of(trained, step), len(events)
 
 
 def _read_buckets(batch: Any, folder: Path) -> Iterator[pa.Table]:

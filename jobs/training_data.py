@@ -18,6 +18,7 @@ from lib.live.finetuning import WeightedBatches
 from lib.model.batches import SequenceBatches
 from lib.model.buckets import Figures, figures_of, figures_of_all
 from lib.model.encoder import BehaviourEncoderConfig
+from lib.ranking.fit import Held, order_of
 
 
 @dataclass
@@ -31,15 +32,20 @@ class TrainingData:
     @cached_property
     def figures(self) -> Figures:
         """What must be known of the histories before training."""
-        return figures_of_all([figures_of(0, self.histories)])
+        return figures_of_all([figures_of(0, self.histories, ratings=self.ratings)])
 
     def parts(self) -> Iterator[Histories]:
         """Yield all histories, at once."""
         yield self.histories
 
-    def batches(self, config: BehaviourEncoderConfig) -> SequenceBatches:
-        """Return training batches for an encoder."""
-        return SequenceBatches(self.histories, config)
+    def order(self, histories: Histories) -> np.ndarray:
+        """Return (E,) int64 the place of each event in the order of time."""
+        return order_of(histories)
+
+    def batches(self, config: BehaviourEncoderConfig, without: Held | None = None) -> SequenceBatches:
+        """Return training batches for an encoder, without some of the events."""
+        histories = self.histories if without is None else self.histories.select(~without(self.histories))
+        return SequenceBatches(histories, config)
 
 
 @dataclass(kw_only=True)
@@ -48,8 +54,9 @@ class WeightedData(TrainingData):
 
     weights: np.ndarray  # (E,)
 
-    def batches(self, config: BehaviourEncoderConfig) -> SequenceBatches:
-        """Return training batches for an encoder."""
+    def batches(self, config: BehaviourEncoderConfig, without: Held | None = None) -> SequenceBatches:
+        """Return training batches for an encoder; a fine-tune keeps nothing back."""
+        assert without is None
         return WeightedBatches(self.histories, config, self.weights)
 
 

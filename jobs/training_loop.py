@@ -29,10 +29,8 @@ from jobs.run_folder import RESULT, STREAM
 from jobs.training_data import TrainingData, WeightedData, read_training_data
 from lib.data.attributes import attribute_codes, attribute_values
 from lib.data.events import EVENT_KINDS
-from lib.data.histories import Histories
 from lib.data.popularity import DAY, popularity_of, steady_total
 from lib.live.finetuning import MarkedHistories
-from lib.model.batches import SequenceBatches
 from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
 from lib.model.facts import TrainingFacts
 from lib.model.folder import Manifest, save_model, write_manifest
@@ -43,9 +41,10 @@ from lib.ranking.fit import (
     EXTRA_EPOCHS,
     EXTRA_RATE,
     LEAST_EVENTS,
+    Held,
+    HeldBack,
     count_all,
     fit_ranker,
-    held_back,
     neighbours_for,
     people_come_back,
 )
@@ -142,9 +141,8 @@ class TrainingWorker:
         self.epochs = self.preset.epochs
         self.batches = self.every = self.data.batches(config)
         if self.held is not None:
-            assert isinstance(self.data, TrainingData)
             self.epochs += math.ceil(EXTRA_EPOCHS * self.preset.epochs)
-            self.batches = SequenceBatches(self.data.histories.select(~self.held), config)
+            self.batches = self.data.batches(config, without=self.held)
         self.steps_per_epoch = [self._steps(self.batches)]
         if self.held is not None:
             self.steps_per_epoch.append(self._steps(self.every))
@@ -214,12 +212,11 @@ class TrainingWorker:
         encoder = self.trainer.unsharded_encoder()
         if self.rank != 0:
             return
-        assert isinstance(self.data, TrainingData)
         assert self.held is not None
         device, settings = self.device, self.run.settings
-        learned = replace(self.data, histories=self.data.histories.select(~self.held))
-        count_popularity(encoder.cpu(), learned, settings.popularity_half_life_days * DAY)  # what newcomers are shown
-        fit_ranker(encoder, self.data.histories, self.held, settings.holdout, settings.seed)
+        half_life = settings.popularity_half_life_days * DAY
+        count_popularity(encoder.cpu(), self.data, half_life, without=self.held)  # what newcomers are shown
+        fit_ranker(encoder, self.data, self.held, settings.holdout, settings.seed)
         encoder.to(device)  # pyright: ignore[reportArgumentType]
         own, fitted = self.trainer.encoder.ranker, encoder.ranker
         if own is not None and fitted is not None and own is not fitted:
@@ -263,8 +260,8 @@ class TrainingWorker:
         self.writer.close()
         if self.origin is None:
             count_popularity(encoder, self.data, self.run.settings.popularity_half_life_days * DAY)
-            if encoder.counts is not None and isinstance(self.data, TrainingData):
-                count_all(encoder, self.data.histories)
+            if encoder.counts is not None:
+                count_all(encoder, self.data)
         folder, manifest = self.run.storage / RESULT, Manifest(training=self._facts(metrics))
         save_model(folder, encoder, self.data.catalog, manifest)
         safetensors.numpy.save_file(optimizer, folder / OPTIMIZER_FILE)
@@ -288,16 +285,16 @@ class TrainingWorker:
 
 def new_trainer(
     settings: PretrainSettings, material: Material, device: torch.device
-) -> tuple[Trainer, np.ndarray | None]:
+) -> tuple[Trainer, HeldBack | None]:
     """Return a trainer of a fresh encoder, or of the origin's with its optimiser's state, and what is held back.
 
-    That is (E,) bool, the events to fit the fresh encoder's ranker on; None where it has none.
+    That is what the fresh encoder's ranker is fitted on; None where it has none.
     """
     data, preset, origin = material.data, material.preset, material.origin
     held = None
     encoder = origin.encoder if origin else new_encoder(data, preset, settings.seed, settings.inputs)
-    if origin is None and isinstance(data, TrainingData):
-        held = add_ranker(encoder, data.histories, settings)
+    if origin is None:
+        held = add_ranker(encoder, data, settings)
     encoder.to(device)  # pyright: ignore[reportArgumentType]  transformers wraps it and hides its signature
     trainer = Trainer(encoder, len(data.catalog), training_config(settings, preset, device))
     if origin is not None and origin.optimizer is not None:
@@ -328,13 +325,17 @@ def new_encoder(
     return encoder
 
 
-def add_ranker(encoder: BehaviourEncoder, histories: Histories, settings: PretrainSettings) -> np.ndarray | None:
-    """Give an encoder empty counts and a ranker, where enough is kept back to fit it on; return (E,) bool what is."""
-    neighbours = neighbours_for(histories) if settings.neighbours is None else settings.neighbours
-    held = held_back(histories, encoder.config, settings.holdout, settings.seed)
-    if not neighbours or int(held.sum()) < LEAST_EVENTS:
+def add_ranker(
+    encoder: BehaviourEncoder, data: TrainingData | StreamedData, settings: PretrainSettings
+) -> HeldBack | None:
+    """Give an encoder empty counts and a ranker, where enough is kept back to fit it on; return what chooses that."""
+    figures, neighbours = data.figures, settings.neighbours
+    if neighbours is None:
+        neighbours = neighbours_for(figures.events, figures.items)
+    held = HeldBack(data, figures, encoder.config, settings.holdout, settings.seed)
+    if not neighbours or held.expected < LEAST_EVENTS:
         return None
-    encoder.config.repeats = people_come_back(histories)
+    encoder.config.repeats = people_come_back(figures)
     encoder.add_ranker(neighbours, len(FEATURES))
     return held
 
@@ -349,11 +350,18 @@ def training_config(settings: PretrainSettings, preset: Preset, device: torch.de
     return config
 
 
-def count_popularity(encoder: BehaviourEncoder, data: TrainingData | StreamedData, half_life: float) -> None:
-    """Set what is popular at the end of the training data; it weighs no more than live feedback will."""
+def count_popularity(
+    encoder: BehaviourEncoder,
+    data: TrainingData | StreamedData,
+    half_life: float,
+    without: Held | None = None,
+) -> None:
+    """Set what is popular at the end of the training data, but for some events; it weighs no more than live ones."""
     reference = data.figures.newest
     totals, users, events = np.zeros(encoder.config.item_rows), 0, 0
     for histories in data.parts():
+        if without is not None:
+            histories = histories.select(~without(histories))
         totals += popularity_of(histories, reference, half_life, len(totals))
         users, events = users + int((histories.lengths > 0).sum()), events + len(histories.rows)
     most = steady_total(len(data.catalog), users / max(events, 1))

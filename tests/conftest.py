@@ -17,7 +17,6 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from cluster.local import HOST, free_port, prepare_environment
 from tests.helpers.logs import ROOT
-from tests.helpers.service import PATIENCE, LiveService, RaySession
+from tests.helpers.service import PATIENCE, LiveService, RaySession, started_service
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # it has ports and folders of its own, not those of the process that started it
     for name in [name for name in os.environ if name.startswith("RAY_SERVE_")]:
@@ -150,23 +149,6 @@ def small_model(ray_session: RaySession, shop_dataset: Path, tmp_path_factory: p
     model = tmp_path_factory.mktemp("pretrained") / "model"
     pretrain(shop_dataset, model, PretrainSettings(epochs=2, max_length=20, hidden_size=32), gpu=False)
     return model
-
-
-@contextmanager
-def started_service(model: Path, data: Path, folder: Path) -> Iterator[LiveService]:
-    """Start a service with two replicas on a fresh copy of the model, in place of the one that runs on this Ray."""
-    from jobs.service import stop_service
-    from serving.app import ServeArguments
-
-    stop_service()
-    shutil.copytree(model, folder / "model")
-    live = LiveService(ServeArguments(model=str(folder / "model"), data=str(data), replicas=2), free_port())
-    try:
-        live.start()
-        yield live
-    finally:
-        live.client.close()
-        live.stop()
 
 
 @pytest.fixture(scope="session")

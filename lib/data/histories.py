@@ -67,6 +67,16 @@ class Histories:
         )
 
 
+def joined(parts: Sequence[Histories]) -> Histories:
+    """Return the users of all parts, one part after another."""
+    lengths = np.concatenate([part.lengths for part in parts])
+    columns = [
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("rows", "kinds", "values", "timestamps")
+    ]
+    users = [user for part in parts for user in part.user_ids]
+    return Histories(users, np.concatenate([[0], np.cumsum(lengths)]), *columns)
+
+
 class Person(NamedTuple):
     """What the ranker reads of a history (lib/ranking/features.py); S distinct items."""
 

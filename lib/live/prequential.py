@@ -51,7 +51,7 @@ from lib.model.folder import load_model
 from lib.model.trainer import Trainer, TrainingConfig
 from lib.ranking.candidates import SOURCES
 from lib.ranking.contender import answers, ranks_alone
-from lib.ranking.fit import REPEATED_SHARE, count_all
+from lib.ranking.fit import REPEATED_SHARE, Whole, count_all
 from lib.ranking.stage import RankingStage, stage_of
 from lib.versions.registry import Registry
 
@@ -320,7 +320,7 @@ class Finetuned(ModelArm):
         totals = popularity_of(flat, newest, self.half_life, self.encoder.config.item_rows)
         self.encoder.item_popularity.copy_(torch.from_numpy(totals.astype(np.float32)))
         if self.encoder.counts is not None:
-            count_all(self.encoder, flat)
+            count_all(self.encoder, Whole(flat))
         self.stage = stage_of(self.encoder)
         self.fine_tunes += 1
 

@@ -13,15 +13,18 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from lib.data.events import EVENT_KINDS
 from lib.data.histories import Histories
 from lib.data.holdout import TEMPORAL, cutoff_time, training_part
+from lib.data.ratings import STARS, RatingScale
 from lib.data.tables import partition_of
-from lib.model.batches import Batch, SequenceBatches, value_boundaries
+from lib.model.batches import Batch, SequenceBatches, target_weights, value_boundaries
 from lib.model.encoder import BehaviourEncoderConfig
 
 MOST_BUCKETS = 1024  # Arrow writes no more parts at once
 SAMPLED_VALUES = 4_000_000  # that boundaries are chosen from; more than a bucket holds
 MINIATURE_USERS = 100_000
+MOST_MOMENTS = 4_000_000  # by which the order of all events is known, 32 MB: of fewer events it is exact
 
 # one line a user, so that a bucket is offsets and columns, as Histories are
 BUCKET_SCHEMA = pa.schema(
@@ -45,6 +48,9 @@ class BucketFigures:
     rows: np.ndarray  # distinct rows of its events
     newest: int | None  # milliseconds; None where no event is left to train on
     values: np.ndarray  # float32, those that are there, or a sample
+    repeated: int  # events with an item that their user had before
+    liked: int  # events that were no dislikes
+    newest_liked: int  # users of three events or more whose newest was none
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,9 @@ class Figures:
     items: int  # that have events
     newest: int  # milliseconds
     value_boundaries: list[float]
+    repeated: int  # events with an item that their user had before
+    liked: int  # events that were no dislikes
+    newest_liked: int  # users of three events or more whose newest was none
 
     @property
     def users(self) -> int:
@@ -120,8 +129,35 @@ def histories_in(table: pa.Table) -> Histories:
     return Histories(users.to_pylist(), offsets - offsets[0], *columns)
 
 
-def figures_of(bucket: int, histories: Histories, value_share: float = 1.0, seed: int = 0) -> BucketFigures:
+@dataclass(frozen=True)
+class Moments:
+    """Where events stand in the order of time of all events, whatever bucket they are in."""
+
+    times: np.ndarray  # (M,) int64 milliseconds, ascending: every `step`th event of each bucket
+    step: int
+
+    def places(self, timestamps: np.ndarray) -> np.ndarray:
+        """Return (E,) int64 how many of all events came up to each of these times, about; 1 or more."""
+        return np.maximum(np.searchsorted(self.times, timestamps, side="right") * self.step, 1)
+
+    @staticmethod
+    def step_of(events: int) -> int:
+        """Return of how many events one is kept."""
+        return max(-(-events // MOST_MOMENTS), 1)
+
+    @staticmethod
+    def of(histories: Histories, step: int) -> np.ndarray:
+        """Return the times of a bucket that are kept."""
+        return np.sort(histories.timestamps)[step // 2 :: step]
+
+
+def figures_of(
+    bucket: int, histories: Histories, value_share: float = 1.0, seed: int = 0, ratings: RatingScale = STARS
+) -> BucketFigures:
     """Count what a bucket holds, and keep that share of its values (1 or more: all of them)."""
+    liked = target_weights(histories.kinds, histories.values, EVENT_KINDS, ratings) > 0
+    owners = np.repeat(np.arange(len(histories)), histories.lengths)
+    pairs = owners * (int(histories.rows.max(initial=0)) + 1) + histories.rows
     values = histories.values[~np.isnan(histories.values)]
     if value_share < 1:
         values = values[np.random.default_rng((seed, bucket)).random(len(values)) < value_share]
@@ -132,6 +168,9 @@ def figures_of(bucket: int, histories: Histories, value_share: float = 1.0, seed
         rows=np.unique(histories.rows),
         newest=int(histories.timestamps.max()) if len(histories.timestamps) else None,
         values=values,
+        repeated=len(pairs) - len(np.unique(pairs)),
+        liked=int(liked.sum()),
+        newest_liked=int(liked[histories.offsets[1:][histories.lengths >= 3] - 1].sum()),
     )
 
 
@@ -149,6 +188,7 @@ def figures_of_all(parts: Sequence[BucketFigures]) -> Figures:
         items=int(rows.sum()),
         newest=max((part.newest for part in parts if part.newest is not None), default=0),
         value_boundaries=value_boundaries(np.concatenate([part.values for part in parts])),
+        **{name: sum(getattr(part, name) for part in parts) for name in ("repeated", "liked", "newest_liked")},
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,7 +15,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.local import HOST
+from cluster.local import HOST, free_port
 from lib.log.reader import FeedbackLogReader
 
 if TYPE_CHECKING:
@@ -136,6 +138,23 @@ class LiveService:
             return None
         state = {(learner["version"], learner["checksum"])} | {(r["version"], r["checksum"]) for r in replicas}
         return status if len(state) == 1 else None
+
+
+@contextmanager
+def started_service(model: Path, data: Path, folder: Path) -> Iterator[LiveService]:
+    """Start a service with two replicas on a fresh copy of the model, in place of the one that runs on this Ray."""
+    from jobs.service import stop_service
+    from serving.app import ServeArguments
+
+    stop_service()
+    shutil.copytree(model, folder / "model")
+    live = LiveService(ServeArguments(model=str(folder / "model"), data=str(data), replicas=2), free_port())
+    try:
+        live.start()
+        yield live
+    finally:
+        live.client.close()
+        live.stop()
 
 
 def click(user_id: str, item_id: str, **fields: Any) -> dict[str, Any]:

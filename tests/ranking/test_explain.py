@@ -17,7 +17,7 @@ from lib.model.batches import SequenceBatches
 from lib.model.encoder import BehaviourEncoder
 from lib.ranking.explain import GROUPS, Influence, influences, most_influential, occluded, shares
 from lib.ranking.features import FEATURES, Candidates
-from lib.ranking.fit import count_all
+from lib.ranking.fit import Whole, count_all
 from lib.ranking.recommender import Question, Recommender
 from lib.ranking.rules import RankingRules
 from tests.helpers.tiny import NOW, SECOND, history, item_ids, tiny_encoder
@@ -161,7 +161,7 @@ def ranking(line: dict[str, float], repeats: bool = False) -> Recommender:
     made = tiny_encoder(ITEMS, attribute_values=values, attributes_per_item=2, repeats=repeats)
     made.item_attributes.copy_(torch.from_numpy(attribute_codes(catalog, values, 2)))
     made.add_ranker(32, len(FEATURES))
-    count_all(made, histories_of(*[[1, 2]] * 20, *[[3, 4]] * 3, [1, 7], [5], [6]))
+    count_all(made, Whole(histories_of(*[[1, 2]] * 20, *[[3, 4]] * 3, [1, 7], [5], [6])))
     assert made.ranker is not None
     line_of = torch.tensor([line.get(name, 0.0) for name in FEATURES])
     made.ranker.start(torch.zeros(len(FEATURES)), torch.ones(len(FEATURES)), line_of, seed=0)

@@ -10,7 +10,7 @@ from lib.errors import InputError
 from lib.model.item_counts import ItemCounts
 from lib.ranking.features import FEATURES
 from lib.ranking.filters import ItemFilter
-from lib.ranking.fit import count_all, neighbours_for, order_of
+from lib.ranking.fit import Whole, count_all, neighbours_for, order_of
 from lib.ranking.recommender import Recommender
 from tests.helpers.tiny import NOW, SECOND, item_ids, tiny_encoder
 
@@ -35,8 +35,8 @@ def histories_of(orders: list[list[list[int]]]) -> Histories:
 def recommender_of(orders: list[list[list[int]]], items: int = ITEMS) -> Recommender:
     histories = histories_of(orders)
     encoder = tiny_encoder(items)
-    encoder.add_ranker(neighbours_for(histories), len(FEATURES))
-    count_all(encoder, histories)
+    encoder.add_ranker(neighbours_for(len(histories.rows), 200), len(FEATURES))
+    count_all(encoder, Whole(histories))
     return Recommender(encoder, Catalog(item_ids(items)), version=1)
 
 

@@ -7,8 +7,7 @@ import pytest
 
 from lib.model.folder import Manifest
 from lib.versions.folder import load_folder, save_with_optimizer
-from tests.conftest import started_service
-from tests.helpers.service import LiveService, assert_each_event_once, assert_refused, click, ids
+from tests.helpers.service import LiveService, assert_each_event_once, assert_refused, click, ids, started_service
 
 pytestmark = pytest.mark.slow
 
