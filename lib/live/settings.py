@@ -64,8 +64,8 @@ class LearnerConfig(Settings):
     keep_bytes: int = Field(
         default=300_000_000,
         ge=1,
-        description="bytes of stored versions; older ones are deleted, but for the first, the base, the newest two "
-        "snapshots and the deltas since",
+        description="bytes of stored versions; older ones are deleted, but for the first, that with which the lineage "
+        "began, the base, the newest two snapshots and the deltas since",
     )
     snapshot_every: int = Field(
         default=2000,

@@ -198,6 +198,28 @@ def test_the_lineage_of_a_new_base_has_every_event_once(tmp_path, keep_bytes):
         assert found == ["version 23, offsets 21 to 34: gap, 13 events trained on and 0 rejected of 14"]
 
 
+def test_the_version_with_which_the_lineage_began_is_kept(tmp_path):
+    registry = started_registry(tmp_path / "store")
+    config = CONFIG.model_copy(update={"snapshot_every": 2, "keep_bytes": 1})
+    with FeedbackLog.open(tmp_path / "log") as log:
+        learner = learned(registry, log, 3, config)
+        promoted = registry.load(1)  # pretrained elsewhere, and winner of an experiment
+        facts = VersionFacts(kind="promotion")
+        save_with_optimizer(tmp_path / "won", promoted.encoder, promoted.catalog, Manifest(facts=facts), None)
+        registry.offers.add("won", tmp_path / "won")
+        learner.take_over("won")
+        origin = learner.version
+        assert (learner.lineage.parent, learner.log_offset) == (None, 0)
+        offer(registry, tmp_path / "tuned", "tuned", since=origin, events=4, log_offset=4)
+        learner.take_over("tuned")
+        base = learner.version
+        for number in range(20):
+            learner.learn(micro_batch(5 + number, [history([1, 2, 3])]))
+        assert Accounts(registry).origin_of(registry.load().version) == origin
+        assert {1, origin, base} <= set(registry.snapshots())
+        assert len(registry.snapshots()) <= 5
+
+
 def test_a_base_whose_parent_was_deleted_starts_a_lineage_of_its_own(tmp_path):
     registry = started_registry(tmp_path / "store")
     config = CONFIG.model_copy(update={"snapshot_every": 2, "keep_bytes": 1})
