@@ -306,11 +306,20 @@ def _write_material(
 
 
 def _origin(registry: "Registry", begun: "LoadedVersion") -> "LoadedVersion":
-    """Return the version with which the lineage of one began, or itself where that is not stored any more."""
+    """Return the version with which the lineage of one began.
+
+    It is that one itself where the other is not stored any more, or has other items, as after a rollback behind the
+    winner of an experiment.
+    """
     from lib.versions.accounts import Accounts
 
-    origin = Accounts(registry).origin_of(begun.version)
-    return begun if origin is None or origin not in registry.snapshots() else registry.load(origin)
+    version = Accounts(registry).origin_of(begun.version)
+    if version is None or version not in registry.snapshots():
+        return begun
+    origin = registry.load(version)
+    items = origin.catalog.item_ids
+    alike = origin.encoder.config.neighbours == begun.encoder.config.neighbours
+    return origin if alike and begun.catalog.item_ids[: len(items)] == items else begun
 
 
 def _item_changes(state: Path) -> dict[str, dict[str, Any] | None]:

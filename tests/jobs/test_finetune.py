@@ -16,8 +16,9 @@ import torch
 import jobs.finetune
 from jobs import training_workers
 from jobs.command_line import run_command
-from jobs.finetune import FOLDER, FinetuneSettings, Outcome, _alone, finetune, finetune_command
+from jobs.finetune import FOLDER, FinetuneSettings, Outcome, _alone, _origin, finetune, finetune_command
 from jobs.pretrain_settings import PretrainSettings
+from lib.data.catalog import Catalog
 from lib.data.dataset import write_dataset
 from lib.data.events import EVENT_SCHEMA, Event
 from lib.data.history import History
@@ -30,6 +31,7 @@ from lib.log.layout import ORDER_FILE, LogLayout, read_log
 from lib.log.order import LogOrder
 from lib.log.reader import FeedbackLogReader
 from lib.log.shard import shard_of
+from lib.model.facts import VersionFacts
 from lib.model.folder import Manifest
 from lib.model.item_counts import WINDOW, ItemCounts
 from lib.ranking.features import FEATURES
@@ -41,7 +43,7 @@ from lib.versions.registry import Registry
 from lib.versions.rejections import Rejection, Rejections
 from tests.helpers.learners import CONFIG
 from tests.helpers.service import LiveService, assert_each_event_once, versions_and_checksums
-from tests.helpers.tiny import NOW, SECOND, micro_batch, started_registry
+from tests.helpers.tiny import NOW, SECOND, history, item_ids, micro_batch, started_registry, tiny_encoder
 from tests.helpers.traffic import Traffic
 
 SETTINGS = FinetuneSettings(epochs=1, tolerance=2.0, negatives=64)  # NDCG cannot be so much worse
@@ -329,6 +331,23 @@ def test_what_an_erased_user_added_is_in_no_count_of_the_next_base(tmp_path, tra
         assert pairs_of(counts, kind) == pytest.approx(pairs_of(expected, kind), rel=1e-5)
     for counted in ("events", "followed", "trends", "counted_at", "first_at"):
         assert torch.allclose(getattr(counts, counted).double(), getattr(expected, counted).double(), rtol=1e-5)
+
+
+def test_counts_begin_with_the_version_itself_where_its_lineage_began_with_other_items(tmp_path):
+    registry = Registry(learned_state(tmp_path / "live", neighbours=4, ranker_features=len(FEATURES)))
+    learner = NearlineLearner(registry, CONFIG)
+    assert _origin(registry, registry.load(5)).version == 1
+    facts = VersionFacts(kind="promotion")
+    won = tiny_encoder(24, neighbours=4, ranker_features=len(FEATURES))
+    save_with_optimizer(tmp_path / "won", won, Catalog(item_ids(24)[::-1]), Manifest(facts=facts), None)
+    registry.offers.add("won", tmp_path / "won")
+    learner.take_over("won")
+    promoted = learner.version
+    learner.learn(micro_batch(200, [history([1, 2, 3])]))
+    learner.restore(5)  # what these weights have not learned of the log was learned by others
+    assert registry.load().catalog.item_ids[1] == "i1"
+    assert Accounts(registry).origin_of(learner.version) == promoted
+    assert _origin(registry, registry.load()).version == learner.version
 
 
 def pairs_of(counts: ItemCounts, kind: str) -> dict[tuple[int, int], float]:
