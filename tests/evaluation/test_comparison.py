@@ -22,7 +22,7 @@ from lib.evaluation.protocols import Cases, Ranking
 from lib.model.facts import TrainingFacts
 from lib.model.folder import Manifest, save_model
 from lib.ranking.features import FEATURES
-from lib.ranking.fit import count_all
+from lib.ranking.fit import Whole, count_all
 from tests.helpers.tiny import NOW, SECOND, item_ids, random_histories, tiny_encoder
 
 
@@ -212,7 +212,7 @@ def test_one_models_figures_stand_at_the_top(data, models):
 def test_sources_of_a_model_with_a_ranker_stand_beside_its_whole_answer(data, tmp_path, capsys):
     encoder, catalog = tiny_encoder(24), Catalog(item_ids(24))
     encoder.add_ranker(8, len(FEATURES))
-    count_all(encoder, random_histories(40, 24, np.random.default_rng(0)))
+    count_all(encoder, Whole(random_histories(40, 24, np.random.default_rng(0))))
     save_model(tmp_path / "m", encoder, catalog, Manifest(training=TrainingFacts(holdout=LEAVE_ONE_OUT)))
     evaluate_command(data, [tmp_path / "m"], json_=tmp_path / "f.json")
     shown = capsys.readouterr().out

@@ -45,15 +45,15 @@ HELD_OUT = [history([7, 8, 9]), history([3, 1, 2, 6]), history([12, 13, 14]), hi
 
 
 @pytest.fixture(params=[{}, COUNTED], ids=["encoder", "counted"])
-def kind(request) -> dict[str, int]:
+def made_of(request) -> dict[str, int]:
     """Settings of an encoder alone, and of one with counts and a ranker."""
     return request.param
 
 
 @pytest.fixture
-def registry(tmp_path, kind) -> Registry:
+def registry(tmp_path, made_of) -> Registry:
     """A registry whose first version is such an encoder."""
-    return started_registry(tmp_path / "store", dropout=0.3, **kind)
+    return started_registry(tmp_path / "store", dropout=0.3, **made_of)
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_live_ratings_are_on_the_scale_of_the_model(tmp_path):
     assert batch.target_rows[batch.target_weights > 0].tolist() == [4]
 
 
-def test_a_batch_in_which_nothing_can_be_trained(registry, learner, kind):
+def test_a_batch_in_which_nothing_can_be_trained(registry, learner, made_of):
     update(learner, 1)
     replica, before = recommender_of(registry), copied_state(learner.model.encoder)
     outcome = learner.learn(micro_batch(4, [history([5]), history(["new"])]))  # first events of new users
@@ -200,7 +200,7 @@ def test_a_batch_in_which_nothing_can_be_trained(registry, learner, kind):
     changed = {name for name in before if not torch.equal(before[name], after[name][: len(before[name])])}
     known = {name for name in changed if not name.startswith(("counts.", "ranker."))}
     assert known == {"item_popularity"}
-    assert ("counts.events" in changed) == ("ranker.steps" in changed) == bool(kind)
+    assert ("counts.events" in changed) == ("ranker.steps" in changed) == bool(made_of)
     assert outcome.rows.tolist() == [5, 25]
     assert after["item_popularity"][5] > before["item_popularity"][5]
     assert (learner.log_offset, learner.lineage.events_trained, learner.version) == (4, 3, 3)
@@ -381,8 +381,8 @@ def test_a_dense_tensor_or_a_loss_that_is_not_finite_is_rejected(learner, monkey
     assert learner.version == 1
 
 
-def test_learning_goes_on_after_a_rejection(registry, learner, kind):
-    twin = NearlineLearner(started_registry(f"{registry.store.root}-twin", dropout=0.3, **kind), CONFIG)
+def test_learning_goes_on_after_a_rejection(registry, learner, made_of):
+    twin = NearlineLearner(started_registry(f"{registry.store.root}-twin", dropout=0.3, **made_of), CONFIG)
     rejected_update(learner, micro_batch(1, [history([1, 2, 3])], held_out=HELD_OUT))
     one, other = update(learner, 2, 4, 5, 6), update(twin, 2, 4, 5, 6)
     assert one.checksum == other.checksum  # as if the rejected one had never been

@@ -14,7 +14,7 @@ from lib.model.encoder import BehaviourEncoder
 from lib.ranking.candidates import SOURCES
 from lib.ranking.contender import ALONE, answer_contender, answers, catalog_stage, rank_sources, ranks_alone
 from lib.ranking.features import FEATURES, Candidates
-from lib.ranking.fit import count_all
+from lib.ranking.fit import Whole, count_all
 from lib.ranking.stage import RankingStage
 from tests.helpers.tiny import NOW, SECOND, item_ids, tiny_encoder
 
@@ -44,7 +44,7 @@ def histories() -> Histories:
 def encoder(histories: Histories) -> BehaviourEncoder:
     made = tiny_encoder(ITEMS + 9)  # with spare rows
     made.add_ranker(8, len(FEATURES))
-    count_all(made, histories)
+    count_all(made, Whole(histories))
     assert made.ranker is not None
     made.ranker.weights += torch.randn(len(made.ranker.weights), generator=torch.Generator().manual_seed(0))
     return made
