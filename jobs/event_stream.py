@@ -43,7 +43,9 @@ from lib.model.buckets import (
     figures_of,
     figures_of_all,
     histories_in,
+    kept_times,
     part_to_train,
+    step_of,
     table_of,
     with_bucket,
 )
@@ -55,7 +57,7 @@ IN_MEMORY_BYTES = 250  # of an event, at the peak, where a process reads all of 
 MEMORY_SHARE = 0.5  # of the machine's, that reading all at once may take
 PLACES_A_TASK = 4  # of the cluster's CPUs, while the stream is prepared: each task holds a bucket
 FIGURES_FILE, ITEMS_FILE, PARTS_FOLDER, BUCKETS_FOLDER = "figures.json", "items.parquet", "parts", "buckets"
-MOMENTS_FILE = "moments.npy"
+MOMENTS_FILE = "moments.npz"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -110,6 +112,7 @@ def prepare_stream(
     whole = merged(_mapped(pieces, partial(survey, path), tasks))
     pq.write_table(whole.first_uses.select(["item_id"]), folder / ITEMS_FILE)
     _write_parts(path, pieces, folder / PARTS_FOLDER, bucket_count(whole.events, events_per_bucket), tasks)
+    step = step_of(whole.events)
     finish = partial(
         _finish_bucket,
         folder=folder,
@@ -118,21 +121,21 @@ def prepare_stream(
         value_share=SAMPLED_VALUES / max(whole.values, 1),
         seed=seed,
         ratings=read_rating_scale(data),
-        step=Moments.step_of(whole.events),
+        step=step,
     )
     found: list[BucketFigures] = []
     times: list[np.ndarray] = []
     held = 0
-    for figures, moments, events in _mapped(_buckets_in(folder / PARTS_FOLDER), finish, tasks):
+    for figures, kept, events in _mapped(_buckets_in(folder / PARTS_FOLDER), finish, tasks):
         shutil.rmtree(_part(folder, figures.bucket))
         found.append(figures)
-        times.append(moments)
+        times.append(kept)
         held += events
     (folder / PARTS_FOLDER).rmdir()
     if held != whole.events:
         raise RuntimeError(f"{folder}: the buckets hold {held} of {whole.events} events; start again")
     figures = figures_of_all(found)
-    np.save(folder / MOMENTS_FILE, np.sort(np.concatenate(times)))
+    Moments.of(times, step).save(folder / MOMENTS_FILE)
     # the last step: where it is, everything is
     write_durably(folder / FIGURES_FILE, f"{json.dumps(asdict(figures), indent=2)}\n".encode())
     return figures
@@ -143,8 +146,7 @@ def read_stream(data: str | Path, folder: Path) -> StreamedData:
     item_ids = pq.read_table(folder / ITEMS_FILE)["item_id"].to_pylist()
     catalog = Catalog.of_dataset(item_ids, read_items(data))
     figures = _read_figures(folder)
-    moments = Moments(np.load(folder / MOMENTS_FILE), Moments.step_of(figures.events))
-    return StreamedData(folder, catalog, figures, read_rating_scale(data), moments)
+    return StreamedData(folder, catalog, figures, read_rating_scale(data), Moments.load(folder / MOMENTS_FILE))
 
 
 def stream_buckets(folder: Path, buckets: Sequence[int]) -> Iterator[Histories]:
@@ -263,7 +265,7 @@ def _finish_bucket(
     trained = part_to_train(histories, holdout, *span)
     # a task may be started again while its first try still runs
     make_durably(_bucket_file(folder, bucket), lambda unfinished: pq.write_table(table_of(trained), unfinished))
-    return figures_of(bucket, trained, value_share, seed, ratings), Moments.of(trained, step), len(events)
+    return figures_of(bucket, trained, value_share, seed, ratings), kept_times(trained, step), len(events)
 
 
 def _read_buckets(batch: Any, folder: Path) -> Iterator[pa.Table]:

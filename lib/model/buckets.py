@@ -9,6 +9,8 @@ bucket, it is the dataset: the same items, the same histories in the same order,
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -140,15 +142,30 @@ class Moments:
         """Return (E,) int64 how many of all events came up to each of these times, about; 1 or more."""
         return np.maximum(np.searchsorted(self.times, timestamps, side="right") * self.step, 1)
 
-    @staticmethod
-    def step_of(events: int) -> int:
-        """Return of how many events one is kept."""
-        return max(-(-events // MOST_MOMENTS), 1)
+    @classmethod
+    def of(cls, kept: Sequence[np.ndarray], step: int) -> Self:
+        """Return them of what was kept of all buckets."""
+        return cls(np.sort(np.concatenate(kept)), step)
 
-    @staticmethod
-    def of(histories: Histories, step: int) -> np.ndarray:
-        """Return the times of a bucket that are kept."""
-        return np.sort(histories.timestamps)[step // 2 :: step]
+    def save(self, path: Path) -> None:
+        """Write a file."""
+        np.savez(path, times=self.times, step=self.step)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` has written."""
+        with np.load(path) as said:
+            return cls(said["times"], int(said["step"]))
+
+
+def step_of(events: int) -> int:
+    """Return of how many events the time of one is kept, where there are so many in all."""
+    return max(-(-events // MOST_MOMENTS), 1)
+
+
+def kept_times(histories: Histories, step: int) -> np.ndarray:
+    """Return the times of a bucket that are kept."""
+    return np.sort(histories.timestamps)[step // 2 :: step]
 
 
 def figures_of(

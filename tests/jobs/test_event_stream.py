@@ -1,8 +1,9 @@
 """Datasets that are streamed: the same events, items and batches as in memory, whatever the number of buckets."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,13 @@ from jobs.pretrain_settings import PretrainSettings
 from jobs.training_data import read_training_data
 from lib.data.catalog import Catalog
 from lib.data.dataset import RATING_SCALE, read_events
+from lib.data.events import EVENT_KINDS
 from lib.data.histories import Histories
 from lib.data.holdout import LEAVE_ONE_OUT, NONE, TEMPORAL, training_part
 from lib.data.pieces import Piece, first_uses, merged, pieces_of, read_piece, survey
 from lib.data.ratings import RatingScale
 from lib.errors import InputError
-from lib.model.batches import Batch, SequenceBatches, value_boundaries
+from lib.model.batches import Batch, SequenceBatches, target_weights, value_boundaries
 from lib.model.buckets import (
     BucketBatches,
     bucket_count,
@@ -221,6 +223,12 @@ def test_figures_of_buckets_are_those_of_the_whole():
     assert figures.users_to_learn_from == int((histories.lengths >= 2).sum()) < 60
     assert figures.newest == histories.timestamps.max()
     assert figures.value_boundaries == value_boundaries(histories.values)
+    liked = target_weights(histories.kinds, histories.values, EVENT_KINDS) > 0
+    newest = liked[histories.offsets[1:][histories.lengths > 2] - 1]
+    assert (figures.liked, figures.newest_liked) == (int(liked.sum()), int(newest.sum()))
+    users = [histories.rows[start:stop] for start, stop in pairwise(histories.offsets)]
+    first = sum(len(np.unique(rows)) for rows in users)
+    assert figures.repeated == figures.events - first > 0
     small = figures.miniature()
     assert sorted(small.lengths) == sorted(histories.lengths)
     assert len(np.unique(small.rows)) == figures.items == len(np.unique(histories.rows))
@@ -350,7 +358,8 @@ def test_one_bucket_is_the_dataset(ray_session, dataset, tmp_path, holdout):
     assert stream.ratings == memory.ratings == RatingScale(0, 5)
     (histories,) = stream.parts()
     assert_same_histories(histories, memory.histories)
-    assert stream.figures.value_boundaries == value_boundaries(memory.histories.values)
+    assert stream.figures == memory.figures
+    assert np.array_equal(stream.order(histories), memory.order(memory.histories))
     assert not (tmp_path / "stream" / "parts").exists()
 
 
@@ -365,6 +374,23 @@ def test_several_buckets_hold_every_event_in_its_order(ray_session, dataset, tmp
     in_order = [part.user_ids for part in stream.parts(order)]
     assert in_order == [next(iter(stream.parts([bucket]))).user_ids for bucket in order]
     assert stream.figures.events == len(memory.histories.rows)
+    times = np.sort(memory.histories.timestamps)
+    for part in stream.parts():
+        assert np.array_equal(stream.order(part), np.searchsorted(times, part.timestamps, side="right"))
+
+
+def test_batches_leave_out_what_is_kept_back(ray_session, dataset, tmp_path):
+    stream, config = streamed(dataset, tmp_path / "stream", NONE, 500), tiny_config()
+
+    def odd(histories: Histories) -> np.ndarray:
+        return histories.rows % 2 == 1
+
+    def rows(without: Callable[[Histories], np.ndarray] | None) -> set[int]:
+        batches = stream.batches(config, without).epoch(1000, np.random.default_rng(0))
+        return {row for batch in batches for row in batch.rows.unique().tolist()}
+
+    assert any(row % 2 for row in rows(None))
+    assert not any(row % 2 for row in rows(odd))
 
 
 def test_a_complete_stream_is_kept_and_an_incomplete_one_made_anew(ray_session, dataset, tmp_path):

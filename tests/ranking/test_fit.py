@@ -9,7 +9,7 @@ import torch
 from lib.data.histories import Histories
 from lib.data.holdout import LEAVE_ONE_OUT, NONE, TEMPORAL
 from lib.model import buckets
-from lib.model.buckets import Figures, Moments, figures_of, figures_of_all
+from lib.model.buckets import Figures, Moments, figures_of, figures_of_all, kept_times, step_of
 from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
 from lib.model.item_counts import NEVER
 from lib.ranking import fit
@@ -56,8 +56,8 @@ class Buckets:
     def __init__(self, histories: Histories):
         users = np.arange(len(histories))
         self.buckets = [histories.take(users[users % 3 == number]) for number in range(3)]
-        step = Moments.step_of(len(histories.rows))
-        self.moments = Moments(np.sort(np.concatenate([Moments.of(part, step) for part in self.buckets])), step)
+        step = step_of(len(histories.rows))
+        self.moments = Moments.of([kept_times(part, step) for part in self.buckets], step)
 
     def parts(self) -> Iterator[Histories]:
         return iter(self.buckets)
