@@ -401,7 +401,7 @@ class Gate:
     def _of_the_answer(self, stage: RankingStage, flat: Histories, targets: np.ndarray) -> Standing:
         """How the stage ranks targets (U,) among what it finds of the candidates; one that it misses is its last."""
         among = np.union1d(self.candidates.numpy(), targets)
-        among = among[among < len(stage.popularity)]  # of new items it knows what is counted
+        among = among[among < len(stage.popularity.shares)]  # of new items it knows what is counted
         stage = copy.copy(stage)
         stage.index = SomeRows(among, self.encoder.item_vectors(torch.from_numpy(among)).numpy())
         mask = np.zeros(self.encoder.config.item_rows, dtype=bool)

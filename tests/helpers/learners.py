@@ -69,7 +69,7 @@ def assert_same_stages(one: RankingStage | None, other: RankingStage | None) -> 
         return
     rows = np.arange(1, len(one.index))
     assert np.array_equal(one.index.vectors, other.index.vectors)
-    assert np.array_equal(one.popularity, other.popularity)
+    assert np.array_equal(one.popularity.shares, other.popularity.shares)
     assert np.array_equal(one.standing.trends(rows), other.standing.trends(rows))
     assert np.array_equal(one.standing.trending(None, 5), other.standing.trending(None, 5))
     assert np.array_equal(one.standing.newest(None), other.standing.newest(None))
