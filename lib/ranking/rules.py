@@ -103,8 +103,8 @@ class RankingRules(Settings):
         ge=0,
         le=100,
         strict=True,
-        description="taken from the score of what is like a person's dislikes where all of late are dislikes, and in "
-        "proportion where some are; off at 0",
+        description="taken from the score of what is like a person's dislikes where all of late are dislikes, and by "
+        "the square of their share where some are; off at 0",
     )
     without_sources: WithoutSources = Field(
         default=(),
