@@ -24,6 +24,7 @@ from lib.data.history import History
 from lib.data.popularity import DAY
 from lib.data.tables import events_of
 from lib.data.user_histories import UserHistories
+from lib.evaluation.comparison import WHOLE
 from lib.evaluation.metrics import ndcg_at
 from lib.live.learner import NearlineLearner
 from lib.live.micro_batch import micro_batch
@@ -215,7 +216,8 @@ class LiveStream:
         """Answer what was asked since the last update, then learn."""
         learner, events = self.learner, [event for _, event in self.asked]
         contexts, targets = [context for context, _ in self.asked], [event.item_id for event in events]
-        ndcg = ndcg_at(ranks_of(learner.model.encoder, learner.model.catalog, contexts, targets, exclude_seen=True), 10)
+        ranks = ranks_of(learner.model.encoder, learner.model.catalog, contexts, targets, exclude_seen=True)
+        ndcg = ndcg_at(ranks[WHOLE], 10)
         keys = [(event.user_id, event.item_id, event.timestamp) for event in events]
         self.outcome.ndcg |= dict(zip(keys, ndcg.tolist(), strict=True))
         batch = micro_batch(self.waiting, learner.log_offset, self.histories, learner.sample_sizes, self.generator)
