@@ -400,11 +400,13 @@ class Gate:
 
     def _of_the_answer(self, stage: RankingStage, flat: Histories, targets: np.ndarray) -> Standing:
         """How the stage ranks targets (U,) among what it finds of the candidates; one that it misses is its last."""
+        known = len(stage.popularity.shares)  # rows: of items that are new with this update it knows nothing at first
+        flat = flat.select(flat.rows < known)
         among = np.union1d(self.candidates.numpy(), targets)
-        among = among[among < len(stage.popularity.shares)]  # of new items it knows what is counted
+        among = among[among < known]
         stage = copy.copy(stage)
         stage.index = SomeRows(among, self.encoder.item_vectors(torch.from_numpy(among)).numpy())
-        mask = np.zeros(self.encoder.config.item_rows, dtype=bool)
+        mask = np.zeros(known, dtype=bool)
         mask[among] = True
         liked, _ = without_dislikes(flat, self.encoder.config)
         people = people_of(flat, liked)

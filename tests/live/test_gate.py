@@ -28,7 +28,7 @@ from lib.live.influence import Influence, InfluenceLimits, Targets, last_opinion
 from lib.live.learner import NearlineLearner
 from lib.live.settings import LearnerConfig, ReplayConfig
 from lib.model.batches import SequenceBatches
-from lib.model.delta import Delta, apply_delta, dense_state, state_of
+from lib.model.delta import Delta, apply_delta, dense_state, grow_items, state_of
 from lib.model.encoder import BehaviourEncoder
 from lib.model.ranker import TEMPERATURE
 from lib.model.trainer import Trainer, TrainingConfig
@@ -173,6 +173,19 @@ def test_a_target_that_is_not_found_is_last(answer_gate, counted):
     answer_gate.before(micro_batch(1, [history([1, 2, 3])], held_out=before), 1, 0)
     assert answer_gate.live.quality == 0.0
     assert np.isfinite(answer_gate.live.losses).all()
+
+
+def test_items_that_the_stage_does_not_know_yet_are_left_out(answer_gate, counted):
+    answer_gate.catalog.extend(["late"])
+    grow_items(counted, 50)
+    met_before = [history(["late", place, place + 1, place + 2]) for place in range(1, 21)]
+    new = history([1, "late"])
+    answer_gate.before(micro_batch(1, [new], held_out=[*met_before, new]), 1, 0)
+    assert len(answer_gate.live.ndcg) == 21
+    assert answer_gate.live.ndcg[:20].mean() > 0.9
+    assert answer_gate.live.ndcg[20] == 0.0
+    assert np.isfinite(answer_gate.live.losses).all()
+    assert judged(answer_gate, 1.0) is None
 
 
 def test_slow_harm_to_the_ranker_is_told_by_the_reference(answer_gate, counted):
