@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.push_size [--model small,100000 --model large,20000 ...] [--json FILE]
 
-Each model is a preset of pretraining with so many items, untrained: sizes do not depend on the weights. A micro-batch
-has 64 events of users with full histories, and the default replay sample; items are as popular as those of a shop
-(Zipf, exponent 1). `equal` compares the checksum of a copy that applied every delta with the learner's.
+Each model is a preset of pretraining with so many items and full lists of neighbours, untrained: sizes do not depend on
+the weights. A micro-batch has 64 events of users with full histories, and the default replay sample; items are as
+popular as those of a shop (Zipf, exponent 1). `equal` compares the checksum of a copy that applied every delta with the
+learner's.
 """
 
 import statistics
@@ -34,8 +35,11 @@ from lib.model.encoder import BehaviourEncoder, BehaviourEncoderConfig
 from lib.model.fingerprint import fingerprint
 from lib.model.folder import Manifest
 from lib.model.presets import PRESETS
+from lib.ranking.features import FEATURES
+from lib.ranking.fit import LEAST_NEIGHBOURS
 from lib.versions.registry import Registry
 from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.ranking_stage import fill
 
 MODELS = ["small,100000", "base,100000", "large,100000"]
 USERS, HISTORY, BATCH = 500, 60, 64
@@ -55,6 +59,9 @@ def measure(preset: str, items: int, updates: int) -> dict[str, Any]:
     config = BehaviourEncoderConfig(item_rows=items + 1, event_kinds=["click"], **PRESETS[preset].shape())
     encoder, catalog = BehaviourEncoder(config), Catalog(f"i{item}" for item in range(items))
     generator = np.random.default_rng(0)
+    encoder.add_ranker(LEAST_NEIGHBOURS, len(FEATURES))
+    assert encoder.counts is not None
+    fill(encoder.counts, items, generator)
     events = random_events(items, generator, USERS * HISTORY + updates * BATCH)
     histories = UserHistories()
     for event in events[: USERS * HISTORY]:
