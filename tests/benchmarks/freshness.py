@@ -155,6 +155,7 @@ def results(
         "acknowledge_p50_ms": written["p50_ms"],
         "acknowledge_p99_ms": written["p99_ms"],
         "answer_p50_ms": answered["p50_ms"],
+        "answer_p90_ms": answered["p90_ms"],
         "answer_p99_ms": answered["p99_ms"],
         # a status is of the latest 2,000 events; these are the median and the worst of all statuses
         "live_p50_ms": statistics.median(window["p50_ms"] for window in windows),

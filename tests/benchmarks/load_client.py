@@ -123,7 +123,7 @@ def load(
         "refused_per_second": len(refused) / seconds,
         "refused": len(refused),
         "errors": failed,
-        **{f"p{share}_ms": quantile(answered, share) for share in (50, 95, 99)},
+        **{f"p{share}_ms": quantile(answered, share) for share in (50, 90, 95, 99)},
         "refused_p99_ms": quantile(refused, 99),
     }
 
