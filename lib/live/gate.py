@@ -82,7 +82,7 @@ class GateConfig(Settings):
         default=0.05, ge=0, description="share by which NDCG@10 of the held-out window may fall"
     )
     deviations: float = Field(
-        default=3.0, ge=0, description="standard errors from which on a fall is taken to be more than chance"
+        default=3.0, ge=0, description="standard errors from which on a difference is taken to be more than chance"
     )
     reference_updates: int = Field(
         default=32, ge=1, description="updates after which a version that is no worse becomes the reference"
@@ -336,7 +336,9 @@ class Gate:
     def _worse(self, after: Standing) -> str | None:
         """Return how the update ranks the window, if that is worse than the live version does."""
         live = self.live
-        if after.loss > live.loss * (1 + self.config.loss_tolerance):
+        rise = after.losses - live.losses
+        beyond = rise.mean() - self.config.loss_tolerance * live.loss if len(rise) > 1 else 0.0  # one user says nothing
+        if beyond > self.config.deviations * standard_error(rise):
             return f"the held-out loss rose from {live.loss:.3f} to {after.loss:.3f}"
         lost = live.ndcg - after.ndcg
         tolerance, chance = self.config.quality_tolerance * live.quality, self.config.deviations * standard_error(lost)

@@ -21,6 +21,7 @@ from lib.live.gate import (
     Gate,
     GateConfig,
     Reference,
+    Standing,
     first_new_events,
     standard_error,
 )
@@ -181,6 +182,14 @@ def test_a_target_that_is_found_no_more_costs_no_more_than_a_guess(answer_gate, 
     answer_gate.before(micro_batch(1, [history([1, 2, 3])], held_out=unfound), 1, 0)
     assert answer_gate.live.losses.max() <= np.log(25)
     assert judged(answer_gate, 1.0) is None
+
+
+def test_a_loss_of_one_user_and_one_within_chance_are_no_harm(answer_gate):
+    for before, after in (([1.0], [9.0]), ([1.0, 1.0], [1.0, 9.0])):
+        answer_gate.live = Standing(np.array(before), np.zeros(len(before)))
+        assert answer_gate._worse(Standing(np.array(after), np.zeros(len(after)))) is None
+    answer_gate.live = Standing(np.ones(3), np.zeros(3))
+    assert "held-out loss rose from 1.000" in answer_gate._worse(Standing(np.array([8.0, 9.0, 9.0]), np.zeros(3)))
 
 
 def test_items_that_the_stage_does_not_know_yet_are_left_out(answer_gate, counted):
