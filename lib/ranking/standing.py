@@ -44,6 +44,8 @@ class Standing:
         first = counts["first_at"][rows]
         self._newest = _follow(self._firsts, self._newest, rows, np.where(first == NEVER, -np.inf, first))
         self._trends: np.ndarray | None = None  # of all rows as of now, where a table of them is cheap
+        # what was found last, and for which mask and count: most questions have the same ones
+        self._found: tuple[np.ndarray | None, int, np.ndarray] | None = None
 
     def trends(self, rows: np.ndarray) -> np.ndarray:
         """Return (P, H) float32 the logarithms of the trends of rows as of now."""
@@ -68,6 +70,8 @@ class Standing:
     def trending(self, mask: np.ndarray | None, count: int) -> np.ndarray:
         """Return (M,) rows of the highest trends among those of a mask (R,), each once."""
         count = max(count, MOST_TRENDING)
+        if self._found is not None and self._found[0] is mask and self._found[1] == count:
+            return self._found[2]
         found = []
         for place, top in enumerate(self._top):
             kept = top if mask is None else top[mask[top]]
@@ -77,7 +81,8 @@ class Standing:
                 among = np.arange(1, len(self._levels)) if mask is None else np.flatnonzero(mask)
                 kept = _largest(self._levels[:, place], among, count)
             found.append(kept[:count])
-        return np.unique(np.concatenate(found))
+        self._found = mask, count, np.unique(np.concatenate(found))
+        return self._found[2]
 
     def newest(self, mask: np.ndarray | None, count: int = MOST_TRENDING) -> np.ndarray:
         """Return (M,) rows of the newest items among those of a mask (R,)."""

@@ -13,8 +13,8 @@ from lib.ranking.cold_start import Popularity
 from lib.ranking.standing import Standing
 from lib.retrieval.index import ItemIndex
 
-RECENT = 12  # newest distinct items of a person whose neighbours are looked up
-STRONGEST = 48  # neighbours of an item that are looked up
+RECENT = 8  # newest distinct items of a person whose neighbours are looked up
+STRONGEST = 96  # neighbours of an item that are looked up
 
 
 class Found(NamedTuple):

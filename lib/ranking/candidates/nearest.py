@@ -11,11 +11,13 @@ LEAST = 100  # candidates, for an answer of however few
 def find(asked: Asked) -> Found:
     """Return everybody's best items by the encoder; all who have no history get the same ones, by popularity."""
     count = max(LEAST, 2 * asked.count)
-    has_history = np.array([person.length > 0 for person in asked.people])
-    known, newcomers = np.flatnonzero(has_history), np.flatnonzero(~has_history)
+    known, queries, excluded = np.arange(len(asked.people)), asked.queries, asked.excluded
+    newcomers = np.array([line for line, person in enumerate(asked.people) if not person.length], dtype=np.int64)
+    if len(newcomers):
+        known = np.setdiff1d(known, newcomers)
+        queries, excluded = queries[torch.from_numpy(known)], [excluded[line] for line in known]
     lines, rows = [], []
     if len(known):
-        queries, excluded = asked.queries[torch.from_numpy(known)], [asked.excluded[line] for line in known]
         _, found = asked.index.search(queries, count, asked.mask, excluded, asked.weights)
         lines.append(np.repeat(known, found.shape[1]))
         rows.append(np.maximum(found, 0).ravel())
