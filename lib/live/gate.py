@@ -401,10 +401,7 @@ class Gate:
         return Standing(losses, ndcg)
 
     def _of_the_answer(self, stage: RankingStage, flat: Histories, targets: np.ndarray) -> Standing:
-        """How the stage ranks targets (U,) among what it finds of the candidates; one that it misses is its last.
-
-        A loss is that of a guess at most: whether a target that ranks far down is found may change with any update.
-        """
+        """How the stage ranks targets (U,) among what it finds of the candidates; one that it misses is its last."""
         known = len(stage.popularity.shares)  # rows: of items that are new with this update it knows nothing at first
         flat = flat.select(flat.rows < known)
         among = np.union1d(self.candidates.numpy(), targets)
@@ -423,8 +420,7 @@ class Gate:
         last = logits.masked_fill(absent, float("inf")).amin(dim=1)
         last = last.where(torch.isfinite(last), 0.0)  # nothing is found for who has seen all of them
         own = torch.where(hits.any(dim=1), logits.masked_fill(~hits, float("-inf")).amax(dim=1), last)
-        losses, ndcg = _losses_and_ndcg(own, logits.masked_fill(absent | hits, float("-inf")))
-        return Standing(np.minimum(losses, np.log1p((~absent).sum(dim=1).numpy())), ndcg)
+        return Standing(*_losses_and_ndcg(own, logits.masked_fill(absent | hits, float("-inf"))))
 
 
 def _losses_and_ndcg(own: Tensor, rest: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -176,14 +176,6 @@ def test_a_target_that_is_not_found_is_last(answer_gate, counted):
     assert np.isfinite(answer_gate.live.losses).all()
 
 
-def test_a_target_that_is_found_no_more_costs_no_more_than_a_guess(answer_gate, counted):
-    counted.ranker.weights[FEATURES.index("follows")] = 100.0  # so that the last logit is far below
-    unfound = [history([1, 3, 7, 2]), *HELD_OUT]
-    answer_gate.before(micro_batch(1, [history([1, 2, 3])], held_out=unfound), 1, 0)
-    assert answer_gate.live.losses.max() <= np.log(25)
-    assert judged(answer_gate, 1.0) is None
-
-
 def test_a_loss_of_one_user_and_one_within_chance_are_no_harm(answer_gate):
     for before, after in (([1.0], [9.0]), ([1.0, 1.0], [1.0, 9.0])):
         answer_gate.live = Standing(np.array(before), np.zeros(len(before)))
