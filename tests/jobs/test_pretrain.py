@@ -162,7 +162,7 @@ def test_two_workers_learn_what_one_learns(undisturbed, shop_dataset, tmp_path, 
     assert one.keys() == two.keys()
     for key in one:
         # the ranker is fitted on what the encoder finds: one candidate more or less among thousands moves it a little
-        tolerance = 0.3 if key.startswith(RANKER_PREFIX) else 1e-4
+        tolerance = 0.3 if f":{RANKER_PREFIX}" in key else 1e-4
         assert np.abs(one[key].astype(np.float64) - two[key]).max() < tolerance, key
 
 
