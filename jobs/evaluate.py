@@ -152,22 +152,26 @@ def evaluate_models(
         )
     training = training_part(histories, protocol)
     counts = np.bincount(training.rows, minlength=len(items) + 1)
-    rankings, facts, told = [], [], {}
+    several = {}  # of models with a ranker: the whole answer, each source alone, the whole without each
+    for model in loaded if sources else ():
+        stage = catalog_stage(model.encoder, model.catalog)
+        if stage is not None:
+            with Console(stderr=True).status(f"ranking for {len(cases.users):,} cases: {model.name} and its sources"):
+                several[model.name] = rank_sources(stage, model.catalog, items, cases, left)
+    rankings, facts = [], []
     for contender, described in _contenders(loaded, items, histories, training, left, baselines):
-        with Console(stderr=True).status(f"ranking for {len(cases.users):,} cases: {contender.name}"):
-            ranking = rank(contender, cases)
+        if contender.name in several:
+            ranking = several[contender.name][WHOLE]
+        else:
+            with Console(stderr=True).status(f"ranking for {len(cases.users):,} cases: {contender.name}"):
+                ranking = rank(contender, cases)
         rankings.append((contender.name, ranking))
         unknown = {
             "cases_of_unknown_target": ranking.unknown_targets,
             "cases_without_known_input": ranking.unknown_inputs,
         }
         facts.append(described | unknown)
-    for model in loaded if sources else ():
-        stage = catalog_stage(model.encoder, model.catalog)
-        if stage is not None:
-            with Console(stderr=True).status(f"ranking for {len(cases.users):,} cases: sources of {model.name}"):
-                several = rank_sources(stage, model.catalog, items, cases, left)
-            told[model.name] = compare(list(several.items()), cases, [], counts)
+    told = {name: compare(list(own.items()), cases, [], counts) for name, own in several.items()}
     breakdowns = [activity(cases), item_popularity(cases.targets, counts)]
     return Evaluation(protocol, compare(rankings, cases, breakdowns, counts), facts, len(loaded), len(items), told)
 

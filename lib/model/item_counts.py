@@ -115,13 +115,13 @@ class ItemCounts(nn.Module):
         np.add.at(own["followed"], before, nearness.astype(np.float32))
         lists = own["next_rows"], own["next_counts"]
         _add(*lists, before, after, nearness, generator)
-        _sort(*lists, before, np.ones_like(own["events"]))
+        _sort(*lists, before)
         other = before != after
         pair, weight = (before[other], after[other]), weights[events][other]
         owners, others = np.concatenate(pair), np.concatenate(pair[::-1])
         lists = own["together_rows"], own["together_counts"]
         _add(*lists, owners, others, np.concatenate([weight, weight]), generator)
-        _sort(*lists, owners, np.sqrt(own["events"] + 1))
+        _sort(*lists, owners, own["events"])
         own["clock"][0] = max(own["clock"][0], times.max())
 
     @staticmethod
@@ -238,10 +238,11 @@ def _add(
         counts[owners[now], slots] = sums[admitted]
 
 
-def _sort(rows: np.ndarray, counts: np.ndarray, owners: np.ndarray, norms: np.ndarray) -> None:
-    """Put the lists (N, K) of owners in order, the largest count by the norm (N,) of its item first."""
+def _sort(rows: np.ndarray, counts: np.ndarray, owners: np.ndarray, events: np.ndarray | None = None) -> None:
+    """Put the lists (N, K) of owners in order of count, or of cosine where the items' events (N,) are given."""
     owners = np.unique(owners)
-    order = np.argsort(-counts[owners] / norms[rows[owners]], axis=1, kind="stable")
+    strengths = counts[owners] if events is None else counts[owners] / np.sqrt(events[rows[owners]] + 1)
+    order = np.argsort(-strengths, axis=1, kind="stable")
     for table in (rows, counts):
         table[owners] = np.take_along_axis(table[owners], order, axis=1)
 

@@ -24,7 +24,6 @@ from lib.data.history import History, Person, to_histories
 from lib.model.batches import SequenceBatches
 from lib.model.dislikes import without_dislikes
 from lib.model.encoder import BehaviourEncoderConfig
-from lib.model.item_counts import WINDOW
 from lib.model.ranker import Ranker
 from lib.ranking.candidates import following, together
 from lib.ranking.features import FEATURES
@@ -234,8 +233,7 @@ def _words(
 
     counts, recent = stage.counts.arrays(), person.recent
     followed = following.RECENCY / (counts["followed"][recent] + 1)
-    memory = sum(np.exp2(-np.arange(WINDOW) / half_life) for half_life in together.HALF_LIVES.values())
-    met = memory / np.sqrt(counts["events"][recent] + 1)
+    met = sum(together.RECENCY.values()) / np.sqrt(counts["events"][recent] + 1)
     return {
         "follows": named("comes after", strongest_recent(counts, "next", followed, recent, rows)),
         "together": named("often taken together with", strongest_recent(counts, "together", met, recent, rows)),

@@ -16,6 +16,7 @@ from lib.ranking.candidates import SOURCES, Asked
 from lib.ranking.cold_start import Popularity
 from lib.ranking.features import Candidates, find_candidates
 from lib.ranking.standing import Standing
+from lib.retrieval.exact import top_k
 from lib.retrieval.index import ItemIndex
 
 CHANCE_PAIRS = 5.0  # that two items were met together by chance, as it were, before any that are counted
@@ -103,11 +104,7 @@ class RankingStage:
         table[found.lines, places] = scores
         rows[found.lines, places] = found.rows
         order = table if weights is None else table + weights[rows]
-        if width > 2 * count:
-            best = np.argpartition(-order, count, axis=1)[:, :count]
-            best = np.take_along_axis(best, np.argsort(-np.take_along_axis(order, best, axis=1), axis=1), axis=1)
-        else:
-            best = np.argsort(-order, axis=1, kind="stable")[:, :count]
+        best = top_k(torch.from_numpy(order), count)[1].numpy()  # where fewer are found the last place, an empty one
         return np.take_along_axis(table, best, axis=1), np.take_along_axis(rows, best, axis=1)
 
     def together(self, row: int, count: int, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
