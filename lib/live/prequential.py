@@ -209,8 +209,9 @@ class ModelArm:
 
     def ranks(self, contexts: Sequence[History], targets: Sequence[str]) -> dict[str, np.ndarray]:
         """Return where the targets rank."""
-        own = self.encoder, self.catalog
-        return ranks_of(*own, contexts, targets, self.exclude_seen, self.stage, self.sources)
+        return ranks_of(
+            self.encoder, self.catalog, contexts, targets, self.exclude_seen, stage=self.stage, sources=self.sources
+        )
 
 
 class Frozen(ModelArm):
