@@ -27,7 +27,7 @@ NEWEST = 20  # events that are compared with
 RECENCY_HALF_LIFE = 10.0  # events after which one weighs half
 KERNEL_WIDTH = 0.1  # h
 MOST_CANDIDATES = 1000  # beyond which no more than asked for are looked at
-UNRELATED = np.exp((0.3 - 1) / KERNEL_WIDTH)  # K0
+UNRELATED = float(np.exp((0.3 - 1) / KERNEL_WIDTH))  # K0
 
 
 def without_dislikes(histories: Histories, config: BehaviourEncoderConfig) -> tuple[Histories, list[Opinions | None]]:
@@ -97,16 +97,11 @@ def push_down(
         signed[line, : len(own.rows)] = own.weights
     everything = np.abs(signed)
     sides = np.stack([(everything - signed) / 2, everything], axis=2)  # (L, T, 2) what was disliked, and all
-    near = vectors[rows[lines]] @ vectors[events].swapaxes(1, 2)  # (L, K, T)
-    near -= 1
-    near /= KERNEL_WIDTH
+    near = vectors[rows[lines]] @ (vectors[events] / KERNEL_WIDTH).swapaxes(1, 2)  # (L, K, T)
+    near -= 1 / KERNEL_WIDTH
     near = np.exp(near, out=near) @ sides  # (L, K, 2)
-    chance = near[..., 0] / (UNRELATED + near[..., 1])
-    disliked, total = sides.sum(axis=1)[:, None].transpose(2, 0, 1)
-    share = disliked / total  # (L, 1)
-    scores, rows = scores.copy(), rows.copy()
-    scores[lines] -= weight * share**2 * chance
-    order = np.argsort(-scores[lines], axis=1, kind="stable")
-    scores[lines] = np.take_along_axis(scores[lines], order, axis=1)
-    rows[lines] = np.take_along_axis(rows[lines], order, axis=1)
-    return scores, rows
+    disliked, total = sides.sum(axis=1).T[..., None]  # (L, 1) each
+    left = scores.copy()
+    left[lines] -= weight * (disliked / total) ** 2 * near[..., 0] / (UNRELATED + near[..., 1])
+    everybody, order = np.arange(len(left))[:, None], np.argsort(-left, axis=1, kind="stable")
+    return left[everybody, order], rows[everybody, order]

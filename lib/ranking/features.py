@@ -93,7 +93,7 @@ def _features(asked: Asked, lines: np.ndarray, rows: np.ndarray, sums: dict[str,
     columns = np.zeros((len(FEATURES), len(rows)), dtype=np.float32)
     column: dict[str, np.ndarray] = dict(zip(FEATURES, columns, strict=True))
     lengths = np.array([person.length for person in asked.people], dtype=np.float32)
-    interest, known = asked.index.scores(asked.queries, lines, rows), lengths > 0
+    interest, known = asked.interests(lines, rows), lengths > 0
     column["interest"][:] = interest if known.all() else np.where(known[lines], interest, asked.popularity.shares[rows])
     own_norm = np.sqrt(asked.counts["events"][rows] + 1)
     for name, values in sums.items():

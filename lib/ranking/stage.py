@@ -16,7 +16,7 @@ from lib.ranking.candidates import SOURCES, Asked
 from lib.ranking.cold_start import Popularity
 from lib.ranking.features import Candidates, find_candidates
 from lib.ranking.standing import Standing
-from lib.retrieval.exact import top_k
+from lib.retrieval.exact import largest
 from lib.retrieval.index import ItemIndex
 
 CHANCE_PAIRS = 5.0  # that two items were met together by chance, as it were, before any that are counted
@@ -103,9 +103,9 @@ class RankingStage:
         rows = np.full((people, width), -1, dtype=np.int64)
         table[found.lines, places] = scores
         rows[found.lines, places] = found.rows
-        order = table if weights is None else table + weights[rows]
-        best = top_k(torch.from_numpy(order), count)[1].numpy()  # where fewer are found the last place, an empty one
-        return np.take_along_axis(table, best, axis=1), np.take_along_axis(rows, best, axis=1)
+        best = largest(table if weights is None else table + weights[rows], count)
+        everybody = np.arange(people)[:, None]
+        return table[everybody, best], rows[everybody, best]
 
     def together(self, row: int, count: int, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return scores and rows, `count` at most, of what goes together with an item most, the best first.

@@ -11,7 +11,6 @@ import torch
 SCORES_AT_ONCE = 1 << 24  # 64 MB: 16 queries a product for a million rows; more gain little
 SCORES_AT_ONCE_ON_GPU = 1 << 28
 GATHERED_SHARE = 8  # rows that pass a mask are gathered when they are fewer than an eighth
-PARTITIONED = 32  # from so many on numpy's partition and a sort take half the time of torch's topk
 SINGLE_ROWS = 64  # up to so many excluded rows are set one by one; more are a bias of the product
 
 
@@ -36,7 +35,7 @@ def exact_search(
         weights: (N,) float64, added to the inner products to find and order the rows; the scores are without it.
     """
     passing = len(vectors) if mask is None else int(np.count_nonzero(mask))
-    if mask is not None and passing * GATHERED_SHARE < len(mask):
+    if mask is not None and are_gathered(mask):
         return _search_gathered(vectors, queries, k, np.flatnonzero(mask), seen, weights)
     step = max((SCORES_AT_ONCE_ON_GPU if vectors.is_cuda else SCORES_AT_ONCE) // max(len(vectors), 1), 1)
     found = []
@@ -50,6 +49,11 @@ def exact_search(
         return found[0]
     scores, rows = zip(*found, strict=True)
     return torch.cat(scores), torch.cat(rows)
+
+
+def are_gathered(mask: np.ndarray) -> bool:
+    """Return whether so few rows pass a mask (N,) that they are gathered, and their products alone are worked out."""
+    return int(np.count_nonzero(mask)) * GATHERED_SHARE < len(mask)
 
 
 def _search_gathered(
@@ -99,8 +103,9 @@ def exclude(scores: torch.Tensor, columns: Sequence[np.ndarray]) -> None:
 
 def top_k(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the k largest of each line and their columns, best first; minus infinity and -1 where fewer are finite."""
-    if PARTITIONED <= k < scores.shape[1] and scores.dtype == torch.float32 and not scores.is_cuda:
-        found, columns = _partitioned(scores.numpy(), k)
+    if k < scores.shape[1] and not scores.is_cuda:
+        columns = torch.from_numpy(largest(scores.numpy(), k))
+        found = scores.gather(1, columns)
     else:
         found, columns = torch.topk(scores, min(k, scores.shape[1]))
     if k > scores.shape[1]:
@@ -111,11 +116,28 @@ def top_k(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return found, columns
 
 
-def _partitioned(scores: np.ndarray, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
-    found = np.take_along_axis(scores, best, axis=1)
-    order = np.argsort(-found, axis=1)
-    return torch.from_numpy(np.take_along_axis(found, order, 1)), torch.from_numpy(np.take_along_axis(best, order, 1))
+def largest(scores: np.ndarray, k: int) -> np.ndarray:
+    """Return (B, k) the columns of the k largest of each line of scores (B, N), best first; k is at most N.
+
+    On scores that it has not met before numpy's partition and a sort take half the time of torch's topk.
+    """
+    lines = np.arange(len(scores))[:, None]
+    best = np.argpartition(scores, scores.shape[1] - k, axis=1)[:, -k:] if k else np.zeros((len(scores), 0), np.int64)
+    return best[lines, np.argsort(-scores[lines, best], axis=1)]
+
+
+def among_largest(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return lines (P,) and columns (P,), both ascending, of the k largest finite of each line of scores (B, N).
+
+    Those that equal the k-th come, too: it takes half the time of `largest`.
+    """
+    width = scores.shape[1]
+    if k < width:
+        least = np.partition(scores, width - k, axis=1)[:, width - k, None]
+        least = np.maximum(least, np.finfo(np.float32).min)
+    else:
+        least = np.finfo(np.float32).min
+    return np.divmod(np.flatnonzero(scores >= least), max(width, 1))
 
 
 def _top_k_weighted(scores: torch.Tensor, k: int, weights: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from lib.retrieval.approximate import ApproximateIndex
-from lib.retrieval.exact import exact_search
+from lib.retrieval.exact import SCORES_AT_ONCE, are_gathered, exact_search
 from lib.retrieval.faiss_lists import search_device
 
 # measured on a CPU: beyond it inverted lists are faster; up to as many filtered rows are searched exactly
 EXACT_ROWS = 50_000
-DENSE_SHARE = 8  # of all pairs an eighth is asked for: then scoring all of them is faster than gathering some
 SPARE_SHARE = 8  # room for an eighth more rows before all are copied
 
 
@@ -124,6 +123,18 @@ class ItemIndex:
             scores, rows = self._approximate.search(vectors, given, k, mask, seen)
         return scores.cpu().numpy(), rows.cpu().numpy()
 
+    def products(self, queries: torch.Tensor, mask: np.ndarray | None = None) -> np.ndarray | None:
+        """Return (B, N) float32 all inner products, where a search would work them out at once; None where not.
+
+        Args:
+            queries: (B, C) float32.
+            mask: (N,) bool, the rows that are to be found.
+        """
+        large = self._approximate is not None or len(queries) * self._count > SCORES_AT_ONCE
+        if large or self._device.type == "cuda" or (mask is not None and are_gathered(mask)):
+            return None
+        return (queries @ self._tensor[: self._count].T).numpy()
+
     def scores(self, queries: torch.Tensor, lines: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Return (P,) float32 the inner products of pairs.
 
@@ -132,15 +143,11 @@ class ItemIndex:
             lines: (P,) place of each pair's query, ascending.
             rows: (P,) row of its item.
         """
-        vectors, given = self._tensor[: self._count], queries.to(self._device, torch.float32)
-        if len(given) * len(vectors) <= DENSE_SHARE * len(rows):
-            found = (given @ vectors.T).view(-1)[torch.from_numpy(lines * len(vectors) + rows).to(self._device)]
-        elif given.is_cuda:
+        given = queries.to(self._device, torch.float32)
+        if given.is_cuda:
             places, own = (torch.from_numpy(each).to(self._device) for each in (lines, rows))
-            found = torch.linalg.vecdot(given[places], vectors[own])
-        else:  # a query at a time: what is gathered stays in the cache
-            return _products(given.numpy(), self.vectors, lines, rows)
-        return found.cpu().numpy()
+            return torch.linalg.vecdot(given[places], self._tensor[own]).cpu().numpy()
+        return _products(given.numpy(), self.vectors, lines, rows)
 
     def _are_few(self, mask: np.ndarray | None) -> bool:
         return mask is not None and int(np.count_nonzero(mask)) <= self._exact_rows
@@ -178,13 +185,19 @@ class SomeRows(ItemIndex):
         )
         return found[0], self._rows[found[1]]
 
+    def products(self, queries: torch.Tensor, mask: np.ndarray | None = None) -> None:
+        """Return None: those of the rows that are not among these are not known."""
+
     def scores(self, queries: torch.Tensor, lines: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Return (P,) float32 the inner products of pairs, all of rows that are among these."""
         return super().scores(queries, lines, np.searchsorted(self._rows[:-1], rows))
 
 
 def _products(queries: np.ndarray, vectors: np.ndarray, lines: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return (P,) the products of queries (B, C) at `lines` (P,), ascending, and vectors (N, C) at `rows` (P,)."""
+    """Return (P,) the products of queries (B, C) at `lines` (P,), ascending, and vectors (N, C) at `rows` (P,).
+
+    A query at a time: what is gathered stays in the cache.
+    """
     found = np.empty(len(rows), dtype=np.float32)
     stops = np.searchsorted(lines, np.arange(len(queries)), side="right").tolist()
     for query, start, stop in zip(queries, [0, *stops], stops, strict=False):

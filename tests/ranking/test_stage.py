@@ -90,14 +90,33 @@ def test_what_goes_together_is_a_cosine_summed_over_the_recent_items(encoder):
         assert values(found, name) == pytest.approx(logs, rel=1e-5)
 
 
-def test_the_encoder_finds_its_nearest_items(encoder):
-    asked = queries(0, 1)
-    found = stage_with(encoder).candidates([person(3), person(5, 1)], asked, 5, sources=["nearest"])
+@pytest.mark.parametrize("searched", [False, True])
+def test_the_encoder_finds_its_nearest_items(encoder, monkeypatch, searched):
+    asked, stage = queries(0, 1), stage_with(encoder)
+    if searched:  # as in a catalog that is too large for all products
+        monkeypatch.setattr(stage.index, "products", lambda *_: None)
+    found = stage.candidates([person(3), person(5, 1)], asked, 5, sources=["nearest"])
     products = asked @ encoder.item_vectors(torch.arange(ITEMS + 1)).detach().T
     for line, seen in enumerate(({3}, {1, 5})):
         own = values(found, "interest", line)
         assert set(own) == set(range(1, ITEMS + 1)) - seen
         assert own == pytest.approx({row: float(products[line, row]) for row in own}, abs=1e-5)
+
+
+@pytest.mark.parametrize("searched", [False, True])
+def test_one_product_and_a_search_find_the_same_candidates(encoder, monkeypatch, searched):
+    monkeypatch.setattr(nearest, "LEAST", 6)
+    stage, mask = stage_with(encoder), np.arange(ITEMS + 1) % 3 > 0
+    if searched:
+        monkeypatch.setattr(stage.index, "products", lambda *_: None)
+    people = [person(3, 5), nobody(), person(7)]
+    found = stage.candidates(people, queries(0, 1, 2), 3, mask, sources=["nearest"])
+    products = (queries(0, 1, 2) @ encoder.item_vectors(torch.arange(ITEMS + 1)).detach().T).numpy()
+    for line in (0, 2):
+        allowed = [row for row in range(1, ITEMS + 1) if mask[row] and row not in people[line].seen]
+        best = sorted(allowed, key=lambda row: -products[line, row])[:6]
+        assert found.rows[found.lines == line].tolist() == sorted(best)
+    assert (found.lines == 1).sum() == 6
 
 
 def test_who_has_no_history_is_found_what_is_popular_by_no_search(encoder, monkeypatch):
@@ -111,6 +130,7 @@ def test_who_has_no_history_is_found_what_is_popular_by_no_search(encoder, monke
         return search(queries, *others)
 
     monkeypatch.setattr(stage.index, "search", counted)
+    monkeypatch.setattr(stage.index, "products", lambda *_: None)
     asked = queries(0, 1, 2)
     found = stage.candidates(people, asked, 5, mask, sources=["nearest"])
     assert searched == [1]

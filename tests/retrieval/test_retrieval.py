@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lib.retrieval.approximate import FreshRows, inner_products, is_seen
-from lib.retrieval.exact import exact_search
+from lib.retrieval.exact import among_largest, exact_search, largest
 from lib.retrieval.faiss_lists import PROBED_LISTS, CpuLists, GpuLists, inverted_lists, list_count, search_device
-from lib.retrieval.index import ItemIndex, use_threads
+from lib.retrieval.index import ItemIndex, SomeRows, use_threads
 from tests.benchmarks.vectors import recall, trained_like
 
 ITEMS = 30_000
@@ -397,9 +397,37 @@ def test_the_lists_for_a_gpu_find_the_best_and_follow_a_merge(items, queries):
     assert merged.ntotal == ITEMS - 2
 
 
+def test_the_largest_come_best_first_and_in_half_the_time_in_any_order():
+    generator = np.random.default_rng(0)
+    scores = generator.normal(size=(5, 200)).astype("f4")
+    scores[1, 3:] = -np.inf  # fewer are finite than are asked for
+    expected = np.argsort(-scores, axis=1)
+    assert (largest(scores, 7)[[0, 2, 3, 4]] == expected[[0, 2, 3, 4], :7]).all()
+    assert largest(scores, 7)[1, :3].tolist() == expected[1, :3].tolist()
+    assert largest(scores, 0).shape == (5, 0)
+    assert (largest(scores, 200)[0] == expected[0]).all()
+    lines, columns = among_largest(scores, 7)
+    for line in range(5):
+        assert columns[lines == line].tolist() == sorted(expected[line, : 3 if line == 1 else 7].tolist())
+    lines, columns = among_largest(scores, 300)
+    assert len(lines) == 4 * 200 + 3
+    tied = np.array([[1, 2, 2, 2, 0]], dtype="f4")
+    assert among_largest(tied, 2)[1].tolist() == [1, 2, 3]
+
+
+def test_all_products_are_worked_out_where_a_search_would_do_so():
+    generator = np.random.default_rng(0)
+    vectors, queries = generator.normal(size=(600, 8)).astype("f4"), generator.normal(size=(4, 8)).astype("f4")
+    index, asked = ItemIndex(vectors), torch.from_numpy(queries)
+    assert index.products(asked) == pytest.approx(queries @ vectors.T, abs=1e-5)
+    assert index.products(asked, np.arange(600) > 0) is not None
+    assert index.products(asked, np.arange(600) < 20) is None  # these few are gathered
+    assert ItemIndex(vectors, exact_rows=256).products(asked) is None
+    assert SomeRows(np.arange(10, 20), vectors[10:20]).products(asked) is None
+
+
 @pytest.mark.parametrize("asked", [3, 400])
 def test_scores_of_pairs_are_inner_products(asked):
-    # few of all pairs, which are gathered, and many, for which all are scored
     generator = np.random.default_rng(0)
     vectors, queries = generator.normal(size=(60, 8)).astype("f4"), generator.normal(size=(4, 8)).astype("f4")
     lines, rows = np.sort(generator.integers(0, 4, asked)), generator.integers(0, 60, asked)

@@ -41,6 +41,17 @@ class Asked:
     standing: Standing
 
     @cached_property
+    def products(self) -> np.ndarray | None:
+        """(B, R) s = uT A v of everybody and all items, where all are worked out at once; else None."""
+        return self.index.products(self.queries, self.mask)
+
+    def interests(self, lines: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return (P,) float32 s = uT A v of people at `lines` (P,), ascending, and items at `rows` (P,)."""
+        if self.products is None:
+            return self.index.scores(self.queries, lines, rows)
+        return self.products[lines, rows]
+
+    @cached_property
     def recent(self) -> "Recent":
         """What the people had last."""
         recent = np.array([person.recent[:RECENT] for person in self.people])  # (B, RECENT)
@@ -67,8 +78,8 @@ Source = Callable[[Asked], Found]
 
 def shared(asked: Asked, rows: np.ndarray) -> Found:
     """Return the same rows (M,) as candidates of everybody."""
-    lines = np.repeat(np.arange(len(asked.people)), len(rows))
-    return Found(lines, np.tile(rows, len(asked.people)))
+    table = np.broadcast_to(rows, (len(asked.people), len(rows)))
+    return Found(np.repeat(np.arange(len(asked.people)), len(rows)), table.ravel())
 
 
 def neighbours(asked: Asked, name: str, shares: Mapping[str, np.ndarray]) -> Found:
