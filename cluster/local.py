@@ -9,7 +9,6 @@ and statistics, and each replica's port for calls between deployments; on an ope
 import atexit
 import logging
 import os
-import secrets
 import select
 import shutil
 import signal
@@ -30,8 +29,9 @@ HOST = "127.0.0.1"
 # both below the range that systems give to outgoing connections
 OTHER_PORTS = range(10_000, 12_000)
 PORTS_IN_TURN = cycle(SystemRandom().sample(OTHER_PORTS, len(OTHER_PORTS)))  # one caller may need several
-REPLICA_PORTS = range(12_000, 32_000)
 PORTS_PER_CLUSTER = 200
+BLOCKS = range(12_000, 32_000, PORTS_PER_CLUSTER)  # the first port of each
+HELD: list[socket.socket] = []  # the first port of this process's block: as long as it is bound the block is taken
 END_SECONDS = 8.0  # after SIGTERM; containers are killed after 10, and ending takes a moment itself
 RAY_ENDS = threading.Event()  # set while this process ends its Ray itself
 LONGEST_FOLDER = 97 - 57 - len("/admin.sock")  # characters
@@ -42,7 +42,8 @@ def prepare_environment() -> None:
     folder = _haproxy_folder()
     if "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC" not in os.environ:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    settings = {} if "RAY_ADDRESS" in os.environ else _settings_of_one_machine()
+    own = "RAY_ADDRESS" in os.environ or "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT" in os.environ
+    settings = {} if own else _settings_of_one_machine()
     settings |= {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         # a request that a killed replica did not answer goes to another one
@@ -87,19 +88,47 @@ def _haproxy_folder() -> Path:
 
 
 def _settings_of_one_machine() -> dict[str, str]:
-    """Return the settings that a cluster of several machines must not have."""
-    first = REPLICA_PORTS[0] + PORTS_PER_CLUSTER * secrets.randbelow(len(REPLICA_PORTS) // PORTS_PER_CLUSTER)
+    """Return the settings that a cluster of several machines must not have.
+
+    Raises:
+        InputError: no ports are left.
+    """
+    first = _own_block()
+    last = first + PORTS_PER_CLUSTER - 1
     return {
         # by this name, on any system: Ray stays on 127.0.0.1 instead of taking the machine's outward address
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         ONE_MACHINE: "1",
-        # Replicas of two services here must not follow each other on a port: the HAProxy of the one, which knows a
-        # dead replica by nothing but its port, would send its requests to the other.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + PORTS_PER_CLUSTER - 3),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(first + PORTS_PER_CLUSTER - 2),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(first + PORTS_PER_CLUSTER - 1),
+        # Two services here must not meet on a port. HAProxy knows a dead replica by nothing but its port, and while
+        # all are dead it asks Serve's own proxy, whose port several processes may share: requests of the one service,
+        # events that it acknowledges among them, would go to the other.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first + 1),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(last - 4),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(last - 3),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(last - 2),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(last - 1),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(last),
     }
+
+
+def _own_block() -> int:
+    """Return the first port of a block that no other process here has; it is this process's for its life.
+
+    Raises:
+        InputError: all are taken.
+    """
+    for first in SystemRandom().sample(BLOCKS, len(BLOCKS)):
+        held = socket.socket()
+        try:
+            held.bind((HOST, first))
+        except OSError:
+            held.close()
+            continue
+        HELD.append(held)
+        return first
+    raise InputError(
+        f"ports: all {len(BLOCKS)} blocks between {BLOCKS.start} and {BLOCKS.stop} are taken; end some Rays"
+    )
 
 
 def free_port() -> int:

@@ -76,8 +76,8 @@ class Server:
         command = [sys.executable, "-m", "jobs.serve", "--port", str(self.port)]
         command += ["--model", str(self.model), "--data", str(self.data), *self.options]
         self._said = self.output.stat().st_size if self.output.exists() else 0
-        # a Ray of this process, which may have trained a model, has named its HAProxy's files in the environment
-        environment = {name: value for name, value in os.environ.items() if "HAPROXY" not in name}
+        # a Ray of this process, which may have trained a model, has ports and files of its own in the environment
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_SERVE_")}
         with self.output.open("ab") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 

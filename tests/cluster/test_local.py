@@ -1,5 +1,6 @@
 """The configuration for a cluster, and how Ray is found or started."""
 
+import ast
 import os
 import signal
 import socket
@@ -15,7 +16,15 @@ from ray import serve
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.local import HOST, connect, free_port, prepare_environment, require_free_port
+from cluster.local import (
+    HOST,
+    PORTS_PER_CLUSTER,
+    _own_block,
+    connect,
+    free_port,
+    prepare_environment,
+    require_free_port,
+)
 from lib.data.catalog import Catalog
 from lib.data.dataset import write_dataset
 from lib.data.events import EVENT_SCHEMA
@@ -95,6 +104,45 @@ def test_the_path_of_haproxys_socket_is_short_enough(monkeypatch, temporary, pro
     prepare_environment()
     configured = Path(os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"])
     assert len(str(configured.parent / ("c" * 56) / configured.name)) <= 97, "Serve adds the cluster's id"
+
+
+PRINT_PORTS = """
+import os
+from cluster.local import prepare_environment
+prepare_environment()
+from ray.serve._private import constants
+ports = [name for name in dir(constants) if name.startswith("RAY_SERVE_") and name.endswith("_PORT")]
+print({name: getattr(constants, name) for name in ports}, flush=True)
+input()
+"""
+
+
+def test_two_services_of_one_machine_share_no_port(start_process, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("RAY_SERVE_")]:
+        monkeypatch.delenv(name)
+    taken: list[range] = []
+    for process in [start_process(PRINT_PORTS) for _ in range(2)]:
+        ports = ast.literal_eval(process.stdout.readline())
+        # no service here speaks gRPC, and no machine is a worker of another
+        known = {name: port for name, port in ports.items() if "INGRESS_M" not in name or "GRPC" not in name}
+        assert None in known.values(), "of the proxies of other machines"
+        every = [port for port in known.values() if port is not None]
+        assert "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT" in known
+        assert len(set(every)) == len(every) >= 6
+        block = range(min(every), max(every) + 1)
+        assert len(block) < PORTS_PER_CLUSTER
+        assert not any(set(block) & set(other) for other in taken)
+        taken.append(block)
+
+
+def test_a_block_of_ports_is_one_process_s(monkeypatch):
+    monkeypatch.setattr("cluster.local.HELD", held := [])
+    monkeypatch.setattr("cluster.local.BLOCKS", blocks := range(10_900, 10_904, 2))  # nothing else takes them
+    assert {_own_block(), _own_block()} == set(blocks)
+    with pytest.raises(InputError, match=r"^ports: all 2 blocks between 10900 and 10904 are taken; end some Rays$"):
+        _own_block()
+    for own in held:
+        own.close()
 
 
 def test_a_free_port_is_free_until_it_is_taken():
