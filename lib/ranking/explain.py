@@ -26,6 +26,7 @@ from lib.model.dislikes import without_dislikes
 from lib.model.encoder import BehaviourEncoderConfig
 from lib.model.ranker import Ranker
 from lib.ranking.candidates import following, together
+from lib.ranking.candidates.asked import RECENT, STRONGEST
 from lib.ranking.features import FEATURES
 from lib.ranking.stage import RankingStage
 
@@ -220,24 +221,29 @@ def _interest(person: Person, event: tuple[str, str] | None, catalog: Catalog) -
 def _words(
     stage: RankingStage, catalog: Catalog, person: Person, rows: np.ndarray, features: np.ndarray
 ) -> dict[str, list[str | None]]:
-    """Return by group what it says of each of P candidates; None where that would not be true."""
+    """Return by group what it says of each of P candidates; None where that would not be true, or did not count."""
     ranker = stage.ranker
     above = (features - ranker.mean.numpy()) / ranker.deviation.numpy()  # (P, F)
 
-    def named(words: str, causes: np.ndarray) -> list[str | None]:
-        ids = [catalog.item_ids[row] for row in causes.tolist()]
+    def named(group: str, words: str, causes: np.ndarray) -> list[str | None]:
+        ids = [catalog.item_ids[row] if own else "" for row, own in zip(causes.tolist(), counted(group), strict=True)]
         return [f"{words} {catalog.titles.get(item_id, item_id)}" if item_id else None for item_id in ids]
 
     def where(words: str, true: np.ndarray) -> list[str | None]:
         return [words if own else None for own in true.tolist()]
 
-    counts, recent = stage.counts.arrays(), person.recent
-    followed = following.RECENCY / (counts["followed"][recent] + 1)
-    met = sum(together.RECENCY.values()) / np.sqrt(counts["events"][recent] + 1)
+    def counted(group: str) -> np.ndarray:
+        return features[:, COLUMNS[group][0]] > 0  # 0 where its source is off, or has not found the item
+
+    counts, recent = stage.counts.arrays(), person.recent[:RECENT]
+    followed = following.RECENCY[:RECENT] / (counts["followed"][recent] + 1)
+    met = sum(each[:RECENT] for each in together.RECENCY.values()) / np.sqrt(counts["events"][recent] + 1)
+    after = strongest_recent(counts, "next", followed, recent, rows)
+    partners = strongest_recent(counts, "together", met, recent, rows)
     return {
-        "follows": named("comes after", strongest_recent(counts, "next", followed, recent, rows)),
-        "together": named("often taken together with", strongest_recent(counts, "together", met, recent, rows)),
-        "seen": where("you had it before", np.isin(rows, person.seen)),
+        "follows": named("follows", "comes after", after),
+        "together": named("together", "often taken together with", partners),
+        "seen": where("you had it before", counted("seen")),
         "trending": where("trending now", above[:, COLUMNS["trending"]].sum(axis=1) > 0),
         "popular": where("popular of late", above[:, COLUMNS["popular"]].sum(axis=1) > 0),
         "new": _new(stage, catalog, person, rows),
@@ -251,12 +257,13 @@ def strongest_recent(
 
     Args:
         counts: of lib/model/item_counts.py.
-        name: of the lists.
+        name: of the lists, of which the STRONGEST are looked up, as for the answer.
         weights: (W,) of the recent items.
         recent: (W,) their rows.
         rows: (P,) of the candidates, each once.
     """
-    lists, strengths = counts[f"{name}_rows"][recent], counts[f"{name}_counts"][recent] * weights[:, None]  # (W, K)
+    lists = counts[f"{name}_rows"][recent, :STRONGEST]  # (W, K)
+    strengths = counts[f"{name}_counts"][recent, :STRONGEST] * weights[:, None]
     ascending = np.sort(rows)
     places = np.searchsorted(ascending, lists).clip(max=len(rows) - 1)
     hits = (ascending[places] == lists) & (lists > 0)

@@ -15,6 +15,8 @@ from lib.data.histories import Histories
 from lib.data.history import History, to_histories
 from lib.model.batches import SequenceBatches
 from lib.model.encoder import BehaviourEncoder
+from lib.ranking import explain
+from lib.ranking.candidates import asked
 from lib.ranking.explain import GROUPS, Influence, influences, most_influential, occluded, shares
 from lib.ranking.features import FEATURES, Candidates
 from lib.ranking.fit import Whole, count_all
@@ -152,8 +154,11 @@ def histories_of(*users: list[int]) -> Histories:
     )
 
 
-def ranking(line: dict[str, float], repeats: bool = False) -> Recommender:
-    """A model whose ranker has this line alone, and whose items 5 and 6 came last, one of them for a new genre."""
+def ranking(line: dict[str, float], *users: list[int], repeats: bool = False) -> Recommender:
+    """A model whose ranker has this line alone, and whose items 5 and 6 came last, one of them for a new genre.
+
+    Before them came what these users had.
+    """
     described = {"item_id": item_ids(ITEMS), "title": [f"Film {row}" for row in range(1, ITEMS + 1)]}
     genres = [["Comedy", "War"] if row == 6 else ["War"] for row in range(1, ITEMS + 1)]
     catalog = Catalog(item_ids(ITEMS), pa.table(described | {"genres": genres}))
@@ -161,7 +166,7 @@ def ranking(line: dict[str, float], repeats: bool = False) -> Recommender:
     made = tiny_encoder(ITEMS, attribute_values=values, attributes_per_item=2, repeats=repeats)
     made.item_attributes.copy_(torch.from_numpy(attribute_codes(catalog, values, 2)))
     made.add_ranker(32, len(FEATURES))
-    count_all(made, Whole(histories_of(*[[1, 2]] * 20, *[[3, 4]] * 3, [1, 7], [5], [6])))
+    count_all(made, Whole(histories_of(*[[1, 2]] * 20, *[[3, 4]] * 3, [1, 7], *users, [5], [6])))
     assert made.ranker is not None
     line_of = torch.tensor([line.get(name, 0.0) for name in FEATURES])
     made.ranker.start(torch.zeros(len(FEATURES)), torch.ones(len(FEATURES)), line_of, seed=0)
@@ -187,6 +192,30 @@ def why(recommender: Recommender, *items: int, **question) -> dict[str, str | No
 )
 def test_a_reason_says_what_the_ranker_goes_by(line, item, reason):
     assert why(ranking(line), 3, 1)[item] == reason
+
+
+def test_the_item_that_is_named_is_one_that_the_answer_looked_up(monkeypatch):
+    fillers = range(11, 18)
+    recommender = ranking({"together": 1.0, "follows": 1.0}, [10, 2])
+    reason = why(recommender, 1, *fillers, 10)["i2"]  # 1 is the ninth of the newest
+    assert re.findall("Film [0-9]+", str(reason)) == ["Film 10", "Film 10"]
+    recommender = ranking({"together": 1.0}, [8, 9], [3, 9])
+    for module in (asked, explain):
+        monkeypatch.setattr(module, "STRONGEST", 1)  # of 3 that is 4
+    assert why(recommender, 8, 11, 12, 3)["i9"] == "often taken together with Film 8 (100%)"
+
+
+@pytest.mark.parametrize(
+    ("source", "feature", "item"),
+    [("together", "together", "i2"), ("following", "follows", "i2"), ("seen",) * 2 + ("i1",)],
+)
+def test_what_a_source_knows_is_no_reason_where_it_is_switched_off(source, feature, item):
+    whole = ranking({feature: -1.0}, repeats=True)
+    assert whole.encoder.ranker is not None
+    whole.encoder.ranker.mean[FEATURES.index(feature)] = 1.0  # so that having less than others raises the score
+    rules = RankingRules(without_sources=(source,))
+    recommender = Recommender(whole.encoder, whole.catalog, version=1, rules=rules)
+    assert why(recommender, 3, 1)[item] is None
 
 
 def test_what_is_new_names_the_value_that_was_liked_before():
@@ -220,15 +249,15 @@ def test_the_interest_names_what_was_done_with_the_event_of_most_influence():
 def test_an_explanation_uses_the_candidates_that_the_answer_found(monkeypatch):
     recommender = ranking({"together": 1.0, "interest": 1.0})
     assert recommender.stage is not None
-    asked, find = [], recommender.stage.candidates
+    calls, find = [], recommender.stage.candidates
 
     def candidates(*arguments: Any, **named: Any) -> Candidates:
-        asked.append(arguments)
+        calls.append(arguments)
         return find(*arguments, **named)
 
     monkeypatch.setattr(recommender.stage, "candidates", candidates)
     reasons = why(recommender, 3, 1)
-    assert len(asked) == 1
+    assert len(calls) == 1
     assert reasons["i2"] is not None
     pinned = Recommender(recommender.encoder, recommender.catalog, 1, rules=RankingRules(pin={1: "i9"}))
     assert why(pinned, 3, 1) == reasons
