@@ -66,6 +66,8 @@ def objection(error: "ValidationError", *models: "type[BaseModel]", whole: str =
     message = first["msg"][:1].lower() + first["msg"][1:]
     if first["type"] == "missing":
         return f"{name}: {message}; add it"
+    if first["type"] in ("list_type", "tuple_type"):
+        return f"{name}: {first['input']!r} is no list; write one as [a, b]"
     return f"{name}: {message}, got {first['input']!r}"
 
 

@@ -1,6 +1,7 @@
 """Every setting that a person can reach is in a table of jobs/README.md, with its default, range and meaning."""
 
 import pkgutil
+from typing import get_origin
 
 import pytest
 from pydantic import BaseModel
@@ -57,3 +58,15 @@ def test_every_class_of_settings_has_a_table():
 def test_every_setting_says_what_it_does(name):
     for setting, field in settings_class(name).model_fields.items():
         assert field.description or model_in(field.annotation), f"{name}.{setting} has no description"
+
+
+def test_one_value_of_a_setting_that_is_a_list_is_a_list_of_one():
+    weighted = {"filter": {"genres": "Comedy"}, "weight": 0.5}
+    single = {"inputs": "kind", "without_sources": "trending", "boost": weighted, "bury": weighted}
+    met = set()
+    for kind in all_settings():
+        for name, field in kind.model_fields.items():
+            if get_origin(field.annotation) in (list, tuple):
+                assert getattr(kind(**{name: single[name]}), name) == getattr(kind(**{name: [single[name]]}), name)
+                met.add(name)
+    assert met == single.keys()

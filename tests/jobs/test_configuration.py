@@ -20,6 +20,7 @@ def test_assignments_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     chosen = settings("epochs=9", "holdout=temporal", "learning_rate=1e-3", config=config)
     assert chosen == PretrainSettings(epochs=9, dropout=0.1, holdout="temporal", learning_rate=0.001)
     assert settings() == PretrainSettings()
+    assert settings("inputs=gap") == PretrainSettings(inputs=["gap"])
 
 
 def test_an_empty_file_changes_nothing(tmp_path):
@@ -45,6 +46,8 @@ def test_an_empty_file_changes_nothing(tmp_path):
         ("dropout=1", "dropout: input should be less than 1, got 1"),
         ("weight_decay=-1", "weight_decay: input should be greater than or equal to 0, got -1"),
         ("seed=-1", "seed: input should be greater than or equal to 0, got -1"),
+        ("inputs=kinds", "inputs.0: input should be 'kind', 'gap', 'value' or 'attributes', got 'kinds'"),
+        ("inputs=", "inputs: None is no list; write one as [a, b]"),
         ("holdout=newest", "holdout: input should be 'leave-one-out', 'temporal' or 'none', got 'newest'"),
     ],
 )
