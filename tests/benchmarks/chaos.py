@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.local import HOST, free_port
-from jobs.command_line import run_command
+from jobs.command_line import BAD_INPUT, run_command
 from jobs.configuration import write_json
 from tests.benchmarks.machine import describe_machine
 from tests.helpers.chaos import (
@@ -64,6 +64,7 @@ class Server:
     port: int = field(default_factory=free_port)
     process: subprocess.Popen | None = None
     failed_starts: int = 0  # that ended by themselves, as Ray's do on a busy machine
+    served: bool = False  # whether it ever did: then its options are good
     _said: int = 0  # bytes of its output before its newest start
 
     @property
@@ -99,22 +100,27 @@ class Server:
         return processes
 
     async def whole(self, load: Load) -> None:
-        """Wait until it serves, with all its parts; start it again where it ends instead.
+        """Wait until it serves, with all its parts; start it again where it ends, but not for bad options.
 
         Raises:
             RuntimeError: it does not come up; the message holds what it said last.
         """
         deadline = time.monotonic() + START_SECONDS
+        said = ""
         while time.monotonic() < deadline:
-            if self.process is not None and self.process.poll() is not None:
+            ended = None if self.process is None else self.process.poll()
+            said = self.output.read_bytes()[self._said :].decode(errors="replace")
+            if ended == BAD_INPUT and not self.served:
+                break
+            if ended is not None:
                 self.failed_starts += 1
                 self.kill()
                 self.start()
-            said = self.output.read_bytes()[self._said :].decode(errors="replace")
-            if "serving at" in said and (status := await load.status()) and is_whole(status, load.replicas):
+            elif "serving at" in said and (status := await load.status()) and is_whole(status, load.replicas):
+                self.served = True
                 return
             await asyncio.sleep(0.5)
-        raise RuntimeError(f"`afterclick serve` did not come up; it said: {self.output.read_text()[-2000:]}")
+        raise RuntimeError(f"`afterclick serve` did not come up; it said: {said[-2000:]}")
 
 
 @dataclass

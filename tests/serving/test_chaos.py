@@ -4,7 +4,11 @@ import asyncio
 import os
 import random
 from collections import Counter
+from pathlib import Path
 
+import pytest
+
+from tests.benchmarks.chaos import Server
 from tests.helpers.chaos import PROXY, Kill, Load, proofs, recovered, strike
 from tests.helpers.service import LiveService
 
@@ -73,3 +77,15 @@ def test_ten_kills_lose_nothing_double_nothing_and_leave_the_loop_live(mortal_se
     assert len(load.acknowledged) > 100
     after = mortal_service.wait_until_learned()
     assert after["model_version"] > before["model_version"]
+
+
+def test_a_server_that_refuses_its_options_is_not_started_again(tmp_path: Path) -> None:
+    server = Server(tmp_path / "model", tmp_path / "data", tmp_path / "said", ("--set", "nonsense=1"))
+    load = Load(server.url, "chaos", ["i1"], events_per_second=1, questions_per_second=1)
+    server.start()
+    try:
+        with pytest.raises(RuntimeError, match="did not come up; it said: error: nonsense: no such setting"):
+            asyncio.run(server.whole(load))
+    finally:
+        server.kill()
+    assert server.failed_starts == 0
