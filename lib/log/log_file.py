@@ -40,7 +40,6 @@ INSERT = (
     " ON CONFLICT(key) DO NOTHING"
 )
 SELECT = f"SELECT offset, {COLUMNS}, received_at FROM events"
-NEWEST_OF_USER = "SELECT offset FROM events WHERE key BETWEEN ? AND ? ORDER BY offset DESC LIMIT ?"
 
 INT64_MAX = 2**63 - 1
 TEXT_FIELDS = [field for field in EVENT_FIELDS if field.kind is str]

@@ -8,11 +8,9 @@ from typing import Self
 from lib.errors import InputError
 from lib.log.log_file import (
     INT64_MAX,
-    NEWEST_OF_USER,
     SELECT,
     LoggedEvent,
     check_pages,
-    keys_of_user,
     logged_event,
     open_log_file,
 )
@@ -54,14 +52,6 @@ class FeedbackLogReader:
             if len(chunk) < REPLAY_EVENTS:
                 return
             offset = chunk[-1].offset
-
-    def user_events(self, user_id: str, limit: int | None = None) -> list[LoggedEvent]:
-        """Return the newest `limit` events of a user, all of them without a limit; the newest last."""
-        if limit is not None and limit < 1:
-            raise InputError(f"limit must be at least 1, not {limit}")
-        newest = f"{SELECT} WHERE offset IN ({NEWEST_OF_USER}) ORDER BY offset"
-        found = self._database.rows(newest, *keys_of_user(user_id), -1 if limit is None else limit)
-        return [logged_event(row) for row in found]
 
     def known(self, keys: Sequence[bytes]) -> set[bytes]:
         """Return those of the keys (lib.log.log_file.key_of) whose events the log has."""

@@ -194,13 +194,14 @@ def assert_each_event_once(service: LiveService, acknowledged: list[tuple[str, s
     assert acknowledged
     assert len(set(acknowledged)) == len(acknowledged)
     with FeedbackLogReader(service.log) as log:
-        logged = Counter((entry.event.user_id, entry.event.event_id) for entry in log.replay())
+        events = [logged.event for logged in log.replay()]
+        logged = Counter((event.user_id, event.event_id) for event in events)
         assert [event for event in acknowledged if logged[event] != 1] == []
         assert learner["log_offset"] == log.last_offset()
         assert learner["events_trained"] + learner["events_rejected"] == log.count()
         for user in {user_id for user_id, _ in acknowledged}:
             history = [(event["item_id"], event["timestamp"]) for event in service.export(user)]
-            expected = [(entry.event.item_id, entry.event.timestamp) for entry in log.user_events(user)]
+            expected = [(event.item_id, event.timestamp) for event in events if event.user_id == user]
             assert history == sorted(expected, key=lambda event: event[1])
 
 
