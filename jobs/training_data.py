@@ -1,6 +1,5 @@
 """What training workers read: a dataset in memory, or a fine-tune's histories; jobs/event_stream.py streams others."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 from lib.data.catalog import Catalog
 from lib.data.dataset import read_events, read_items, read_rating_scale
 from lib.data.events import EVENT_KINDS
-from lib.data.histories import Histories, histories_of
+from lib.data.histories import histories_of
 from lib.data.holdout import training_part
 from lib.data.ratings import STARS, RatingScale
 from lib.errors import InputError
@@ -18,15 +17,14 @@ from lib.live.finetuning import WeightedBatches
 from lib.model.batches import SequenceBatches
 from lib.model.buckets import Figures, figures_of, figures_of_all
 from lib.model.encoder import BehaviourEncoderConfig
-from lib.ranking.fit import Held, order_of
+from lib.ranking.fit import Held, Whole
 
 
-@dataclass
-class TrainingData:
-    """The catalog of all items, and the part of the histories that is trained on."""
+@dataclass(frozen=True)
+class TrainingData(Whole):
+    """The part of the histories that is trained on, and the catalog of all items."""
 
     catalog: Catalog
-    histories: Histories
     ratings: RatingScale = STARS
 
     @cached_property
@@ -34,21 +32,13 @@ class TrainingData:
         """What must be known of the histories before training."""
         return figures_of_all([figures_of(0, self.histories, ratings=self.ratings)])
 
-    def parts(self) -> Iterator[Histories]:
-        """Yield all histories, at once."""
-        yield self.histories
-
-    def order(self, histories: Histories) -> np.ndarray:
-        """Return (E,) int64 the place of each event in the order of time."""
-        return order_of(histories)
-
     def batches(self, config: BehaviourEncoderConfig, without: Held | None = None) -> SequenceBatches:
         """Return training batches for an encoder, without some of the events."""
         histories = self.histories if without is None else self.histories.select(~without(self.histories))
         return SequenceBatches(histories, config)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class WeightedData(TrainingData):
     """The data of a fine-tune, in which each event has a weight of its own as a target."""
 
@@ -69,7 +59,7 @@ def read_training_data(data: str | Path, holdout: str) -> TrainingData:
     events = read_events(data)
     catalog = Catalog.of_dataset(events["item_id"].unique().to_pylist(), read_items(data))
     histories = training_part(histories_of(events, catalog.row_of, EVENT_KINDS), holdout)
-    training_data = TrainingData(catalog, histories, read_rating_scale(data))
+    training_data = TrainingData(histories, catalog, read_rating_scale(data))
     refuse_too_small(data, holdout, training_data.figures)
     return training_data
 

@@ -119,7 +119,7 @@ def read_material(run: TrainingRun) -> Material:
         origin = load_folder(run.start)
         marked = MarkedHistories.load(run.data)
         weights = np.where(marked.marked, 1.0, run.older_weight)
-        data = WeightedData(origin.catalog, marked.histories, weights=weights)
+        data = WeightedData(marked.histories, origin.catalog, weights=weights)
         return Material(data, preset_of(settings, data.histories), origin)
     if settings.stream:
         data = read_stream(run.data, run.storage / STREAM)

@@ -112,7 +112,7 @@ def pretrained(world: World, folder: Path, epochs: int, hidden_size: int = 32, m
     for epoch in range(epochs):
         for batch in batches.epoch(2048, np.random.default_rng(epoch)):
             trainer.step(batch)
-    count_popularity(encoder, TrainingData(catalog, histories), 7 * DAY)
+    count_popularity(encoder, TrainingData(histories, catalog), 7 * DAY)
     registry = Registry(folder)
     registry.publish_snapshot(encoder, catalog, Manifest(version=1), trainer.optimizer_state())
     return registry

@@ -140,7 +140,7 @@ def test_sharded_half_precision_stays_near_full(sharded):
     assert safetensors.torch.load_file(sharded / "weights half")["final_norm.weight"].dtype == torch.float32
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CountedLast(TrainingData):
     """Data that can be read for what is popular once the other worker has finished."""
 
@@ -159,7 +159,7 @@ def _finishing_worker(rank: int, world: int, folder: Path) -> None:
     histories = random_histories(30, 24, np.random.default_rng(0), longest=9)
     worker = TrainingWorker.__new__(TrainingWorker)  # without the context of Ray Train
     worker.run = TrainingRun(settings, folder, folder, folder, threads=1, reports=cast("Any", None))
-    worker.data = CountedLast(Catalog(item_ids(24)), histories, finished=folder / "finished")
+    worker.data = CountedLast(histories, Catalog(item_ids(24)), finished=folder / "finished")
     worker.preset, worker.origin, worker.device = preset_of(settings, histories), None, torch.device("cpu")
     worker.rank, worker.world_size = rank, world
     worker.trainer = new_trainer(SHARDED["plain"])
