@@ -57,7 +57,7 @@ def pretrain(
     if settings.stream is None:
         settings = settings.model_copy(update={"stream": must_stream(data, workers + 1)})  # this process reads, too
     if not settings.stream:  # bad input is refused before Ray is started
-        preset_of(settings, read_training_data(data, settings.holdout).histories)
+        preset_of(settings, read_training_data(data, settings.holdout).figures)
     storage = out.with_name(f".{out.name}.training")
     resume_or_restart(storage, _description(data, settings))
     with running_ray():
@@ -95,7 +95,7 @@ def _prepare_stream(data: Path, storage: Path, settings: PretrainSettings) -> No
     try:
         figures = prepare_stream(data, storage / STREAM, settings.holdout, settings.seed)
         refuse_too_small(data, settings.holdout, figures)
-        preset_of(settings, figures.miniature())
+        preset_of(settings, figures)
     except InputError:
         shutil.rmtree(storage)
         raise

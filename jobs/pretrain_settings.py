@@ -1,11 +1,10 @@
 """The settings of a pretraining run, importable without torch."""
 
 from dataclasses import asdict, replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
-from lib.data.histories import Histories
 from lib.data.holdout import LEAVE_ONE_OUT, Holdout
 from lib.errors import InputError
 from lib.model.presets import (
@@ -17,6 +16,9 @@ from lib.model.presets import (
     preset_for,
 )
 from lib.settings import Seed, Settings
+
+if TYPE_CHECKING:
+    from lib.model.buckets import Figures
 
 HistoryLength = Annotated[int, Field(ge=2)]
 DropoutRate = Annotated[float, Field(ge=0, lt=1)]
@@ -75,11 +77,11 @@ class PretrainSettings(Settings):
         return name
 
 
-def preset_of(settings: PretrainSettings, histories: Histories) -> Preset:
+def preset_of(settings: PretrainSettings, figures: "Figures") -> Preset:
     """Return the preset that was asked for, fitted to this data, with what was set by hand.
 
     Raises:
         InputError: the heads do not divide the width.
     """
-    preset = preset_for(histories, settings.preset)
+    preset = preset_for(figures, settings.preset)
     return replace(preset, **settings.model_dump(include=set(asdict(preset)), exclude_none=True))

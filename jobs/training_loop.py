@@ -120,12 +120,12 @@ def read_material(run: TrainingRun) -> Material:
         marked = MarkedHistories.load(run.data)
         weights = np.where(marked.marked, 1.0, run.older_weight)
         data = WeightedData(marked.histories, origin.catalog, weights=weights)
-        return Material(data, preset_of(settings, data.histories), origin)
+        return Material(data, preset_of(settings, data.figures), origin)
     if settings.stream:
         data = read_stream(run.data, run.storage / STREAM)
-        return Material(data, preset_of(settings, data.figures.miniature()))
+        return Material(data, preset_of(settings, data.figures))
     data = read_training_data(run.data, settings.holdout)
-    return Material(data, preset_of(settings, data.histories))
+    return Material(data, preset_of(settings, data.figures))
 
 
 class TrainingWorker:

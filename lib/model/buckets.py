@@ -25,7 +25,6 @@ from lib.model.encoder import BehaviourEncoderConfig
 
 MOST_BUCKETS = 1024  # Arrow writes no more parts at once
 SAMPLED_VALUES = 4_000_000  # that boundaries are chosen from; more than a bucket holds
-MINIATURE_USERS = 100_000
 MOST_MOMENTS = 4_000_000  # by which the order of all events is known, 32 MB: of fewer events it is exact
 
 # one line a user, so that a bucket is offsets and columns, as Histories are
@@ -78,22 +77,6 @@ class Figures:
     def users_to_learn_from(self) -> int:
         """Users with two events or more."""
         return sum(users for length, users in self.users_of_length if length >= 2)
-
-    def miniature(self) -> Histories:
-        """Return histories as long, with as many events an item, as all these; exactly so where users are few.
-
-        It is what lib/model/presets.py judges a dataset by; times, kinds and values have no meaning.
-        """
-        lengths, users = np.array(self.users_of_length, dtype=np.int64).reshape(-1, 2).T
-        count = min(self.users, MINIATURE_USERS)
-        ranks = np.arange(count) * self.users // max(count, 1)
-        sampled = lengths[np.searchsorted(np.cumsum(users), ranks, side="right")]
-        events = int(sampled.sum())
-        items = max(round(self.items * events / max(self.events, 1)), 1)
-        rows = (np.arange(events) % items + 1).astype(np.int32)
-        none = np.zeros(events)
-        offsets = np.concatenate([[0], np.cumsum(sampled)])
-        return Histories([""] * count, offsets, rows, none.astype(np.int8), none.astype(np.float32), none.astype(int))
 
 
 def bucket_count(events: int, events_per_bucket: int) -> int:

@@ -3,13 +3,16 @@
 The smallest preset is fitted to the data.
 """
 
+import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from lib.data.histories import Histories
 from lib.errors import InputError
+
+if TYPE_CHECKING:
+    from lib.model.buckets import Figures
 
 EventInput = Literal["kind", "gap", "value", "attributes"]  # what can be read of an event beside its item and its place
 INPUTS: tuple[EventInput, ...] = get_args(EventInput)
@@ -17,6 +20,8 @@ INPUTS: tuple[EventInput, ...] = get_args(EventInput)
 DEFAULT_INPUTS: tuple[EventInput, ...] = ("kind", "value", "attributes")
 DISLIKE_WEIGHT = 0.4  # of an answer (lib/model/dislikes.py), in units of the score, which is about a cosine
 Precision = Literal["float32", "bfloat16"]
+# sampled items that targets are compared with, where the preset is fitted to the data: a share of the items
+NEGATIVES_SHARE, FEWEST_NEGATIVES, MOST_NEGATIVES = 1 / 6, 512, 2048
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,10 @@ class Preset:
     num_attention_heads: int = 2
     max_length: int = 50
     dropout: float = 0.3
-    epochs: int = 60
+    epochs: int = 30
     events_per_batch: int = 2048
     learning_rate: float = 2e-3
+    negatives: int = 512
     gpu_precision: Precision = "float32"  # on a CPU it is float32, unless set otherwise
     activation_checkpointing: bool = False
     accumulation: int = 1
@@ -76,17 +82,20 @@ PRESETS = {
 }
 
 
-def preset_for(histories: Histories, name: str = "small") -> Preset:
-    """Return a preset; of `small` the length follows from the users' activity, and epochs from the events per item.
+def preset_for(figures: "Figures", name: str = "small") -> Preset:
+    """Return a preset; of `small` the length follows from the users' activity, the negatives from the number of items.
 
-    Measured on the second-newest event (ml-100k, amazon-beauty): see tests/benchmarks. The larger ones are not
-    measured: their sizes and rates are those that language models of their width are trained with.
+    Measured on second-newest events: see tests/benchmarks. The larger ones are not measured: their sizes and rates are
+    those that language models of their width are trained with.
     """
     preset = PRESETS[name]
     if name != "small":
         return preset
-    lengths = histories.lengths[histories.lengths > 0]
-    typical = int(np.quantile(lengths, 0.95)) if len(lengths) else 1
-    items = max(len(np.unique(histories.rows)), 1)
-    dense = len(histories.rows) / items > 40  # many events an item: learned in fewer passes
-    return replace(preset, max_length=50 if typical <= 50 else 100, epochs=30 if dense else 60)
+    lengths, users = np.array(figures.users_of_length, dtype=np.int64).reshape(-1, 2).T
+    most_are_short = users[lengths <= 50].sum() >= 0.95 * users.sum()
+    nearest_power = round(math.log2(max(figures.items * NEGATIVES_SHARE, 1)))
+    return replace(
+        preset,
+        max_length=50 if most_are_short else 100,
+        negatives=min(max(2**nearest_power, FEWEST_NEGATIVES), MOST_NEGATIVES),
+    )

@@ -46,9 +46,9 @@ VARIANTS: dict[str, tuple[Sequence[str], float]] = {
 
 def train(data: TrainingData, inputs: Sequence[str], dislike_weight: float, seed: int) -> BehaviourEncoder:
     """Pretrain in this process with the defaults."""
-    preset = preset_of(PretrainSettings(), data.histories)
+    preset = preset_of(PretrainSettings(), data.figures)
     encoder = new_encoder(data, preset, seed, inputs)
-    config = TrainingConfig(seed=seed, dislike_weight=dislike_weight)
+    config = TrainingConfig(seed=seed, negatives=preset.negatives, dislike_weight=dislike_weight)
     trainer, batches = Trainer(encoder, len(data.catalog), config), data.batches(encoder.config)
     steps = sum(1 for _ in batches.groups(preset.events_per_batch, np.random.default_rng(seed)))
     for epoch in range(preset.epochs):

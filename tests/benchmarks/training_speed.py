@@ -41,7 +41,7 @@ PEER_OPTIONS = ["--loss", "sampled_softmax", "--negatives", str(NEGATIVES), "--b
 def measure_afterclick(data: Path, seconds: float) -> dict[str, Any]:
     """Train with the defaults, but for the number of negatives; return the speed."""
     training_data = read_training_data(str(data), LEAVE_ONE_OUT)
-    preset = preset_of(PretrainSettings(), training_data.histories)
+    preset = preset_of(PretrainSettings(), training_data.figures)
     encoder = new_encoder(training_data, preset, seed=0)
     trainer = Trainer(encoder, len(training_data.catalog), TrainingConfig(negatives=NEGATIVES))
     batches = training_data.batches(encoder.config)

@@ -41,7 +41,6 @@ from lib.model.buckets import (
     with_bucket,
 )
 from lib.model.folder import read_manifest
-from lib.model.presets import preset_for
 from lib.versions.folder import OPTIMIZER_FILE
 from tests.helpers.tiny import random_histories, tiny_config
 
@@ -229,23 +228,7 @@ def test_figures_of_buckets_are_those_of_the_whole():
     users = [histories.rows[start:stop] for start, stop in pairwise(histories.offsets)]
     first = sum(len(np.unique(rows)) for rows in users)
     assert figures.repeated == figures.events - first > 0
-    small = figures.miniature()
-    assert sorted(small.lengths) == sorted(histories.lengths)
-    assert len(np.unique(small.rows)) == figures.items == len(np.unique(histories.rows))
-    assert preset_for(small) == preset_for(histories)
-
-
-@pytest.mark.parametrize("items", [400, 40_000])
-def test_a_miniature_has_the_proportions_of_the_whole(monkeypatch, items):
-    monkeypatch.setattr(lib.model.buckets, "MINIATURE_USERS", 500)
-    histories = random_histories(5000, items, np.random.default_rng(3), longest=80)
-    figures = figures_of_all([figures_of(0, histories, 1.0, 0)])
-    small = figures.miniature()
-    assert len(small) == 500
-    assert np.quantile(small.lengths, 0.95) == pytest.approx(np.quantile(histories.lengths, 0.95), abs=1)
-    per_item = len(small.rows) / len(np.unique(small.rows))
-    assert per_item == pytest.approx(len(histories.rows) / figures.items, rel=0.02)
-    assert preset_for(small) == preset_for(histories)
+    assert figures.items == len(np.unique(histories.rows))
 
 
 def test_a_share_of_the_values_gives_boundaries_close_to_those_of_all():

@@ -370,7 +370,7 @@ def test_the_scale_of_the_ratings_goes_from_the_data_to_the_model(small_data, tm
     write_dataset(tmp_path / "marks", read_events(small_data), None, RatingScale(1, 10))
     for folder, scale in ((tmp_path / "marks", "1-10"), (small_data, "1-5")):
         data = read_training_data(str(folder), "none")
-        encoder = new_encoder(data, preset_of(PretrainSettings(), data.histories), seed=0)
+        encoder = new_encoder(data, preset_of(PretrainSettings(), data.figures), seed=0)
         encoder.save_pretrained(tmp_path / "model")
         assert BehaviourEncoder.from_pretrained(tmp_path / "model").config.rating_scale == scale
 
@@ -392,8 +392,8 @@ def test_heads_that_do_not_divide_the_width_are_refused_before_anything_starts(s
 
 
 def test_what_is_not_set_is_chosen_from_the_data(small_data):
-    histories = read_training_data(str(small_data), "none").histories
-    chosen = preset_of(PretrainSettings(epochs=3), histories)
+    figures = read_training_data(str(small_data), "none").figures
+    chosen = preset_of(PretrainSettings(epochs=3), figures)
     assert chosen.epochs == 3
     assert chosen.max_length == 50
 

@@ -30,6 +30,7 @@ from lib.data.histories import Histories
 from lib.errors import InputError
 from lib.model.batches import Batch, SequenceBatches
 from lib.model.block import Block, Packing
+from lib.model.buckets import Figures, figures_of, figures_of_all
 from lib.model.encoder import BehaviourEncoder
 from lib.model.folder import load_model
 from lib.model.presets import PRESETS, preset_for
@@ -160,7 +161,7 @@ def _finishing_worker(rank: int, world: int, folder: Path) -> None:
     worker = TrainingWorker.__new__(TrainingWorker)  # without the context of Ray Train
     worker.run = TrainingRun(settings, folder, folder, folder, threads=1, reports=cast("Any", None))
     worker.data = CountedLast(histories, Catalog(item_ids(24)), finished=folder / "finished")
-    worker.preset, worker.origin, worker.device = preset_of(settings, histories), None, torch.device("cpu")
+    worker.preset, worker.origin, worker.device = preset_of(settings, worker.data.figures), None, torch.device("cpu")
     worker.rank, worker.world_size = rank, world
     worker.trainer = new_trainer(SHARDED["plain"])
     worker.trainer.step(batches_of(1, rank, world)[0])
@@ -325,22 +326,41 @@ def test_presets_grow_and_the_largest_has_more_than_a_hundred_million_weights_in
         assert preset.gpu_precision == "bfloat16"
 
 
+def small_figures() -> Figures:
+    return figures_of_all([figures_of(0, random_histories(5, 24, np.random.default_rng(0)))])
+
+
 def test_every_preset_is_accepted_with_its_own_values():
-    histories = random_histories(5, 24, np.random.default_rng(0))
+    figures = small_figures()
     for name, preset in PRESETS.items():
-        chosen = preset_of(PretrainSettings(preset=name), histories)
-        assert chosen == (preset_for(histories) if name == "small" else preset)
+        chosen = preset_of(PretrainSettings(preset=name), figures)
+        assert chosen == (preset_for(figures) if name == "small" else preset)
         values = {key: value for key, value in asdict(preset).items() if key != "gpu_precision"}
         settings = settings_from(PretrainSettings, None, [f"{key}={value}" for key, value in values.items()])
         as_on_small = replace(preset, gpu_precision="float32")  # the one value that was not set
-        assert preset_of(settings, histories) == as_on_small
+        assert preset_of(settings, figures) == as_on_small
 
 
 def test_what_is_set_wins_over_the_preset():
-    histories = random_histories(5, 24, np.random.default_rng(0))
-    chosen = preset_of(PretrainSettings(preset="large", epochs=3, activation_checkpointing=False), histories)
+    figures = small_figures()
+    chosen = preset_of(PretrainSettings(preset="large", epochs=3, activation_checkpointing=False), figures)
     assert (chosen.epochs, chosen.activation_checkpointing, chosen.hidden_size) == (3, False, 1024)
-    assert preset_of(PretrainSettings(epochs=3), histories).max_length == 50  # chosen from the data
+    assert preset_of(PretrainSettings(epochs=3), figures).max_length == 50  # chosen from the data
+
+
+@pytest.mark.parametrize(
+    ("items", "negatives"), [(0, 512), (1_000, 512), (5_866, 1024), (12_101, 2048), (2_000_000, 2048)]
+)
+def test_the_small_preset_takes_more_negatives_of_more_items(items, negatives):
+    assert preset_for(replace(small_figures(), items=items)).negatives == negatives
+    assert preset_for(replace(small_figures(), items=items), "base") == PRESETS["base"]
+
+
+@pytest.mark.parametrize(
+    ("users_of_length", "length"), [([], 50), ([[50, 95], [51, 5]], 50), ([[50, 94], [51, 6]], 100)]
+)
+def test_the_small_preset_reads_more_events_where_more_than_a_twentieth_of_the_users_have_them(users_of_length, length):
+    assert preset_for(replace(small_figures(), users_of_length=users_of_length)).max_length == length
 
 
 @pytest.mark.parametrize(
@@ -355,7 +375,7 @@ def test_what_is_set_wins_over_the_preset():
 )
 def test_precision_follows_preset_and_device_unless_set(preset, precision, device, expected):
     settings = PretrainSettings(preset=preset, precision=precision, accumulation=3, sharded=True, compile=True)
-    chosen = preset_of(settings, random_histories(5, 24, np.random.default_rng(0)))
+    chosen = preset_of(settings, small_figures())
     config = training_config(settings, chosen, torch.device(device))
     assert config.precision == expected
     assert (config.accumulation, config.sharded, config.compile) == (3, True, True)
