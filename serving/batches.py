@@ -1,7 +1,8 @@
 """Adaptive batches: what arrives while one runs forms the next, and an idle queue runs at once.
 
-No batch waits for a time or a size: under light load a batch is one request, and it grows with the load. A request that
-would wait too long is refused at once, so that those that are taken are answered in time.
+No batch waits for a time or a size: under light load a batch is one request, and it grows with the load, as all
+requests that have arrived by then are read before it begins. A request that would wait too long is refused at once, so
+that those that are taken are answered in time.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 SMOOTHING = 0.1  # weight of the newest batch in the mean of the durations, and of the newest lag
+PASSES = 2  # of the event loop from bytes that have arrived to the request that joins: one reads, one parses
 TICK = 0.02  # seconds between two looks at the event loop
 
 
@@ -79,12 +81,21 @@ class Batches(Generic[Item, Result]):
 
     async def _run_batches(self) -> None:
         while self._waiting:
+            await self._read_arrived()
             weights = accumulate(self.weight(item) for item, _ in self._waiting)
             count = max(1, sum(1 for _ in takewhile(lambda weight: weight <= self.largest, weights)))
             batch = [pair for pair in self._waiting[:count] if not pair[1].done()]  # its caller may be gone
             del self._waiting[:count]
             if batch:
                 await self._run_batch(batch)
+
+    async def _read_arrived(self) -> None:
+        """Let those join whose requests have arrived: a batch of many costs each of them less."""
+        known = 0
+        while known < len(self._waiting) < self.largest:
+            known = len(self._waiting)
+            for _ in range(PASSES):
+                await asyncio.sleep(0)
 
     async def _run_batch(self, batch: list[tuple[Item, asyncio.Future[Result]]]) -> None:
         start = time.perf_counter()

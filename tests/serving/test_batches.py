@@ -1,6 +1,7 @@
 """Adaptive batches: nobody waits for nothing, results go to their callers, and what would wait too long is refused."""
 
 import asyncio
+import socket
 import time
 
 import pytest
@@ -39,6 +40,30 @@ def test_an_idle_queue_runs_at_once_and_a_busy_one_gathers():
         assert [number for batch in double.batches[1:] for number in batch] == list(range(10, 18))
         assert max(map(len, double.batches)) == 3
         assert batches.count == len(double.batches) < 9
+
+    asyncio.run(scenario())
+
+
+def test_requests_that_have_arrived_are_read_before_a_batch_begins():
+    async def scenario() -> None:
+        double = Doubling()
+        batches = Batches(double, largest=10)
+        own, others = socket.socketpair()
+        own.setblocking(False)
+        answers: list[asyncio.Task[int]] = []
+
+        def read() -> None:  # as a server does: bytes become a task, and the task joins
+            for byte in own.recv(1):
+                answers.append(asyncio.create_task(batches.submit(byte)))
+
+        with own, others:
+            asyncio.get_running_loop().add_reader(own, read)
+            first = asyncio.create_task(batches.submit(1))
+            others.sendall(bytes([2, 3, 4]))  # nothing of it is read before the first has joined
+            assert await first == 2
+            asyncio.get_running_loop().remove_reader(own)
+        assert await asyncio.gather(*answers) == [4, 6, 8]
+        assert double.batches == [[1, 2, 3, 4]]
 
     asyncio.run(scenario())
 
