@@ -13,7 +13,15 @@ from lib.live.new_items import Likes, add_rows
 from lib.live.settings import LearnerConfig
 from lib.live.undo import UndoJournal
 from lib.log.items import ItemChange
-from lib.model.delta import NO_ROWS, ROW_TENSORS, difference, grow_items, state_of
+from lib.model.delta import (
+    NO_ROWS,
+    ROW_TENSORS,
+    difference,
+    grow_items,
+    make_room,
+    state_of,
+    with_new_rows,
+)
 from lib.model.encoder import BehaviourEncoder
 from lib.model.fingerprint import Fingerprint
 from lib.model.item_counts import COUNT_TENSORS
@@ -56,8 +64,10 @@ class LearningModel:
         self.kind_codes = self.encoder.config.kind_codes
         self.popularity_half_life = popularity_half_life(config.popularity_half_life, loaded)
         self.counted_half_life = loaded.facts.half_life or self.popularity_half_life  # of the counts as they are
+        make_room(self.encoder)
         train_top_layers(self.encoder, config.trained_bytes)
         self.trainer = _trainer_of(loaded, _training_config(config, self.encoder))
+        self.trainer.row_optimizer.make_room()
         self.likes = Likes(self.encoder, self.catalog)
         add_rows(self.trainer, self.catalog, known=len(loaded.catalog), seed=config.seed, likes=self.likes)
         self.published_items = len(self.catalog)  # later ones are named by the next delta
@@ -127,7 +137,7 @@ class LearningModel:
         if self.stage is None:
             return
         index = self.stage.index
-        rows = np.union1d(changes.rows.numpy(), np.arange(len(index), self.encoder.config.item_rows))
+        rows = with_new_rows(changes.rows.numpy(), len(index), self.encoder.config.item_rows)
         with torch.inference_mode():
             index.update(rows, self.encoder.item_vectors(torch.from_numpy(rows)).cpu().numpy())
         self.stage.follow(changes.count_rows)

@@ -104,7 +104,7 @@ def add_rows(trainer: Trainer, catalog: Catalog, known: int, seed: int, likes: L
     if needed == known + 1:
         return
     if needed > encoder.config.item_rows:
-        grow_items(encoder, needed + needed // 10)
+        grow_items(encoder, needed + max(min(needed // 10, 1000), needed // 100))
         trainer.row_optimizer.grow(encoder.config.item_rows)
     added = torch.arange(known + 1, needed)
     likes.encode(added)

@@ -7,7 +7,7 @@ the two has rows of its own.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lib.model.encoder import BehaviourEncoder
 from lib.model.facts import VersionFacts
 from lib.model.item_counts import COUNT_TENSORS
+from lib.model.rows import lengthened, with_room
 from lib.model.version_format import FORMAT, OtherFormat, check_format
 
 ROW_TENSORS = ("item_embeddings.weight", "item_popularity", "item_attributes")
@@ -159,19 +160,35 @@ def apply_delta(encoder: BehaviourEncoder, delta: Delta) -> None:
 
 def grow_items(encoder: BehaviourEncoder, item_rows: int) -> None:
     """Lengthen the item table to `item_rows` rows; new rows are zero until a delta or a learner fills them."""
-    missing = item_rows - encoder.item_embeddings.num_embeddings
-    if missing <= 0:
-        return
+    if item_rows > encoder.config.item_rows:
+        _replace_tables(encoder, lambda table, fill: lengthened(table, item_rows, fill))
+        encoder.item_embeddings.num_embeddings = encoder.config.item_rows = item_rows
+
+
+def make_room(encoder: BehaviourEncoder) -> None:
+    """Move the item table to memory in which it can grow by an eighth without a copy."""
+    _replace_tables(encoder, lambda table, _: with_room(table))
+
+
+def _replace_tables(encoder: BehaviourEncoder, change: Callable[[Tensor, float], Tensor]) -> None:
+    """Replace all tables that have a line per item by what a function makes of each, given what fills new lines."""
     table = encoder.item_embeddings.weight
-    grown = torch.cat([table.detach(), table.new_zeros(missing, table.shape[1])])
-    encoder.item_embeddings.weight = nn.Parameter(grown, requires_grad=table.requires_grad)
-    encoder.item_embeddings.num_embeddings = item_rows
+    encoder.item_embeddings.weight = nn.Parameter(change(table, 0), requires_grad=table.requires_grad)
     for name in ("item_popularity", "item_attributes"):
-        known = getattr(encoder, name)
-        setattr(encoder, name, torch.cat([known, known.new_zeros(missing, *known.shape[1:])]))
+        setattr(encoder, name, change(getattr(encoder, name), 0))
     if encoder.counts is not None:
-        encoder.counts.grow(item_rows)
-    encoder.config.item_rows = item_rows
+        encoder.counts.replace_tables(change)
+
+
+def with_new_rows(changed: np.ndarray, known: int, rows: int) -> np.ndarray:
+    """Return the rows (R,) that changed of a table of `known` rows, and all that it does not have of `rows`.
+
+    Args:
+        changed: distinct rows, ascending.
+        known: rows of the table.
+        rows: of the table that it is to become.
+    """
+    return np.concatenate([changed[changed < known], np.arange(known, rows)])
 
 
 def difference(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.model.delta import NO_ROWS, ROW_TENSORS, state_of
+from lib.model.delta import NO_ROWS, ROW_TENSORS, state_of, with_new_rows
 from lib.model.encoder import BehaviourEncoder
 from lib.model.item_counts import COUNT_TENSORS
 
@@ -33,12 +33,15 @@ class Fingerprint:
         names: set[str] | None = None,
         count_rows: np.ndarray = NO_ROWS,
     ) -> str:
-        """Hash given rows of weights and counts anew, and the named other tensors (None: all); return the checksum."""
+        """Hash given rows of weights and counts anew, and the named other tensors (None: all); return the checksum.
+
+        The rows are distinct, and ascending.
+        """
         for name, tensor in state.items():
             if name in ROW_TENSORS or name in COUNT_TENSORS:
                 parts = self._parts.get(name, np.zeros(0, dtype=np.uint64))
                 changed = rows if name in ROW_TENSORS else count_rows
-                lines = np.union1d(changed, np.arange(len(parts), len(tensor)))
+                lines = with_new_rows(changed, len(parts), len(tensor))
                 if len(tensor) > len(parts):
                     parts = np.concatenate([parts, np.zeros(len(tensor) - len(parts), dtype=np.uint64)])
                 before = int(parts[lines].sum(dtype=np.uint64))

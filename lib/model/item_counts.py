@@ -16,6 +16,7 @@ lists. The entries of a list stand in order of strength, of its count or, of wha
 whose row is not counted keeps its order.
 """
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
@@ -79,13 +80,11 @@ class ItemCounts(nn.Module):
         """Return the tensors by name, sharing their memory."""
         return {name: tensor.numpy() for name, tensor in self.named_buffers()}
 
-    def grow(self, rows: int) -> None:
-        """Lengthen all tables to `rows` rows."""
-        for name, tensor in list(self.named_buffers()):
-            missing = rows - len(tensor)
-            if name != "clock" and missing > 0:
-                fill = NEVER if name == "first_at" else 0
-                self.register_buffer(name, torch.cat([tensor, tensor.new_full((missing, *tensor.shape[1:]), fill)]))
+    def replace_tables(self, change: Callable[[Tensor, float], Tensor]) -> None:
+        """Replace all tables by what a function makes of each, given what fills the lines of new rows."""
+        for name, table in list(self.named_buffers()):
+            if name != "clock":
+                self.register_buffer(name, change(table, NEVER if name == "first_at" else 0))
 
     def rows_of(self, contexts: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Return (R,) the rows that `count` changes for these events, ascending."""

@@ -14,7 +14,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.model.batches import Batch
@@ -30,6 +29,7 @@ from lib.model.distributed import (
 from lib.model.encoder import BehaviourEncoder
 from lib.model.loss import SequenceLoss, uniform_negatives
 from lib.model.presets import Precision
+from lib.model.rows import lengthened, with_room
 
 FADING_UPDATES = 20  # after so many the boost of a new row is half of what it was
 
@@ -78,10 +78,11 @@ class RowAdam:
 
     def grow(self, rows: int) -> None:
         """Make room for a table of `rows` rows; the new rows have no state yet."""
-        missing = rows - len(self.steps)
-        self.first = F.pad(self.first, (0, 0, 0, missing))
-        self.second = F.pad(self.second, (0, 0, 0, missing))
-        self.steps = F.pad(self.steps, (0, missing))
+        self.first, self.second, self.steps = (lengthened(each, rows) for each in (self.first, self.second, self.steps))
+
+    def make_room(self) -> None:
+        """Move the state to memory in which it can grow by an eighth without a copy."""
+        self.first, self.second, self.steps = (with_room(each) for each in (self.first, self.second, self.steps))
 
     @torch.no_grad()
     def step(self, table: Tensor, rows: Tensor, gradient: Tensor, learning_rate: float) -> None:

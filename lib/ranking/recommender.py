@@ -13,7 +13,15 @@ from lib.data.catalog import Catalog
 from lib.data.history import EncodedHistory, History, to_histories
 from lib.errors import InputError
 from lib.model.batches import SequenceBatches, group_by_length
-from lib.model.delta import ATTRIBUTE_TABLE, Delta, DeltaMismatch, apply_delta, state_of
+from lib.model.delta import (
+    ATTRIBUTE_TABLE,
+    Delta,
+    DeltaMismatch,
+    apply_delta,
+    make_room,
+    state_of,
+    with_new_rows,
+)
 from lib.model.dislikes import candidate_count, push_down, without_dislikes
 from lib.model.encoder import PADDING_ROW, BehaviourEncoder
 from lib.model.fingerprint import Fingerprint
@@ -83,6 +91,7 @@ class Recommender:
     ):
         self.encoder = encoder.eval().requires_grad_(False)
         nn.Module.to(self.encoder, search_device())
+        make_room(self.encoder)
         self.catalog = catalog
         self.version = version
         self.log_offset = log_offset
@@ -133,7 +142,7 @@ class Recommender:
         apply_delta(self.encoder, delta)
         self._unbound.update(self.catalog.extend(delta.new_items))
         self.reader = InferenceEncoder(self.encoder)
-        rows = np.union1d(delta.rows, np.arange(len(self.index), delta.item_rows))
+        rows = with_new_rows(delta.rows, len(self.index), delta.item_rows)
         if ATTRIBUTE_TABLE in delta.tensors:  # every item's vector has moved
             rows = np.arange(delta.item_rows)
         self.index.update(rows, self._vectors(rows))
