@@ -194,6 +194,14 @@ class LiveModels:
 
     # -------------------------------------------------------------------------------------------------------- versions
 
+    async def read_delta(self, data: bytes) -> Delta:
+        """Read a pushed delta while questions are answered; those that are read one after another stay in order.
+
+        Raises:
+            DeltaMismatch, OtherFormat: as Delta.from_bytes.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self.changing_thread, Delta.from_bytes, data)
+
     async def apply(self, delta: Delta) -> None:
         """Move to a pushed delta's version between two batches, if the delta follows the live one."""
         await self._change(partial(self._apply_next, delta))

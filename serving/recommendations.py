@@ -15,7 +15,7 @@ from pydantic import Field
 from ray import serve
 
 from lib.log.layout import LogLayout
-from lib.model.delta import Delta, DeltaMismatch
+from lib.model.delta import DeltaMismatch
 from lib.model.version_format import OtherFormat
 from lib.ranking.recommender import Question
 from lib.ranking.rules import RankingRules
@@ -183,7 +183,7 @@ class Recommendations:
         data = await payload[0]
         start = time.perf_counter()
         try:
-            delta = Delta.from_bytes(bytes(data))
+            delta = await self.models.read_delta(bytes(data))
         except (DeltaMismatch, OtherFormat) as error:  # the registry may have a version that can be read
             logger.error("a pushed delta cannot be read: %s", error)
             return await self.expect_version(self.models.live.version)

@@ -12,6 +12,8 @@ from lib.model.delta import NO_ROWS, ROW_TENSORS, state_of, with_new_rows
 from lib.model.encoder import BehaviourEncoder
 from lib.model.item_counts import COUNT_TENSORS
 
+WORDS_AT_ONCE = 1 << 13  # what is widened to 64 bits stays in the cache, and its memory in the process
+
 
 class Fingerprint:
     """A 64-bit checksum of a state that follows a delta at the cost of its changed rows.
@@ -76,9 +78,11 @@ def _hash_lines(name: str, lines: Tensor, places: np.ndarray) -> np.ndarray:
         0, 2**64, size=words.shape[1], dtype=np.uint64, endpoint=False
     )
     hashes = np.empty(len(places), dtype=np.uint64)
-    for start in range(0, len(places), 65_536):  # bounds the memory of the 64-bit products
-        part = slice(start, start + 65_536)
-        hashes[part] = (words[part].astype(np.uint64) * (coefficients | np.uint64(1))).sum(axis=1, dtype=np.uint64)
+    coefficients |= np.uint64(1)
+    step = max(WORDS_AT_ONCE // max(words.shape[1], 1), 1)
+    for start in range(0, len(places), step):
+        part = slice(start, start + step)
+        hashes[part] = words[part].astype(np.uint64) @ coefficients
     hashes += (places.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64's finaliser
         hashes = (hashes ^ (hashes >> np.uint64(shift))) * np.uint64(factor)
