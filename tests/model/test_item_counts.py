@@ -6,6 +6,7 @@ import torch
 
 from lib.data.histories import Histories
 from lib.model.item_counts import HALF_LIVES, NEVER, WINDOW, ItemCounts, newest_distinct, people_of
+from lib.model.rows import lengthened
 from tests.helpers.tiny import NOW, SECOND, random_histories, trends_now
 
 ROWS = 12
@@ -249,7 +250,7 @@ def counted() -> ItemCounts:
 
 def test_growth_keeps_the_rows_and_adds_uncounted_ones():
     counts, before = counted(), counted().arrays()
-    counts.grow(ROWS + 3)
+    counts.replace_tables(lambda table, fill: lengthened(table, ROWS + 3, fill))
     empty = ItemCounts(3, 4).arrays()
     for name, values in counts.arrays().items():
         if name == "clock":
@@ -259,8 +260,6 @@ def test_growth_keeps_the_rows_and_adds_uncounted_ones():
         assert np.array_equal(values[ROWS:], empty[name]), name
     count(counts, (1,), ROWS + 2, time=1000)
     assert listed(counts, "together", ROWS + 2) == {1: 1.0}
-    counts.grow(ROWS)  # never shrinks
-    assert len(counts.events) == ROWS + 3
 
 
 def test_clearing_forgets_everything():
