@@ -94,7 +94,7 @@ def exclude(scores: torch.Tensor, columns: Sequence[np.ndarray]) -> None:
     count, width = scores.shape
     flat = np.concatenate(columns).astype(np.int64, copy=False)
     if count > 1:
-        flat += np.repeat(np.arange(0, count * width, width), [len(line) for line in columns])
+        flat += np.repeat(np.arange(count) * width, [len(line) for line in columns])
     if scores.is_cuda:
         scores.view(-1).index_fill_(0, torch.from_numpy(flat).to(scores.device), -torch.inf)
     else:  # numpy starts sooner than torch

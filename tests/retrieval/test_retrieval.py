@@ -93,6 +93,8 @@ def test_minus_one_where_fewer_exist():
     assert (scores[0, 4:] == -np.inf).all()
     assert (rows[0, 4:] == -1).all()
     assert (ItemIndex(vectors).search(vectors[:2], 5, np.zeros(5, dtype=bool))[1] == -1).all()
+    seen = [np.arange(2), np.array([4])]
+    assert (ItemIndex(vectors).search(vectors[:2], 5, np.zeros(5, dtype=bool), seen)[1] == -1).all()
     assert (ItemIndex(vectors).search(vectors[:2], 5, None, [np.arange(5)] * 2)[1] == -1).all()
 
 
