@@ -42,7 +42,7 @@ ALONE = {
     "new": ("age",),
 }
 LARGEST_ANSWER = 100  # candidates are found for
-BEHIND = 10.0  # how far what is no candidate lies behind: its order is the encoder's
+BEHIND = 10.0  # how far what is no candidate lies behind, in the encoder's order: further on `nearest` would find it
 PEOPLE_AT_ONCE = 256
 Answer = tuple[np.ndarray, Tensor, Candidates]  # places of B histories, scores (B, R) of all rows, candidates
 
@@ -121,7 +121,7 @@ def _answer(
     again = np.full(len(part.people), repeats)
     found = stage.candidates(part.people, part.queries, LARGEST_ANSWER, repeats=again, sources=sources)
     vectors = torch.from_numpy(stage.index.vectors)
-    scores = part.queries.cpu() @ vectors.T - BEHIND
+    scores = part.queries.cpu() @ vectors.T - (BEHIND if "nearest" in sources else torch.inf)
     scores[torch.from_numpy(found.lines), torch.from_numpy(found.rows)] = torch.from_numpy(stage.scores(found))
     return pushed_down(scores, part.opinions, vectors, dislike_weight), found
 
@@ -147,7 +147,7 @@ def rank_sources(
 
     def score(histories: Histories) -> Iterator[NamedScores]:
         for part in _parts(histories, stage):
-            scores, found = _answer(part, stage, speaking, False, DISLIKE_WEIGHT)
+            scores, found = _answer(part, stage, sources, False, DISLIKE_WEIGHT)
             yield WHOLE, part.places, scores
             lines, rows = torch.from_numpy(found.lines), torch.from_numpy(found.rows)
             for name, values in alone(found, speaking):
