@@ -19,7 +19,7 @@ from lib.model.encoder import BehaviourEncoder
 from lib.model.facts import VersionFacts
 from lib.model.item_counts import COUNT_TENSORS
 from lib.model.rows import lengthened, with_room
-from lib.model.version_format import FORMAT, OtherFormat, check_format
+from lib.model.version_format import FORMAT, OLDEST_FORMAT, OtherFormat, check_format
 
 ROW_TENSORS = ("item_embeddings.weight", "item_popularity", "item_attributes")
 ATTRIBUTE_TABLE = "attribute_embeddings.weight"
@@ -58,6 +58,7 @@ class Delta:
     popularity_scale: float = 1.0  # what the popularity of every item is multiplied with, before its rows change
     facts: VersionFacts = field(default_factory=VersionFacts)
     count_rows: np.ndarray = field(default_factory=lambda: NO_ROWS)  # (S,) int64 changed rows of the counts, ascending
+    format: int = FORMAT  # of the release that made it
 
     def rows_of(self, name: str) -> np.ndarray | None:
         """Return the changed rows of a row tensor; None for any other tensor."""
@@ -92,7 +93,7 @@ class Delta:
             said = json.loads(header)
             check_format(f"delta {said['version']}", said)
             facts = VersionFacts.model_validate(said.pop("facts"))
-            said.pop("format", None)
+            said.setdefault("format", OLDEST_FORMAT)
             rows, count_rows = tensors.pop("rows"), tensors.pop("count_rows", NO_ROWS)
             return cls(rows=rows, count_rows=count_rows, tensors=tensors, facts=facts, **said)
         except OtherFormat:

@@ -18,7 +18,7 @@ from lib.durable import write_durably
 from lib.errors import InputError
 from lib.model.encoder import WEIGHTS, BehaviourEncoder
 from lib.model.facts import TrainingFacts, VersionFacts
-from lib.model.version_format import FORMAT, check_format
+from lib.model.version_format import FORMAT, ORDERED_LISTS, check_format
 
 FILES = ("config.json", WEIGHTS, "catalog.parquet")
 MANIFEST = "manifest.json"
@@ -107,7 +107,14 @@ def load_model(folder: str | Path) -> tuple[BehaviourEncoder, Catalog, Manifest]
         catalog = Catalog.load(folder / "catalog.parquet")
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"model: {folder} cannot be loaded: {error}") from error
+    bring_up(encoder, manifest.format)
     return encoder, catalog, manifest
+
+
+def bring_up(encoder: BehaviourEncoder, written: int, wanted: int = FORMAT) -> None:
+    """Bring weights of one format to a later one."""
+    if written < ORDERED_LISTS <= wanted and encoder.counts is not None:
+        encoder.counts.sort()
 
 
 def check_file(path: Path, manifest: Manifest) -> None:

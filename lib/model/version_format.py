@@ -8,7 +8,8 @@ from typing import Any
 
 from lib.errors import InputError
 
-FORMAT = 3  # raise it with every change that an earlier release would read wrongly, or not at all
+FORMAT = 4  # raise it with every change that an earlier release would read wrongly, or not at all
+ORDERED_LISTS = 4  # since when lists of neighbours stand in order of strength (lib/model/item_counts.py)
 OLDEST_FORMAT = 1  # that this release reads; what says no number is of this one
 
 

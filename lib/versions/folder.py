@@ -11,6 +11,7 @@ from lib.data.catalog import Catalog
 from lib.model.encoder import BehaviourEncoder
 from lib.model.facts import VersionFacts
 from lib.model.folder import Manifest, check_file, load_model, save_model, write_manifest
+from lib.model.version_format import FORMAT
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 
@@ -28,6 +29,7 @@ class LoadedVersion:
     optimizer: dict[str, np.ndarray] | None
     optimizer_deltas: list[tuple[np.ndarray, dict[str, np.ndarray]]] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)  # files that were passed over as they are damaged or missing
+    format: int = FORMAT  # in which the newest of its files was written
 
 
 def load_folder(folder: Path) -> LoadedVersion:
@@ -45,6 +47,7 @@ def load_folder(folder: Path) -> LoadedVersion:
         log_offset=manifest.log_offset,
         facts=manifest.facts,
         optimizer=_read_optimizer(folder, manifest),
+        format=manifest.format,
     )
 
 

@@ -27,7 +27,7 @@ from lib.log.layout import LogLayout
 from lib.model.delta import OPTIMIZER_PREFIX, Delta, DeltaMismatch, apply_delta
 from lib.model.encoder import BehaviourEncoder
 from lib.model.facts import VersionFacts
-from lib.model.folder import MANIFEST, Manifest, manifest_of, read_manifest
+from lib.model.folder import MANIFEST, Manifest, bring_up, manifest_of, read_manifest
 from lib.model.version_format import OtherFormat, check_format
 from lib.versions.folder import LoadedVersion, load_folder, save_with_optimizer
 from lib.versions.offers import Offers
@@ -250,6 +250,7 @@ class Registry:
             except DeltaMismatch as error:
                 damage.append(f"version: {self.store.path(delta_file(number))} is damaged: {error}")
                 break
+        bring_up(loaded.encoder, loaded.format)
         return loaded
 
     def base_of(self, loaded: LoadedVersion) -> int:
@@ -351,9 +352,13 @@ def _numbers(names: Sequence[str]) -> list[int]:
 def _follow(loaded: LoadedVersion, delta: Delta) -> None:
     """Bring a loaded version to the next one.
 
+    A delta is of weights in its own format: the learner that made it had brought up what it loaded, just here.
+
     Raises:
         DeltaMismatch: it cannot take the delta, and is as it was.
     """
+    bring_up(loaded.encoder, loaded.format, delta.format)
+    loaded.format = delta.format
     apply_delta(loaded.encoder, delta)
     loaded.catalog.extend(delta.new_items)
     stored = {name: tensor for name, tensor in delta.tensors.items() if name.startswith(OPTIMIZER_PREFIX)}

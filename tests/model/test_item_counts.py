@@ -227,6 +227,27 @@ def test_the_strongest_of_a_list_stand_first():
     assert counts.together_rows[1].tolist() == [5, 3, 2, 6, 4, 0, 0, 0]
 
 
+def test_sorting_gives_the_same_lists_whatever_their_order_was():
+    counts, shuffled, generator = ItemCounts(ROWS, 6), ItemCounts(ROWS, 6), np.random.default_rng(0)
+    for time, (before, item) in enumerate(generator.integers(1, ROWS, (80, 2)).tolist()):
+        count(counts, (before,), item, time=time)
+    shuffled.load_state_dict(counts.state_dict())
+    for own in (shuffled.next_rows, shuffled.next_counts), (shuffled.together_rows, shuffled.together_counts):
+        order = torch.from_numpy(generator.permuted(np.tile(np.arange(6), (ROWS, 1)), axis=1))
+        for table in own:
+            table.copy_(table.gather(1, order))
+    assert not same(counts, shuffled)
+    for each in (counts, shuffled):
+        each.sort()
+    assert same(counts, shuffled)
+    own = counts.arrays()
+    assert (np.diff(own["next_counts"]) <= 0).all()
+    assert (np.diff(own["together_counts"] / np.sqrt(own["events"][own["together_rows"]] + 1)) <= 0).all()
+    assert (np.diff(own["next_counts"]) == 0)[own["next_counts"][:, 1:] > 0].any(), (
+        "and what is equal has an order, too"
+    )
+
+
 def test_the_same_events_give_the_same_bytes():
     histories = random_histories(40, ROWS - 1, np.random.default_rng(2))
     events = len(histories.rows)

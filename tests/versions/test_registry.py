@@ -17,12 +17,15 @@ from lib.live.gate import GateConfig
 from lib.live.learner import NearlineLearner
 from lib.live.settings import LearnerConfig
 from lib.model.delta import Delta, DeltaMismatch
+from lib.model.encoder import BehaviourEncoder
 from lib.model.facts import VersionFacts
 from lib.model.folder import MANIFEST, Manifest, load_model, save_model
-from lib.model.version_format import FORMAT, OtherFormat
+from lib.model.version_format import FORMAT, ORDERED_LISTS, OtherFormat
 from lib.versions.folder import OPTIMIZER_FILE
 from lib.versions.registry import Registry
+from tests.helpers.learners import recommender_of
 from tests.helpers.tiny import (
+    COUNTED,
     assert_same_state,
     copied_state,
     history,
@@ -399,6 +402,54 @@ def test_versions_of_a_newer_release_are_refused_in_one_line_and_stay(registry, 
     assert [(info.version, info.kind) for info in registry.versions()] == [(1, "snapshot"), (2, "damaged")]
     assert f"has format {FORMAT + 1}" in (registry.versions()[-1].facts.reason or "")
     assert registry.load(1).damage == []
+
+
+def strengths(encoder: BehaviourEncoder) -> dict[str, np.ndarray]:
+    """Return (N, K) how strong the entries of each kind of list are, in their order."""
+    assert encoder.counts is not None
+    own = encoder.counts.arrays()
+    return {
+        "next": own["next_counts"],
+        "together": own["together_counts"] / np.sqrt(own["events"][own["together_rows"]] + 1),
+    }
+
+
+def in_order(encoder: BehaviourEncoder) -> bool:
+    return all((np.diff(own, axis=1) <= 0).all() for own in strengths(encoder).values())
+
+
+def test_lists_of_an_earlier_release_are_sorted_as_they_are_loaded_and_replicas_stay_equal(tmp_path, monkeypatch):
+    def learn_pairs(learner: NearlineLearner, *pairs: tuple[int, int]) -> Delta:
+        outcome = learner.learn(micro_batch(learner.log_offset + len(pairs), [history(pair) for pair in pairs]))
+        assert isinstance(outcome, Delta)
+        return outcome
+
+    with monkeypatch.context() as patch:  # a release whose lists had no order
+        for module in ("lib.model.delta", "lib.model.folder"):
+            patch.setattr(f"{module}.FORMAT", ORDERED_LISTS - 1)
+        patch.setattr("lib.model.item_counts._sort", lambda *_: None)
+        registry = started_registry(tmp_path / "store", **COUNTED)
+        before = NearlineLearner(registry, CONFIG)
+        learn_pairs(before, (1, 2), (1, 3), (5, 6), (5, 7))
+        learn_pairs(before, (1, 3), (1, 3), (5, 6), (8, 2))
+        before.lineage.save_snapshot(before.model)
+        learn_pairs(before, (1, 9), (1, 9), (1, 9), (5, 7), (5, 7))
+    assert not in_order(before.model.encoder)
+    learner = NearlineLearner(registry, CONFIG)
+    assert in_order(learner.model.encoder)
+    for name, own in strengths(before.model.encoder).items():
+        assert np.array_equal(np.sort(own), np.sort(strengths(learner.model.encoder)[name]))
+    model = tmp_path / "store" / "snapshots" / "0000000003"
+    assert in_order(load_model(model)[0])
+
+    replica = recommender_of(registry)
+    for _ in range(3):  # what goes with 1 changes, and with it how strong the others are, whose lists are as they were
+        replica.apply(Delta.from_bytes(learn_pairs(learner, (1, 2), (9, 2), (1, 2)).to_bytes()))
+    learned = learner.model.checksum
+    assert replica.checksum == learned
+    assert [recommender_of(registry).checksum, NearlineLearner(registry, CONFIG).model.checksum] == [learned] * 2
+    shutil.rmtree(model)  # from the first version on it is the same
+    assert recommender_of(registry).checksum == learned
 
 
 # ---------------------------------------------------------------------------------------------------------------------
