@@ -227,7 +227,7 @@ def _plan(
     import pyarrow as pa
 
     from lib.data.dataset import check_rating_scale
-    from lib.live.finetuning import cut_feedback, feedback, of_known_items, older_events, recount
+    from lib.live.finetuning import cut_feedback, feedback, keep_ranker, of_known_items, older_events, recount
     from lib.live.learning_model import LearningModel, popularity_half_life
     from lib.live.settings import LearnerConfig
     from lib.log.layout import read_log
@@ -262,6 +262,7 @@ def _plan(
     model.add_items(events["item_id"].unique().to_pylist())
     with read_log(state) as log:
         recount(model.encoder, model.catalog, _origin(registry, begun), log, data, cut.until, rejections)
+    keep_ranker(model.encoder, rival.encoder)
     _write_material(storage, model, events, cut, settings)
     plan = {
         "name": f"{time.time_ns() // 1_000_000:013d}-{uuid.uuid4().hex}",

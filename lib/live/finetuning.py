@@ -315,6 +315,13 @@ def recount(
     counts.first_at[unmet] = since[unmet]
 
 
+def keep_ranker(encoder: BehaviourEncoder, rival: BehaviourEncoder) -> None:
+    """Take over what the ranker of the live weights has learned up to the cut: a fine-tune moves the encoder alone."""
+    own, learned = encoder.ranker, rival.ranker
+    if own is not None and learned is not None and own.parts == learned.parts:
+        own.load_state_dict(learned.state_dict())
+
+
 def _begin_anew(counts: ItemCounts, first: ItemCounts) -> torch.Tensor:
     """Put counts back to those of an earlier version; return since when there were the items that it did not have."""
     since = counts.first_at.clone()

@@ -31,6 +31,7 @@ from lib.log.layout import ORDER_FILE, LogLayout, read_log
 from lib.log.order import LogOrder
 from lib.log.reader import FeedbackLogReader
 from lib.log.shard import shard_of
+from lib.model.encoder import BehaviourEncoder
 from lib.model.facts import VersionFacts
 from lib.model.folder import Manifest
 from lib.model.item_counts import WINDOW, ItemCounts
@@ -43,7 +44,7 @@ from lib.versions.registry import Registry
 from lib.versions.rejections import Rejection, Rejections
 from tests.helpers.learners import CONFIG
 from tests.helpers.service import LiveService, assert_each_event_once, versions_and_checksums
-from tests.helpers.tiny import NOW, SECOND, history, item_ids, micro_batch, started_registry, tiny_encoder
+from tests.helpers.tiny import COUNTED, NOW, SECOND, history, item_ids, micro_batch, started_registry, tiny_encoder
 from tests.helpers.traffic import Traffic
 
 SETTINGS = FinetuneSettings(epochs=1, tolerance=2.0, negatives=64)  # NDCG cannot be so much worse
@@ -331,6 +332,39 @@ def test_what_an_erased_user_added_is_in_no_count_of_the_next_base(tmp_path, tra
         assert pairs_of(counts, kind) == pytest.approx(pairs_of(expected, kind), rel=1e-5)
     for counted in ("events", "followed", "trends", "counted_at", "first_at"):
         assert torch.allclose(getattr(counts, counted).double(), getattr(expected, counted).double(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["at the cut", "nowhere but at the end"])
+def test_the_next_base_keeps_what_the_ranker_has_learned_live(tmp_path, trained, stored):
+    state = learned_state(tmp_path / "live", **COUNTED)
+    registry = Registry(state)
+    if not stored:
+        learner = NearlineLearner(registry, CONFIG)
+        learner.lineage.save_snapshot(learner.model)
+        for delta in sorted((state / "deltas").iterdir())[:-1]:
+            delta.unlink()
+    outcome = finetune(state, settings=SETTINGS)
+    assert outcome.rival == (10 if stored else 11)
+    [name] = registry.offers.names()
+    learner = NearlineLearner(registry, CONFIG)
+    learner.take_over(name)
+    first, rival, offered, adopted = (
+        ranker_of(encoder)
+        for encoder in (
+            registry.load(1).encoder,
+            registry.load(outcome.rival).encoder,
+            registry.offers.load(name).encoder,
+            learner.model.encoder,
+        )
+    )
+    assert rival["weights"] != first["weights"]
+    assert rival["steps"] > [0]
+    assert rival == offered == adopted
+
+
+def ranker_of(encoder: BehaviourEncoder) -> dict[str, list]:
+    assert encoder.ranker is not None
+    return {name: tensor.tolist() for name, tensor in encoder.ranker.state_dict().items()}
 
 
 def test_counts_begin_with_the_version_itself_where_its_lineage_began_with_other_items(tmp_path):

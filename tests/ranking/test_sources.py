@@ -96,6 +96,7 @@ def _passes(written: dict | None, number: int) -> bool:
 @pytest.mark.parametrize("exclude_seen", [True, False])
 def test_a_replay_ranks_by_it(encoder, source, exclude_seen):
     stage, targets = stage_of(encoder), ["i1", "i7", "i9", "i2", "i1", "unknown", "i3"]
+    assert stage is not None
     ranks = ranks_of(encoder, CATALOG, people(), targets, exclude_seen, stage, [source])
     assert ranks[WHOLE].shape == (len(targets),)
     assert ranks[WHOLE][5] == MISSED
