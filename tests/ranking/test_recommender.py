@@ -19,7 +19,8 @@ from lib.model.encoder import BehaviourEncoder
 from lib.model.fingerprint import fingerprint
 from lib.model.folder import Manifest, save_model
 from lib.model.inference import InferenceEncoder
-from lib.model.item_counts import COUNT_TENSORS
+from lib.model.item_counts import COUNT_TENSORS, WINDOW
+from lib.ranking.candidates import SOURCES
 from lib.ranking.features import FEATURES
 from lib.ranking.filters import ItemFilter
 from lib.ranking.recommender import Question, RankedItem, Recommender
@@ -617,6 +618,32 @@ def test_counts_change_who_gets_what_and_the_right_number_comes():
     even = ids(ask(recommender, 2, 3, k=30, filter=filter_of(parity="even")))
     assert sorted(int(name[1:]) for name in even) == [row for row in range(4, ITEMS + 1, 2)]
     assert {item.reason for item in ask(recommender, k=3)} == {"popular"}
+
+
+@pytest.mark.parametrize("passing", [1, 3, 150])
+@pytest.mark.parametrize("source", [None, "nearest", "trending", "the encoder"])
+def test_a_newcomer_gets_what_is_popular_among_what_passes_however_rare_that_is(passing, source):
+    """Of what is kept in order, the most popular of all and the newest of all, nothing passes."""
+    items = 3000
+    encoder = tiny_encoder(items)
+    met = np.random.default_rng(0).permutation(items) + 1  # times that each item was met
+    met[:passing] = np.random.default_rng(1).permutation(passing) + 1  # the first ones least of all
+    met[passing:] += passing
+    encoder.item_popularity[1:] = torch.from_numpy(met)
+    off = [] if source in (None, "the encoder") else [name for name in SOURCES if name != source]
+    if source != "the encoder":
+        encoder.add_ranker(4, len(FEATURES))  # which orders newcomers' items by popularity before it is fitted
+        assert encoder.counts is not None
+        rows = np.arange(1, items + 1)  # in the order in which they came
+        encoder.counts.count(np.zeros((items, WINDOW), dtype=np.int64), rows, met.astype(float), rows)
+    names = item_ids(items)
+    described = {"item_id": names, "category": ["rare" if row < passing else "other" for row in range(items)]}
+    rules = RankingRules(without_sources=tuple(off))
+    recommender = Recommender(encoder, Catalog(names, pa.table(described)), version=1, rules=rules)
+    answer = ask(recommender, k=10, filter=filter_of(category="rare"))
+    assert ids(answer) == [f"i{row + 1}" for row in np.argsort(-met[:passing])[:10]]
+    assert {item.reason for item in answer} == {"popular"}
+    assert ids(ask(recommender, k=10)) == [f"i{row + 1}" for row in np.argsort(-met, kind="stable")[:10]]
 
 
 def test_a_source_that_the_rules_switch_off_is_not_asked():
