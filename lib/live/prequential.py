@@ -272,7 +272,8 @@ class Live(ModelArm):
 class Finetuned(ModelArm):
     """A fine-tune on all events so far at the end of each period of the stream's time: the arm `finetune`.
 
-    Each is `epochs` passes over everything, from the weights of the one before, with a learning rate that decays.
+    Each is `epochs` passes over everything, from the weights of the one before, with a learning rate that decays. The
+    ranker stays as pretraining has fitted it: the fine-tune of a service keeps what it has learned live.
     """
 
     def __init__(
