@@ -82,7 +82,7 @@ class Whole:
 def neighbours_for(events: int, items: int) -> int:
     """Return how many neighbours of each kind an item keeps: more where items have many events, and there is room."""
     items = max(items, 1)
-    wanted = math.ceil(math.log2(max(4 * events / items, 1)))
+    wanted = math.ceil(math.log2(max(8 * events / items, 1)))
     room = math.floor(math.log2(LISTS_BYTES / (NEIGHBOUR_BYTES * items)))
     return min(max(2 ** min(wanted, room), LEAST_NEIGHBOURS), MOST_NEIGHBOURS)
 

@@ -223,7 +223,7 @@ def test_counts_do_not_know_what_is_kept_back_for_leave_one_out():
     ("items", "events_of_each", "neighbours"),
     [
         (50, 3, 32),  # few events: few neighbours
-        (50, 20, 128),
+        (50, 12, 128),
         (50, 60, 256),
         (50, 1_000, 256),  # never more
         (40_000, 30, 64),  # 128 would take 80 MB
