@@ -58,8 +58,8 @@ class PretrainSettings(Settings):
     neighbours: NonNegativeInt | None = Field(
         default=None,
         description="kept of each item, of what follows it and of what goes together with it, for the ranker; by "
-        "default 32 to 256 by the events of an item, above 32 within 64 MiB; 0: no ranker, answers are the encoder's "
-        "alone",
+        "default 256 where items have more than 16 events each, else 128, as far as 64 MiB go, and 32 at least; 0: no "
+        "ranker, answers are the encoder's alone",
     )
     popularity_half_life_days: PositiveFloat = Field(
         default=7.0, description="after which an event counts half in what is popular"

@@ -38,6 +38,7 @@ LEAST_EVENTS = 200  # kept back: with fewer there is no ranker, and answers are 
 # what a deviation of a feature weighs before anything is learned: about what it comes to on films, shops and music
 PRIOR = {"interest": 1.3, "follows": 0.25, "together": 0.35, "together_long": 0.35, "age": -0.2}
 LEAST_NEIGHBOURS, MOST_NEIGHBOURS = 32, 256  # of an item
+MANY_EVENTS = 16  # of an item: with fewer half of the most neighbours do
 LISTS_BYTES, NEIGHBOUR_BYTES = 64 << 20, 16  # of all lists, unless each is of the least length; of both lists' entries
 EXTRA_EPOCHS = 0.2  # of the epochs: after the ranker is fitted, with what was kept back
 EXTRA_RATE = 0.3  # of the learning rate, at the beginning of these
@@ -82,9 +83,9 @@ class Whole:
 def neighbours_for(events: int, items: int) -> int:
     """Return how many neighbours of each kind an item keeps: more where items have many events, and there is room."""
     items = max(items, 1)
-    wanted = math.ceil(math.log2(max(8 * events / items, 1)))
-    room = math.floor(math.log2(LISTS_BYTES / (NEIGHBOUR_BYTES * items)))
-    return min(max(2 ** min(wanted, room), LEAST_NEIGHBOURS), MOST_NEIGHBOURS)
+    wanted = MOST_NEIGHBOURS if events > MANY_EVENTS * items else MOST_NEIGHBOURS // 2
+    room = 2 ** math.floor(math.log2(LISTS_BYTES / (NEIGHBOUR_BYTES * items)))
+    return max(min(wanted, room), LEAST_NEIGHBOURS)
 
 
 def people_come_back(figures: Figures) -> bool:

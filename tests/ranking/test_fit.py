@@ -222,11 +222,10 @@ def test_counts_do_not_know_what_is_kept_back_for_leave_one_out():
 @pytest.mark.parametrize(
     ("items", "events_of_each", "neighbours"),
     [
-        (50, 3, 32),  # few events: few neighbours
-        (50, 12, 128),
-        (50, 60, 256),
-        (50, 1_000, 256),  # never more
+        (50, 16, 128),
+        (50, 17, 256),  # many events, many neighbours
         (40_000, 30, 64),  # 128 would take 80 MB
+        (4_000_000, 30, 32),  # never fewer
     ],
 )
 def test_neighbours_by_the_events_of_an_item_within_a_bound_of_memory(items, events_of_each, neighbours):
