@@ -155,6 +155,12 @@ def test_a_filter_that_leaves_one_item(recommender):
     assert ask(recommender, filter=filter_of(number=17, deny=["i17"])) == []
 
 
+def test_people_who_ask_together_for_what_no_item_is_get_nothing_and_fail_nobody(recommender):
+    questions = [Question(history([1, 2]), 5, filter_of(parity=parity)) for parity in ("none", "none", "even")]
+    nothing, neither, even = recommender.recommend(questions)
+    assert (nothing, neither, len(even)) == ([], [], 5)
+
+
 def test_an_attribute_that_no_item_has_matches_nothing_until_one_has(recommender):
     red = filter_of(colour="red")
     for asked in ((1, 2), ()):
