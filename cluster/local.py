@@ -30,6 +30,13 @@ HOST = "127.0.0.1"
 OTHER_PORTS = range(10_000, 12_000)
 PORTS_IN_TURN = cycle(SystemRandom().sample(OTHER_PORTS, len(OTHER_PORTS)))  # one caller may need several
 PORTS_PER_CLUSTER = 200
+REPLICA_PORTS = ("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT")
+SINGLE_PORTS = (
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+)
 BLOCKS = range(12_000, 32_000, PORTS_PER_CLUSTER)  # the first port of each
 HELD: list[socket.socket] = []  # the first port of this process's block: as long as it is bound the block is taken
 END_SECONDS = 8.0  # after SIGTERM; containers are killed after 10, and ending takes a moment itself
@@ -42,8 +49,7 @@ def prepare_environment() -> None:
     folder = _haproxy_folder()
     if "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC" not in os.environ:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    own = "RAY_ADDRESS" in os.environ or "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT" in os.environ
-    settings = {} if own else _settings_of_one_machine()
+    settings = {} if "RAY_ADDRESS" in os.environ else _settings_of_one_machine()
     settings |= {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         # a request that a killed replica did not answer goes to another one
@@ -93,41 +99,51 @@ def _settings_of_one_machine() -> dict[str, str]:
     Raises:
         InputError: no ports are left.
     """
+    # by the first name, on any system: Ray stays on 127.0.0.1 instead of taking the machine's outward address
+    return {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", ONE_MACHINE: "1"} | _own_ports()
+
+
+def _own_ports() -> dict[str, str]:
+    """Return settings of the ports that no other service of this machine may have, unless the user has set them all.
+
+    HAProxy knows a dead replica by nothing but its port, and while all are dead it asks Serve's own proxy, whose port
+    several processes may share: requests of the one service, events that it acknowledges among them, would go to the
+    other.
+
+    Raises:
+        InputError: no ports are left.
+    """
+    range_is_set = any(name in os.environ for name in REPLICA_PORTS)  # one end of it goes with no other that is not set
+    if range_is_set and all(name in os.environ for name in SINGLE_PORTS):
+        return {}
     first = _own_block()
     last = first + PORTS_PER_CLUSTER - 1
-    return {
-        # by this name, on any system: Ray stays on 127.0.0.1 instead of taking the machine's outward address
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        ONE_MACHINE: "1",
-        # Two services here must not meet on a port. HAProxy knows a dead replica by nothing but its port, and while
-        # all are dead it asks Serve's own proxy, whose port several processes may share: requests of the one service,
-        # events that it acknowledges among them, would go to the other.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first + 1),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(last - 4),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(last - 3),
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(last - 2),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(last - 1),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(last),
-    }
+    settings = {name: str(last - place) for place, name in enumerate(SINGLE_PORTS)}
+    if not range_is_set:
+        settings |= zip(REPLICA_PORTS, (str(first + 1), str(last - len(SINGLE_PORTS))), strict=True)
+    return settings
 
 
 def _own_block() -> int:
     """Return the first port of a block that no other process here has; it is this process's for its life.
 
     Raises:
-        InputError: all are taken.
+        InputError: all are taken, or none can be had.
     """
+    reason = None
     for first in SystemRandom().sample(BLOCKS, len(BLOCKS)):
         held = socket.socket()
         try:
             held.bind((HOST, first))
-        except OSError:
+        except OSError as error:
             held.close()
+            reason = error.strerror
             continue
         HELD.append(held)
         return first
     raise InputError(
-        f"ports: all {len(BLOCKS)} blocks between {BLOCKS.start} and {BLOCKS.stop} are taken; end some Rays"
+        f"ports: none of the {len(BLOCKS)} blocks between {BLOCKS.start} and {BLOCKS.stop} can be had ({reason}); "
+        "end some Rays"
     )
 
 

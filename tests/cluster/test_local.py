@@ -135,11 +135,37 @@ def test_two_services_of_one_machine_share_no_port(start_process, monkeypatch):
         taken.append(block)
 
 
+@pytest.mark.parametrize(
+    "chosen", [{"RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": "9000"}, {"RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": "9000"}]
+)
+def test_a_user_s_ports_stay_and_all_others_are_of_this_machine_and_its_own(monkeypatch, chosen):
+    monkeypatch.setattr("cluster.local.HELD", held := [])
+    for name in [name for name in os.environ if name.startswith(("RAY_", "AFTERCLICK_"))]:
+        monkeypatch.delenv(name)
+    for name, port in chosen.items():
+        monkeypatch.setenv(name, port)
+    with monkeypatch.context() as changed:
+        changed.setattr("os.environ", environment := dict(os.environ))
+        prepare_environment()
+        prepare_environment()
+    assert environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0", "Ray does not listen beyond 127.0.0.1"
+    assert environment["AFTERCLICK_ONE_MACHINE"] == "1"
+    (own,) = held
+    block = range(own.getsockname()[1], own.getsockname()[1] + PORTS_PER_CLUSTER)
+    own.close()
+    ports = {name: port for name, port in environment.items() if name.endswith("_PORT")}
+    assert {name: ports.pop(name) for name in chosen} == chosen
+    assert {"RAY_SERVE_FALLBACK_PROXY_GRPC_PORT", "RAY_SERVE_HAPROXY_STATS_PORT"} <= ports.keys()
+    assert all(int(port) in block for port in ports.values())
+
+
 def test_a_block_of_ports_is_one_process_s(monkeypatch):
     monkeypatch.setattr("cluster.local.HELD", held := [])
     monkeypatch.setattr("cluster.local.BLOCKS", blocks := range(10_900, 10_904, 2))  # nothing else takes them
     assert {_own_block(), _own_block()} == set(blocks)
-    with pytest.raises(InputError, match=r"^ports: all 2 blocks between 10900 and 10904 are taken; end some Rays$"):
+    with pytest.raises(
+        InputError, match=r"^ports: none of the 2 blocks between 10900 and 10904 can be had \(Address.*\); end"
+    ):
         _own_block()
     for own in held:
         own.close()
