@@ -8,7 +8,7 @@ import math
 from torch import Tensor
 
 SPARE_SHARE = 8
-MARK = "has_room"  # on a table's memory: what is behind other tensors may be anything
+MARK = "used_bytes"  # of a table's memory: what is behind other tensors, or behind a part of a table, is not free
 
 
 def with_room(table: Tensor) -> Tensor:
@@ -24,7 +24,8 @@ def lengthened(table: Tensor, rows: int, fill: float = 0) -> Tensor:
     if rows == known:
         return table
     line = table.element_size() * math.prod(table.shape[1:])
-    if getattr(storage, MARK, False) and rows * line <= storage.nbytes():
+    if getattr(storage, MARK, None) == known * line and rows * line <= storage.nbytes():
+        setattr(storage, MARK, rows * line)
         grown = table.new_empty(0).set_(storage, 0, (rows, *table.shape[1:]), table.stride())
     else:
         grown = _roomy(table, rows)
@@ -35,5 +36,5 @@ def lengthened(table: Tensor, rows: int, fill: float = 0) -> Tensor:
 
 def _roomy(table: Tensor, rows: int) -> Tensor:
     larger = table.new_empty((rows + rows // SPARE_SHARE, *table.shape[1:]))
-    setattr(larger.untyped_storage(), MARK, True)
+    setattr(larger.untyped_storage(), MARK, larger[:rows].nbytes)
     return larger[:rows]

@@ -16,11 +16,13 @@ def test_a_table_with_room_grows_in_place_until_it_is_full():
     grown = lengthened(table, 9, fill=-1)
     assert (grown.data_ptr(), grown[8].tolist()) == (place, [-1, -1])
     grown[8] = 5
-    shorter_again = lengthened(table, 9)  # what another has left behind it is filled anew
-    assert shorter_again[8].tolist() == [0, 0]
+    other = lengthened(table, 9)  # behind this shorter one lies what the longer one uses
+    assert (other.data_ptr() != place, other[8].tolist(), grown[8].tolist()) == (True, [0, 0], [5, 5])
+    assert lengthened(grown[:4], 5)[4].tolist() == [0, 0]
+    assert grown[4].tolist() == [8, 9]
     full = lengthened(grown, 11, fill=3)
     assert full.data_ptr() != place
-    assert full.tolist() == [[2.0 * row, 2.0 * row + 1] for row in range(8)] + [[0, 0]] + [[3, 3]] * 2
+    assert full.tolist() == [[2.0 * row, 2.0 * row + 1] for row in range(8)] + [[5, 5]] + [[3, 3]] * 2
     assert lengthened(full, 12).data_ptr() == full.data_ptr()
     assert lengthened(full, 11) is full
 
