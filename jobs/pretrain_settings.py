@@ -83,5 +83,5 @@ def preset_of(settings: PretrainSettings, figures: "Figures") -> Preset:
     Raises:
         InputError: the heads do not divide the width.
     """
-    preset = preset_for(figures, settings.preset)
+    preset = preset_for(figures.users_of_length, figures.items, settings.preset)
     return replace(preset, **settings.model_dump(include=set(asdict(preset)), exclude_none=True))

@@ -4,15 +4,13 @@ The smallest preset is fitted to the data.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from lib.errors import InputError
-
-if TYPE_CHECKING:
-    from lib.model.buckets import Figures
 
 EventInput = Literal["kind", "gap", "value", "attributes"]  # what can be read of an event beside its item and its place
 INPUTS: tuple[EventInput, ...] = get_args(EventInput)
@@ -82,18 +80,23 @@ PRESETS = {
 }
 
 
-def preset_for(figures: "Figures", name: str = "small") -> Preset:
+def preset_for(users_of_length: Sequence[Sequence[int]], items: int, name: str = "small") -> Preset:
     """Return a preset; of `small` the length follows from the users' activity, the negatives from the number of items.
 
     Measured on second-newest events: see tests/benchmarks. The larger ones are not measured: their sizes and rates are
     those that language models of their width are trained with.
+
+    Args:
+        users_of_length: (length, users with so many events), the lengths rising.
+        items: that have events.
+        name: of the preset.
     """
     preset = PRESETS[name]
     if name != "small":
         return preset
-    lengths, users = np.array(figures.users_of_length, dtype=np.int64).reshape(-1, 2).T
+    lengths, users = np.array(users_of_length, dtype=np.int64).reshape(-1, 2).T
     most_are_short = users[lengths <= 50].sum() >= 0.95 * users.sum()
-    nearest_power = round(math.log2(max(figures.items * NEGATIVES_SHARE, 1)))
+    nearest_power = round(math.log2(max(items * NEGATIVES_SHARE, 1)))
     return replace(
         preset,
         max_length=50 if most_are_short else 100,

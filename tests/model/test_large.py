@@ -334,7 +334,7 @@ def test_every_preset_is_accepted_with_its_own_values():
     figures = small_figures()
     for name, preset in PRESETS.items():
         chosen = preset_of(PretrainSettings(preset=name), figures)
-        assert chosen == (preset_for(figures) if name == "small" else preset)
+        assert chosen == (preset_for(figures.users_of_length, figures.items) if name == "small" else preset)
         values = {key: value for key, value in asdict(preset).items() if key != "gpu_precision"}
         settings = settings_from(PretrainSettings, None, [f"{key}={value}" for key, value in values.items()])
         as_on_small = replace(preset, gpu_precision="float32")  # the one value that was not set
@@ -352,15 +352,15 @@ def test_what_is_set_wins_over_the_preset():
     ("items", "negatives"), [(0, 512), (1_000, 512), (5_866, 1024), (12_101, 2048), (2_000_000, 2048)]
 )
 def test_the_small_preset_takes_more_negatives_of_more_items(items, negatives):
-    assert preset_for(replace(small_figures(), items=items)).negatives == negatives
-    assert preset_for(replace(small_figures(), items=items), "base") == PRESETS["base"]
+    assert preset_for([[3, 10]], items).negatives == negatives
+    assert preset_for([[3, 10]], items, "base") == PRESETS["base"]
 
 
 @pytest.mark.parametrize(
     ("users_of_length", "length"), [([], 50), ([[50, 95], [51, 5]], 50), ([[50, 94], [51, 6]], 100)]
 )
 def test_the_small_preset_reads_more_events_where_more_than_a_twentieth_of_the_users_have_them(users_of_length, length):
-    assert preset_for(replace(small_figures(), users_of_length=users_of_length)).max_length == length
+    assert preset_for(users_of_length, items=100).max_length == length
 
 
 @pytest.mark.parametrize(
