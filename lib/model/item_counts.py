@@ -174,7 +174,7 @@ class ItemCounts(nn.Module):
             part = slice(start, start + EVENTS_AT_ONCE)
             for name in ("next", "together"):
                 rows, counts = own[f"{name}_rows"][part], own[f"{name}_counts"][part]
-                strengths = counts if name == "next" else counts / np.sqrt(own["events"][rows] + 1)
+                strengths = _strengths(rows, counts, None if name == "next" else own["events"])
                 order = np.lexsort((rows, -strengths), axis=1)
                 for table in (rows, counts):
                     table[:] = np.take_along_axis(table, order, axis=1)
@@ -252,10 +252,14 @@ def _add(
 def _sort(rows: np.ndarray, counts: np.ndarray, owners: np.ndarray, events: np.ndarray | None = None) -> None:
     """Put the lists (N, K) of owners in order of count, or of cosine where the items' events (N,) are given."""
     owners = np.unique(owners)
-    strengths = counts[owners] if events is None else counts[owners] / np.sqrt(events[rows[owners]] + 1)
-    order = np.argsort(-strengths, axis=1, kind="stable")
+    order = np.argsort(-_strengths(rows[owners], counts[owners], events), axis=1, kind="stable")
     for table in (rows, counts):
         table[owners] = np.take_along_axis(table[owners], order, axis=1)
+
+
+def _strengths(rows: np.ndarray, counts: np.ndarray, events: np.ndarray | None) -> np.ndarray:
+    """Return what lists (L, K) stand in order of: their counts, or cosines where the items' events (N,) are given."""
+    return counts if events is None else counts / np.sqrt(events[rows] + 1)
 
 
 def people_of(histories: Histories, liked: Histories) -> list[Person]:

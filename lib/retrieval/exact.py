@@ -35,7 +35,7 @@ def exact_search(
         weights: (N,) float64, added to the inner products to find and order the rows; the scores are without it.
     """
     passing = len(vectors) if mask is None else int(np.count_nonzero(mask))
-    if mask is not None and are_gathered(mask):
+    if mask is not None and are_gathered(passing, len(vectors)):
         return _search_gathered(vectors, queries, k, np.flatnonzero(mask), seen, weights)
     step = max((SCORES_AT_ONCE_ON_GPU if vectors.is_cuda else SCORES_AT_ONCE) // max(len(vectors), 1), 1)
     found = []
@@ -51,9 +51,9 @@ def exact_search(
     return torch.cat(scores), torch.cat(rows)
 
 
-def are_gathered(mask: np.ndarray) -> bool:
-    """Return whether so few rows pass a mask (N,) that they are gathered, and their products alone are worked out."""
-    return int(np.count_nonzero(mask)) * GATHERED_SHARE < len(mask)
+def are_gathered(passing: int, rows: int) -> bool:
+    """Return whether so few of all rows pass a mask that they are gathered, and their products alone are worked out."""
+    return passing * GATHERED_SHARE < rows
 
 
 def _search_gathered(

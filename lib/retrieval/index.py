@@ -131,7 +131,8 @@ class ItemIndex:
             mask: (N,) bool, the rows that are to be found.
         """
         large = self._approximate is not None or len(queries) * self._count > SCORES_AT_ONCE
-        if large or self._device.type == "cuda" or (mask is not None and are_gathered(mask)):
+        passing = self._count if mask is None else int(np.count_nonzero(mask))
+        if large or self._device.type == "cuda" or are_gathered(passing, self._count):
             return None
         return (queries @ self._tensor[: self._count].T).numpy()
 
